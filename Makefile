@@ -1,0 +1,75 @@
+# PredictFlow's targets. Each sets itself up: a private .venv from the committed lock file, nothing global.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+
+# The first interpreter on PATH that runs and is 3.11 or 3.12; override with `make PYTHON=/path/to/python`.
+PYTHON ?= $(shell for p in python3.11 python3.12 python3 python; do \
+	$$p -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' 2>/dev/null && { echo $$p; break; }; done)
+UV := .venv/bin/uv
+UV_VERSION := 0.13.8
+PF := .venv/bin/predictflow
+DATA ?=
+PYTEST_ARGS ?=
+
+.PHONY: help
+help: ## List the targets
+	@grep -hE '^[a-z-]+:.*?## ' $(MAKEFILE_LIST) | awk 'BEGIN {FS = ":.*?## "} {printf "  make %-14s %s\n", $$1, $$2}'
+
+.venv/bin/uv:
+	@test -n "$(PYTHON)" || { echo "make: no Python 3.11 or 3.12 on PATH; install one, or run: make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	$(PYTHON) -m venv .venv
+	.venv/bin/pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
+
+.venv/.runtime: requirements.lock pyproject.toml | .venv/bin/uv
+	$(UV) pip install --quiet --python .venv --require-hashes -r requirements.lock
+	$(UV) pip install --quiet --python .venv --no-deps --no-build-isolation -e .
+	@touch $@
+
+.venv/.dev: requirements-dev.lock .venv/.runtime
+	$(UV) pip install --quiet --python .venv --require-hashes -r requirements-dev.lock
+	@touch $@
+
+.PHONY: install
+install: .venv/.runtime ## Install the platform into .venv from requirements.lock
+
+.PHONY: install-dev
+install-dev: .venv/.dev ## Install the test and lint tools too
+
+.PHONY: demo
+demo: .venv/.runtime ## Run the whole platform end to end (DATA=path/to/online_retail.csv.gz for real data)
+	@$(PF) demo $(if $(DATA),--data "$(DATA)")
+
+.PHONY: up
+up: .venv/.runtime ## Start private Postgres, Redis and Kafka
+	@$(PF) up
+
+.PHONY: down
+down: .venv/.runtime ## Stop everything that up or demo started; data stays
+	@$(PF) down
+
+.PHONY: status
+status: .venv/.runtime ## Show what runs, and where
+	@$(PF) status
+
+.PHONY: test
+test: .venv/.dev ## Run the tests against real Postgres, Redis and Kafka
+	.venv/bin/python -m pytest $(PYTEST_ARGS)
+
+.PHONY: lint
+lint: .venv/.dev ## Run ruff, mypy and the import-direction check
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+	.venv/bin/lint-imports
+
+.PHONY: format
+format: .venv/.dev ## Format the code
+	.venv/bin/ruff format .
+	.venv/bin/ruff check --fix .
+
+.PHONY: lock
+lock: .venv/bin/uv ## Resolve the dependencies again into the two lock files
+	$(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-emit-find-links \
+		--custom-compile-command "make lock" pyproject.toml -o requirements.lock
+	$(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-emit-find-links \
+		--custom-compile-command "make lock" pyproject.toml --group dev --group bench -c requirements.lock -o requirements-dev.lock
