@@ -1,6 +1,8 @@
 # PredictFlow's targets. Each sets itself up: a private .venv from the committed lock file, nothing global.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
+# Feast, MLflow and DVC take several times as long to import when their bytecode may not be kept.
+unexport PYTHONDONTWRITEBYTECODE
 
 # The first interpreter on PATH that runs and is 3.11 or 3.12; override with `make PYTHON=/path/to/python`.
 PYTHON ?= $(shell for p in python3.11 python3.12 python3 python; do \
@@ -9,6 +11,7 @@ UV := .venv/bin/uv
 UV_VERSION := 0.13.8
 PF := .venv/bin/predictflow
 DATA ?=
+DEMO_ARGS ?=
 PYTEST_ARGS ?=
 
 .PHONY: help
@@ -37,7 +40,7 @@ install-dev: .venv/.dev ## Install the test and lint tools too
 
 .PHONY: demo
 demo: .venv/.runtime ## Run the whole platform end to end (DATA=path/to/online_retail.csv.gz for real data)
-	@$(PF) demo $(if $(DATA),--data "$(DATA)")
+	@$(PF) demo $(if $(DATA),--data "$(DATA)") $(DEMO_ARGS)
 
 .PHONY: up
 up: .venv/.runtime ## Start private Postgres, Redis and Kafka
@@ -66,6 +69,10 @@ lint: .venv/.dev ## Run ruff, mypy and the import-direction check
 format: .venv/.dev ## Format the code
 	.venv/bin/ruff format .
 	.venv/bin/ruff check --fix .
+
+.PHONY: docs
+docs: .venv/.dev ## Write docs/reference/cli.md from the commands' own --help
+	.venv/bin/python -m predictflow.help_pages
 
 .PHONY: lock
 lock: .venv/bin/uv ## Resolve the dependencies again into the two lock files

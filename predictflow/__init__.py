@@ -1,0 +1,1 @@
+"""PredictFlow's command line, settings, wiring, local services, data sources and demo."""

@@ -1,0 +1,1 @@
+"""REST serving of features and predictions, and its Python client."""

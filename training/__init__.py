@@ -1,0 +1,1 @@
+"""Point-in-time-correct training sets, tracked training and promotion."""

@@ -11,6 +11,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 from feature_store.errors import DefinitionError
@@ -129,7 +130,7 @@ class WindowedView:
             ),
         )
 
-    @property
+    @cached_property
     def hash(self) -> str:
         """16 hex digits that change whenever a value could."""
         return hashlib.sha256(self.to_json().encode()).hexdigest()[:16]

@@ -1,0 +1,237 @@
+"""What `feast apply` adds to the catalogue: every feature, and lineage from raw column to feature service.
+
+The online store's `update()` calls `record_apply_of_store` during each apply, because Feast offers no other hook.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from pathlib import PurePath
+from typing import TYPE_CHECKING, Any
+
+from feature_store.errors import DefinitionError
+from feature_store.feature import Feature
+from feature_store.lineage import Edge, Node
+from feature_store.postgres import is_postgres
+from feature_store.source_columns import SourceColumn, columns_of
+from feature_store.windows.definition import SQL_TAG, STATE_FIELD, Aggregate, WindowedView, definition_of
+
+if TYPE_CHECKING:
+    from feast import FeatureService, FeatureView, RepoConfig
+
+Origin = tuple[list[Node], dict[str, object]]
+"""What a feature is made from, and its definition as JSON-able data with `kind` and `expression`."""
+
+
+@dataclass
+class Applied:
+    """What one apply says: its features, its edges, and the feature names that each view holds."""
+
+    features: list[Feature] = field(default_factory=list)
+    edges: list[Edge] = field(default_factory=list)
+    views: dict[str, list[str]] = field(default_factory=dict)
+    services: list[str] = field(default_factory=list)
+
+
+def record_apply(
+    config: RepoConfig,
+    views: Sequence[FeatureView],
+    services: Sequence[FeatureService],
+    at: datetime,
+    *,
+    deleted_views: Sequence[FeatureView] = (),
+) -> None:
+    """Register every feature of `views` and record column → feature → feature view → feature service, all or nothing.
+
+    Features and edges that the definitions no longer have are retired at `at`, and all of `deleted_views`. Does nothing
+    when the registry of `config` is not on Postgres. Safe to run twice and at once. DefinitionError for colliding
+    fields and for SQL that cannot be read, before anything is written.
+    """
+    check_field_collisions(views)
+    url = _registry_url(config)
+    if url is None:
+        return
+    applied = describe(views, services)
+    from feature_store.registry import FeatureRegistry
+
+    with FeatureRegistry(url, project=config.project) as registry, registry.transaction():
+        registry.register_features(applied.features, at)
+        registry.record_lineage(applied.edges, at=at, run_id=f"apply-{at:%Y%m%dT%H%M%S%f}")
+        gone = [Node("feature_view", v.name) for v in deleted_views]
+        for view, names in {**applied.views, **{v.name: [] for v in deleted_views}}.items():
+            gone += [Node("feature", f) for f in registry.retire_features(view, names, at)]
+        made = [Node("feature", f.full_name) for f in applied.features]
+        made += [Node("feature_view", v) for v in applied.views]
+        made += [Node("feature_service", s) for s in applied.services]
+        registry.retire_lineage([*made, *gone], ("column", "feature", "feature_view", "table"), at)
+
+
+def record_apply_of_store(
+    config: RepoConfig,
+    views: Sequence[FeatureView],
+    at: datetime,
+    *,
+    deleted_views: Sequence[FeatureView] = (),
+) -> None:
+    """`record_apply` with the feature services that stand in Feast's registry: `update()` is not given them.
+
+    Feast's SQL registry is written before `update()` runs, so they are those of this apply.
+    """
+    services: Sequence[FeatureService] = ()
+    if _registry_url(config) is not None:
+        from feast.infra.registry.sql import SqlRegistry
+
+        # Not the store's own: that one would start a thread to refresh its cache.
+        registry = SqlRegistry(config.registry.model_copy(update={"cache_mode": "sync"}), config.project, None)
+        services = registry.list_feature_services(config.project, allow_cache=False)
+        registry.write_engine.dispose()
+        registry.read_engine.dispose()
+    record_apply(config, views, services, at, deleted_views=deleted_views)
+
+
+def check_field_collisions(views: Sequence[FeatureView]) -> None:
+    """DefinitionError when two fields, of one view or several, would share a field of an entity's Redis hash.
+
+    Feast names it by mmh3_32 of `view:feature` (4 bytes), so the odds are about n²/2³³ for n fields. Pure.
+    """
+    import mmh3
+
+    taken: dict[int, str] = {}
+    for view in views:
+        for f in view.features:
+            name = f"{view.name}:{f.name}"
+            other = taken.setdefault(mmh3.hash(name, signed=False), name)
+            if other != name:
+                raise DefinitionError(
+                    f"features {other} and {name} have the same Redis field (mmh3 of view:feature)",
+                    next_step="rename one of them",
+                )
+
+
+def describe(views: Sequence[Any], services: Sequence[FeatureService]) -> Applied:
+    """Features and edges of feature views (windowed, row, on demand) and services. Pure; DefinitionError for bad SQL."""
+    applied = Applied()
+    for view in views:
+        fields = [f for f in view.features if f.name != STATE_FIELD or definition_of(view) is None]
+        applied.views[view.name] = [f.name for f in fields]
+        of_view = Node("feature_view", view.name)
+        table = _table(view)
+        if table is not None:
+            applied.edges.append(Edge(table, of_view, "batch_source", str(view.batch_source.name)))
+        origin = _origin(view)
+        for f in fields:
+            columns, definition = origin(f.name)
+            feature = Feature(
+                group=view.name,
+                name=f.name,
+                dtype=str(f.dtype),
+                definition={"entities": sorted(getattr(view, "entities", None) or []), **definition},
+                owner=view.owner,
+                description=f.description,
+                unit=f.tags.get("unit", ""),
+                tags={**view.tags, **f.tags},
+            )
+            applied.features.append(_without_machine_tags(feature))
+            node = Node("feature", feature.full_name)
+            how = (str(definition["kind"]), str(definition.get("expression", "")))
+            applied.edges += [Edge(column, node, *how) for column in columns]
+            applied.edges.append(Edge(node, of_view, "feast"))
+    for service in services:
+        applied.services.append(service.name)
+        of_service = Node("feature_service", service.name)
+        for p in service.feature_view_projections:
+            names = [f.name for f in p.features if f.name != STATE_FIELD]
+            # The view carries the walk (topics and tables end there), the features say which of its fields are read.
+            applied.edges.append(Edge(Node("feature_view", p.name), of_service, "projection", ", ".join(names)))
+            applied.edges += [Edge(Node("feature", f"{p.name}:{n}"), of_service, "projection", n) for n in names]
+    return applied
+
+
+def _origin(view: Any) -> Callable[[str], Origin]:
+    """A function from a feature's name to its origin."""
+    if not hasattr(view, "batch_source"):
+        inputs, text = list(_on_demand_inputs(view)), _on_demand_text(view)
+        return lambda _: (inputs, {"kind": "on_demand", "expression": text})
+    source = view.batch_source
+    table = source.name if source is not None else view.name
+    sql = (source.tags or {}).get(SQL_TAG) if source is not None else None
+    written = {n.lower(): c for n, c in columns_of(sql, f"source {table}").items()} if sql else {}
+    stored_as = {feature: column for column, feature in (source.field_mapping or {}).items()} if source else {}
+
+    def column(name: str) -> SourceColumn:
+        stored = stored_as.get(name, name)
+        return written.get(stored.lower()) or SourceColumn((f"{table}.{stored}",), stored, table)
+
+    windowed = definition_of(view)
+    if windowed is not None:
+        aggregates = {a.name: a for a in windowed.aggregates}
+        return lambda name: _windowed_origin(windowed, aggregates[name], column)
+
+    def row(name: str) -> Origin:
+        c = column(name)
+        definition = {"kind": "sql" if sql else "source", "expression": c.expression, "source": c.statement}
+        return [Node("column", n) for n in c.columns], {**definition, "ttl_s": _ttl(view)}
+
+    return row
+
+
+def _windowed_origin(view: WindowedView, a: Aggregate, column: Callable[[str], SourceColumn]) -> Origin:
+    reads = {view.timestamp, *([a.column] if a.column else []), *([a.where.column] if a.where else [])}
+    columns = {name: column(name) for name in sorted(reads)}
+    where = f" FILTER (WHERE {a.where.column} IN ({', '.join(repr(v) for v in a.where.values)}))" if a.where else ""
+    definition: dict[str, object] = {
+        "kind": "window",
+        "expression": f"{a.function.upper()}({a.column or '*'}){where} OVER (RANGE {_interval(a.window)} PRECEDING)",
+        "columns": {name: [c.expression, c.statement] for name, c in columns.items()},
+        "topic": view.topic,
+        "event_id": view.event_id,
+        "ttl_s": view.ttl.total_seconds(),
+    }
+    return [Node("column", n) for c in columns.values() for n in c.columns], definition
+
+
+def _interval(window: timedelta) -> str:
+    days, rest = divmod(window, timedelta(days=1))
+    return f"INTERVAL '{days}' DAYS" if not rest else f"INTERVAL '{window.total_seconds():g}' SECONDS"
+
+
+def _on_demand_inputs(view: Any) -> Iterator[Node]:
+    for p in view.source_feature_view_projections.values():
+        yield from (Node("feature", f"{p.name}:{f.name}") for f in p.features)
+    for name, request in view.source_request_sources.items():
+        yield from (Node("column", f"{name}.{f.name}") for f in request.schema)
+
+
+def _on_demand_text(view: Any) -> str:
+    return str(getattr(view.feature_transformation, "udf_string", ""))
+
+
+def _table(view: Any) -> Node | None:
+    """The offline table of a view: its path below the offline store, or its source's name where that is elsewhere."""
+    source = getattr(view, "batch_source", None)
+    if source is None:
+        return None
+    path = str(getattr(source, "path", "") or "")
+    here = path and "://" not in path and not PurePath(path).is_absolute()
+    return Node("table", path.rstrip("/") if here else source.name)
+
+
+def _ttl(view: Any) -> float:
+    ttl = getattr(view, "ttl", None)
+    return ttl.total_seconds() if ttl else 0.0
+
+
+def _without_machine_tags(feature: Feature) -> Feature:
+    """Tags a person wrote: not the unit (a column of its own), nor the JSON and SQL that travel in tags."""
+    kept: Mapping[str, str] = {
+        k: v for k, v in feature.tags.items() if k != "unit" and not k.startswith("predictflow.")
+    }
+    return Feature(**{**feature.__dict__, "tags": kept})
+
+
+def _registry_url(config: RepoConfig) -> str | None:
+    """The URL of Feast's registry when it is on Postgres."""
+    path = str(getattr(config.registry, "path", "") or "")
+    return path if is_postgres(path) else None

@@ -1,0 +1,152 @@
+"""What a backfill of one view reads and writes: its SELECT, the stored columns with their types, and their order."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from feature_store.errors import DataError, DefinitionError
+from feature_store.point_in_time.engine import ident
+from feature_store.point_in_time.source import file_path
+from feature_store.point_in_time.types import as_declared, kind, ns_per_tick
+from feature_store.source_columns import columns_of
+from feature_store.windows.definition import SQL_TAG, STATE_FIELD, WindowedView, definition_of
+
+if TYPE_CHECKING:
+    from feast import FeatureView
+
+
+@dataclass(frozen=True)
+class Column:
+    """A stored column; `dtype` is its Feast type, None for a time (UTC, microseconds)."""
+
+    name: str
+    dtype: Any
+
+    def read(self, stored: str, where: str) -> str:
+        """SQL that reads the column, of DuckDB type `stored`, as its own type; DataError where it does not fit."""
+        column = ident(self.name)
+        if self.dtype is not None:
+            return as_declared(column, stored, self.dtype, where)
+        if kind(stored) != "time":
+            raise DataError(f"{where}: not a timestamp", value=stored)
+        if ns_per_tick(stored) == 1:
+            # The platform writes microseconds, and rounding a time could leak the future.
+            return (
+                f"CASE WHEN epoch_ns({column}) % 1000 = 0 THEN make_timestamptz(epoch_ns({column}) // 1000) "
+                f"WHEN {column} IS NOT NULL THEN error('{where.replace(chr(39), '')}: finer than a microsecond') END"
+            )
+        return f"CAST({column} AS TIMESTAMP WITH TIME ZONE)"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """`stored` and `order` name the written columns and their sort order; `required` may not be null."""
+
+    view: str
+    path: str
+    directory: str
+    sql: str
+    inputs: tuple[str, ...]
+    columns: tuple[Column, ...]
+    stored: tuple[str, ...]
+    required: tuple[str, ...]
+    timestamp: str
+    created: str | None
+    order: str
+    definition: WindowedView | None
+
+    @property
+    def tables(self) -> list[str]:
+        """The raw tables that the SELECT reads."""
+        return sorted({column.rpartition(".")[0] for column in self.inputs})
+
+    def wrap(self, select: str) -> str:
+        """The rows to store, from the checked SELECT; for a windowed view with the columns of the event log."""
+        if self.definition is None:
+            return select
+        # The number is the event's rank among all raw events, whatever range is asked for, so that it never changes.
+        names = ", ".join(ident(c.name) for c in self.columns)
+        tie = ident(self.definition.event_id) if self.definition.event_id else names
+        dropped = "CAST(NULL AS VARCHAR)"
+        if self.definition.event_id:
+            same = ", ".join(ident(c) for c in (*self.definition.entity_key, self.definition.event_id))
+            dropped = f"CASE WHEN row_number() OVER (PARTITION BY {same} ORDER BY _offset) > 1 THEN 'duplicate' END"
+        return (
+            f"SELECT {names}, '' AS _topic_id, CAST(-1 AS INTEGER) AS _partition, _offset, created AS _visible_at, "
+            f"CAST(NULL AS TIMESTAMPTZ) AS _watermark, {dropped} AS _dropped FROM (SELECT *, "
+            f"row_number() OVER (ORDER BY created, {tie}, {names}) - 1 AS _offset FROM ({select}))"
+        )
+
+
+def plan_of(view: FeatureView) -> Plan:
+    """The plan of a view; DefinitionError when its source carries no SELECT, or one that is none."""
+    source = view.batch_source
+    sql = ((source.tags if source else None) or {}).get(SQL_TAG, "").strip().rstrip(";")
+    if source is None or not sql:
+        raise DefinitionError(
+            f"view {view.name}: its source has no tag {SQL_TAG}, so there is nothing to run",
+            next_step=f'add tags={{"{SQL_TAG}": "SELECT ... FROM ..."}} to its FileSource, then feast apply',
+        )
+    inputs = tuple(sorted({c for out in columns_of(sql, f"view {view.name}").values() for c in out.columns}))
+    definition = definition_of(view)
+    return _row_plan(view, sql, inputs) if definition is None else _window_plan(view, sql, inputs, definition)
+
+
+def _row_plan(view: FeatureView, sql: str, inputs: tuple[str, ...]) -> Plan:
+    source = view.batch_source
+    assert source is not None
+    to_source = {mapped: raw for raw, mapped in (source.field_mapping or {}).items()}
+    keys = [to_source.get(e.name, e.name) for e in view.entity_columns if e.name != "__dummy_id"]
+    timestamp = to_source.get(source.timestamp_field, source.timestamp_field)
+    created = to_source.get(source.created_timestamp_column, source.created_timestamp_column) or None
+    declared = {to_source.get(f.name, f.name): f.dtype for f in [*view.entity_columns, *view.features]}
+    columns = [Column(k, declared[k]) for k in keys]
+    columns += [Column(c, None) for c in (timestamp, created) if c]
+    columns += [Column(n, t) for n, t in declared.items() if n not in keys and n != "__dummy_id"]
+    times = tuple(c for c in (timestamp, created) if c)
+    names = tuple(c.name for c in columns)
+    order = [*keys, *times, *(n for n in names if n not in {*keys, *times})]
+    return Plan(
+        view=view.name,
+        path=file_path(source),
+        directory="",
+        sql=sql,
+        inputs=inputs,
+        columns=tuple(columns),
+        stored=names,
+        required=(*keys, *times),
+        timestamp=timestamp,
+        created=created,
+        order=", ".join(ident(n) for n in order),
+        definition=None,
+    )
+
+
+def _window_plan(view: FeatureView, sql: str, inputs: tuple[str, ...], definition: WindowedView) -> Plan:
+    from feast import types as feast_types
+
+    assert view.batch_source is not None
+    kinds = {"string": feast_types.String, "int64": feast_types.Int64}
+    keys = {e.name: e.dtype for e in view.entity_columns}
+    columns = [Column(definition.event_id, feast_types.String)] if definition.event_id else []
+    columns += [Column(k, keys.get(k, feast_types.String)) for k in definition.entity_key]
+    columns += [Column(definition.timestamp, None), Column("created", None)]
+    columns += [Column(n, kinds[t]) for n, t in definition.columns.items() if n not in {c.name for c in columns}]
+    names = tuple(c.name for c in columns)
+    log = ("_topic_id", "_partition", "_offset", "_visible_at", "_watermark", "_dropped")
+    assert STATE_FIELD not in names
+    return Plan(
+        view=view.name,
+        path=file_path(view.batch_source),
+        directory="history",
+        sql=sql,
+        inputs=inputs,
+        columns=tuple(columns),
+        stored=(*names, *log),
+        required=(*definition.entity_key, definition.timestamp, "created"),
+        timestamp=definition.timestamp,
+        created="created",
+        order=", ".join(ident(c) for c in (*definition.entity_key, definition.timestamp, "_offset")),
+        definition=definition,
+    )

@@ -1,0 +1,210 @@
+"""The online state of windowed views from history known by a time; the stream takes over where it stops.
+
+Reads the event log (history and stream) with DuckDB, builds every entity's state at once, writes states and values
+through Feast, sets the replay clock and the consumer group's start.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from feature_store.clock import ClockMode, from_micros, to_micros
+from feature_store.errors import DataError
+from feature_store.event_log import HISTORY, EventLog, log_files
+from feature_store.stream_view import log_directory
+from feature_store.window_store import Key, WindowStore, windowed_views
+from feature_store.windows.definition import WindowedView
+from feature_store.windows.state import NEVER, RETENTION_SLACK, EntityState, event_id_hash, masks_of, summed_columns
+
+if TYPE_CHECKING:
+    from feast import FeatureStore
+
+log = logging.getLogger(__name__)
+_ROWS_PER_WRITE = 2_000
+
+
+@dataclass(frozen=True)
+class StreamPlace:
+    """Where the stream takes over: a broker and a consumer group."""
+
+    bootstrap_servers: str
+    group: str
+
+
+@dataclass(frozen=True)
+class Bootstrapped:
+    """What was done for one view. `starts`: partition -> first offset that sync will read; empty without a broker."""
+
+    view: str
+    known_by: datetime
+    entities: int
+    events: int
+    forgotten: int
+    starts: dict[int, int]
+
+
+def bootstrap(
+    store: FeatureStore,
+    offline_path: str,
+    known_by: datetime,
+    *,
+    clock: ClockMode,
+    stream: StreamPlace | None = None,
+    views: Sequence[str] = (),
+    rewind: bool = False,
+    advance: Callable[[int], None] | None = None,
+) -> list[Bootstrapped]:
+    """Writes the state of every entity as known by `known_by` (UTC, inclusive), for `views` (default: all).
+
+    All views of a topic go together, since one consumer group feeds them. The group starts at the topic's end, or where
+    the stream's log ends. `rewind` first forgets what the stream logged after `known_by` and deletes the views' online
+    rows; without it, such rows are a DataError. Under `replay` the clock is set to `known_by` (rewind) or moved on to it.
+    Stop sync first. Safe to repeat, also after a kill. `advance` is told of entities written.
+
+    Raises DataError: no history, or rows later than `known_by`; NotFoundError: unknown view; UnavailableError: servers.
+    """
+    from feature_store.topic import client_config, commit_group, end_offsets, ensure_topic
+
+    named = windowed_views(store, views)
+    topics = {d.topic for _, d in named}
+    chosen = [(v, d) for v, d in windowed_views(store) if d.topic in topics]
+    known_by_us = to_micros(known_by)
+    directories = {v.name: log_directory(offline_path, v).parent for v, _ in chosen}
+    for view, _ in chosen:
+        _check_log(view.name, directories[view.name], known_by_us, rewind)
+    config = client_config(stream.bootstrap_servers) if stream else {}
+    ends: dict[str, dict[int, int]] = {}
+    for topic in topics if stream else ():
+        ensure_topic(config, topic)
+        ends[topic] = end_offsets(config, topic)
+
+    done = []
+    for view, definition in chosen:
+        directory = directories[view.name]
+        event_log = EventLog(log_directory(offline_path, view), definition.topic)
+        online = WindowStore(store, view)
+        forgotten = 0
+        if rewind:
+            online.delete()
+            forgotten = event_log.rewind(known_by_us)
+        states, events = states_of(definition, log_files(directory), known_by_us)
+        keys = list(states)
+        for i in range(0, len(keys), _ROWS_PER_WRITE):
+            part = keys[i : i + _ROWS_PER_WRITE]
+            online.write({k: states[k] for k in part})
+            if advance is not None:
+                advance(len(part))
+        starts = dict(ends.get(definition.topic, {}))
+        if not rewind:
+            for file in event_log.files():
+                if file.partition in starts:
+                    starts[file.partition] = min(starts[file.partition], file.last + 1)
+        if clock == "replay":
+            (online.set_clock if rewind else online.advance_clock)(known_by_us)
+        done.append(Bootstrapped(view.name, known_by, len(states), events, forgotten, starts))
+    for topic in ends:
+        of_topic = [b.starts for b, (_, d) in zip(done, chosen) if d.topic == topic]
+        commit_group(config, stream.group, topic, {p: min(s[p] for s in of_topic) for p in ends[topic]})  # type: ignore[union-attr]
+    return done
+
+
+def states_of(definition: WindowedView, files: Sequence[str], known_by_us: int) -> tuple[dict[Key, EntityState], int]:
+    """The state of every entity from log files, and the number of events counted. Pure but for reading the files.
+
+    Trusts `_dropped` (duplicates are marked when they are logged). Entities silent for longer than ttl get a state too:
+    they were seen, which is not the same as NOT_FOUND.
+    """
+    import duckdb
+
+    names = [_name(k) for k in definition.entity_key]
+    keys = ", ".join(names)
+    columns = [c for c, _ in definition.columns.items()]
+    floor = known_by_us - (definition.longest_window + RETENTION_SLACK) // _US
+    event_id = _name(definition.event_id) if definition.event_id else "NULL"
+    listed = ", ".join(_name(c) for c in columns)
+    with duckdb.connect() as con:
+        con.execute(
+            f"""CREATE TEMP TABLE log AS
+            SELECT {keys}, {listed}, {event_id} AS _id, _partition, _offset, _dropped,
+                   epoch_us({_name(definition.timestamp)}) AS _us
+            FROM read_parquet($files, union_by_name => true) WHERE epoch_us(_visible_at) <= $known_by
+            QUALIFY _partition < 0 OR row_number() OVER (PARTITION BY _partition, _offset ORDER BY _visible_at) = 1""",
+            {"files": list(files), "known_by": known_by_us},
+        )
+        con.execute(
+            f"""CREATE TEMP TABLE entity AS
+            SELECT {keys}, row_number() OVER (ORDER BY {keys}) - 1 AS _e,
+                   max(_us) FILTER (WHERE _dropped IS NULL AND _us < {floor}) AS _evicted, count(*) FILTER (WHERE _dropped IS NULL) AS _n
+            FROM log GROUP BY {keys}"""
+        )
+        entities = con.execute(f"SELECT {keys}, _evicted, _n FROM entity ORDER BY _e").fetchall()
+        offsets: list[dict[int, int]] = [{} for _ in entities]
+        for e, partition, offset in con.execute(
+            f"SELECT _e, _partition, max(_offset) FROM log JOIN entity USING ({keys}) GROUP BY ALL"
+        ).fetchall():
+            offsets[e][partition] = offset
+        kept: Any = con.sql(
+            f"""SELECT _e, _us, _id, {listed} FROM log JOIN entity USING ({keys})
+            WHERE _dropped IS NULL AND _us >= {floor} ORDER BY _e, _us, _partition, _offset"""
+        ).to_arrow_table()
+
+    values = {c: kept[c].to_pylist() for c in columns}
+    times = kept["_us"].to_numpy().astype(np.int64)
+    ids: np.ndarray[Any, Any] = np.empty(0, dtype="<u8")
+    if definition.event_id:
+        ids = np.fromiter((event_id_hash(i) for i in kept["_id"].to_pylist()), dtype="<u8", count=kept.num_rows)
+    masks = masks_of(definition, values, kept.num_rows)
+    summed = [kept[c].fill_null(0).to_numpy().astype(np.int64) for c in summed_columns(definition)]
+    bounds = np.searchsorted(kept["_e"].to_numpy(), np.arange(len(entities) + 1))
+    states: dict[Key, EntityState] = {}
+    for e, (*key, evicted, n) in enumerate(entities):
+        if not n:
+            continue
+        a, b = int(bounds[e]), int(bounds[e + 1])
+        states[tuple(key)] = EntityState.of_history(
+            definition,
+            times[a:b],
+            ids[a:b],
+            masks[a:b],
+            [c[a:b] for c in summed],
+            offsets[e],
+            known_by_us,
+            NEVER if evicted is None else evicted,
+        )
+    return states, sum(n for *_, n in entities)
+
+
+_US = from_micros(1) - from_micros(0)
+
+
+def _check_log(view: str, directory: Path, known_by_us: int, rewind: bool) -> None:
+    import duckdb
+
+    files = log_files(directory)
+    if not files:
+        raise DataError(
+            f"{view}: no event history", value=str(directory / HISTORY), next_step=f"`predictflow backfill {view}`"
+        )
+    with duckdb.connect() as con:
+        later, newest = con.execute(
+            """SELECT count(*) FILTER (WHERE _partition >= 0), max(epoch_us(_visible_at))
+            FROM read_parquet($files, union_by_name => true) WHERE epoch_us(_visible_at) > $known_by""",
+            {"files": files, "known_by": known_by_us},
+        ).fetchall()[0]
+    if later and not rewind:
+        raise DataError(
+            f"{view}: the stream has logged {later} events known after known_by",
+            value=from_micros(known_by_us).isoformat(),
+            next_step=f"bootstrap at {from_micros(newest).isoformat()} or later, or pass --rewind to forget them",
+        )
+
+
+def _name(identifier: str) -> str:
+    return '"' + identifier.replace('"', '""') + '"'

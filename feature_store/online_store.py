@@ -1,0 +1,393 @@
+"""Feast's face of the online store: `online_store: {type: feature_store.online_store.PredictFlowOnlineStore}`.
+
+Stock Feast's Redis layout, both ways, with what stock lacks: the newest (event time, created) wins atomically, reads
+carry true statuses and honour each view's ttl, and windowed views are finalised at read time. See docs/adr/002-redis.md.
+"""
+
+from __future__ import annotations
+
+import logging
+from asyncio import AbstractEventLoop, get_running_loop
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import datetime
+from typing import TYPE_CHECKING, Any, Literal
+
+from feast.feature_view import DUMMY_ENTITY_ID, DUMMY_ENTITY_VAL
+from feast.infra.key_encoding_utils import serialize_entity_key
+from feast.infra.online_stores.helpers import compute_versioned_name
+from feast.infra.online_stores.redis import RedisOnlineStore, RedisOnlineStoreConfig, RedisType
+from feast.online_response import OnlineResponse
+from feast.protos.feast.serving.ServingService_pb2 import GetOnlineFeaturesResponse
+from feast.protos.feast.types.EntityKey_pb2 import EntityKey
+from feast.protos.feast.types.Value_pb2 import Value
+from pydantic import field_validator, model_validator
+
+from feature_store import online_response
+from feature_store.clock import CLOCK_MODES, WallClock, replay_clock_key
+from feature_store.config_check import require_expanded, with_defaults
+from feature_store.errors import DataError, UsageError
+from feature_store.read_plan import OnlineReader, ReadPlan
+from feature_store.redis_connection import answering, connect, connect_async
+from feature_store.redis_layout import feature_field, join_keys_of, nanos_of, pair_field, timestamp_field
+from feature_store.redis_writer import DROP_VIEW, NEWEST_WINS, Command, RowEncoder, arun_script, run_script
+from feature_store.view_plan import OnDemandViewError
+from feature_store.windows.definition import STATE_FIELD, definition_of
+
+if TYPE_CHECKING:
+    from feast import Entity, FeatureService, FeatureView, RepoConfig
+    from feast.infra.registry.base_registry import BaseRegistry
+
+log = logging.getLogger(__name__)
+
+_TYPE = "feature_store.online_store.PredictFlowOnlineStore"
+Row = tuple[EntityKey, dict[str, Value], datetime, datetime | None]
+_NO_ENTITY = EntityKey(join_keys=[DUMMY_ENTITY_ID], entity_values=[Value(string_val=DUMMY_ENTITY_VAL)])
+ReadRow = tuple[datetime | None, dict[str, Value] | None]
+
+
+class PredictFlowOnlineStoreConfig(RedisOnlineStoreConfig):
+    """Section `online_store` of feature_store.yaml.
+
+    `connection_string`: `redis[s]://...`, or Feast's `host:port,db=0,password=...`; `clock`: wall (default) or replay;
+    `expired_values`: null (default: a value older than its view's ttl is not served), or keep (stock Feast's behaviour).
+    """
+
+    type: Literal[_TYPE] = _TYPE  # type: ignore[valid-type]  # Feast wants each store to narrow it
+    clock: Literal["wall", "replay"] = "wall"
+    expired_values: Literal["null", "keep"] = "null"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        require_expanded(values, "online_store")
+        values = with_defaults(values)
+        if values.get("clock", "wall") not in CLOCK_MODES:
+            raise UsageError("online_store.clock is not a clock", value=values["clock"], valid=CLOCK_MODES)
+        for option, reason in _REFUSED.items():
+            if values.get(option):
+                raise UsageError(f"online_store.{option} cannot be used: {reason}", next_step="remove it")
+        if values.get("client", "redis") != "redis":
+            raise UsageError("online_store.client is not supported", value=values["client"], valid=["redis"])
+        return values
+
+    @field_validator("expired_values", mode="before")
+    @classmethod
+    def _unquoted_null(cls, value: Any) -> Any:
+        return "null" if value is None else value  # YAML reads an unquoted null as nothing
+
+
+_REFUSED = {
+    "skip_dedup": "an older row could overwrite a newer one",
+    "key_ttl_seconds": "it expires all views of an entity at once; a view's own ttl is honoured at read",
+}
+
+
+class PredictFlowOnlineStore(RedisOnlineStore):
+    """See the module. Feast makes one per FeatureStore; nothing connects before the first read or write."""
+
+    def __init__(self) -> None:
+        self._client_loop: AbstractEventLoop | None = None
+        self._readers: dict[Any, tuple[Any, ReadPlan]] = {}
+
+    # --- connections --------------------------------------------------------------------------------------------------
+
+    def _get_client(self, online_store_config: RedisOnlineStoreConfig) -> Any:
+        if online_store_config.redis_type != RedisType.redis:
+            return super()._get_client(online_store_config)
+        if self._client is None:
+            self._client = connect(online_store_config.connection_string)
+        return self._client
+
+    async def _get_client_async(self, online_store_config: RedisOnlineStoreConfig) -> Any:
+        loop = get_running_loop()
+        if self._client_loop is not loop:  # an asyncio client is bound to the loop that first used it
+            self._client_async, self._client_loop = None, loop
+        if online_store_config.redis_type != RedisType.redis:
+            return await super()._get_client_async(online_store_config)
+        if self._client_async is None:
+            self._client_async = connect_async(online_store_config.connection_string)
+        return self._client_async
+
+    # --- writes -------------------------------------------------------------------------------------------------------
+
+    def online_write_batch(
+        self, config: RepoConfig, table: FeatureView, data: list[Row], progress: Callable[[int], Any] | None
+    ) -> None:
+        """Writes rows; of each key the greatest (event time, created) stays, whatever the order of rows and writers.
+
+        A row without `created` counts as known at its event time; of equal pairs the last write stays. Rows of a
+        windowed view without a window state are left out and logged. Safe to repeat. DataError for a null join key,
+        UnavailableError when Redis does not answer (rows of earlier batches are then written).
+        """
+        skipped, commands = self._commands(config, table, data)
+        for replies in run_script(self._get_client(config.online_store), NEWEST_WINS, commands):
+            if progress:
+                progress(len(replies))
+        if progress and skipped:
+            progress(skipped)
+
+    async def online_write_batch_async(
+        self, config: RepoConfig, table: FeatureView, data: list[Row], progress: Callable[[int], Any] | None
+    ) -> None:
+        """As `online_write_batch`."""
+        _, commands = self._commands(config, table, data)
+        await arun_script(await self._get_client_async(config.online_store), NEWEST_WINS, commands)
+        if progress:
+            progress(len(data))
+
+    def _commands(self, config: RepoConfig, table: FeatureView, data: list[Row]) -> tuple[int, Iterator[Command]]:
+        """How many rows are left out, and the writes of the others."""
+        rows = data
+        if definition_of(table) is not None:
+            rows = [row for row in data if STATE_FIELD in row[1] and row[1][STATE_FIELD].bytes_val]
+            if len(rows) < len(data):
+                log.warning(
+                    "%s: %d of %d rows have no window state and are not written; to fill it from history: "
+                    "predictflow windows bootstrap %s",
+                    table.name,
+                    len(data) - len(rows),
+                    len(data),
+                    table.name,
+                )
+        return len(data) - len(rows), self._encoded(config, table, rows)
+
+    def _encoded(self, config: RepoConfig, table: FeatureView, rows: list[Row]) -> Iterator[Command]:
+        encoder = RowEncoder(_stored_name(config, table))
+        for entity_key, values, event, created in rows:
+            yield encoder.encode(
+                _key(config, table, entity_key),
+                {name: value.SerializeToString() for name, value in values.items()},
+                nanos_of(event),
+                None if created is None or created != created else nanos_of(created),  # NaT differs from itself
+            )
+
+    # --- reads --------------------------------------------------------------------------------------------------------
+
+    def get_online_features(
+        self,
+        config: RepoConfig,
+        features: list[str] | FeatureService,
+        entity_rows: list[dict[str, Any]] | Mapping[str, Any],
+        registry: BaseRegistry,
+        project: str,
+        full_feature_names: bool = False,
+        include_feature_view_version_metadata: bool = False,
+    ) -> OnlineResponse:
+        """Feast's read, with true statuses, ttl and windowed values at the clock; every status but PRESENT has no value."""
+        try:
+            plan = self._plan(config, registry, project, features, full_feature_names)
+        except OnDemandViewError:  # Feast computes these, from inputs that _read_features_per_fv below reads
+            return super().get_online_features(
+                config,
+                features,
+                entity_rows,
+                registry,
+                project,
+                full_feature_names,
+                include_feature_view_version_metadata,
+            )
+        columns, entities = online_response.entities_of(plan, entity_rows)
+        replies, t_us = self._reader(config, plan).fetch(entities)
+        return online_response.of_rows(plan, columns, plan.at(replies, t_us)[1], include_feature_view_version_metadata)
+
+    async def get_online_features_async(
+        self,
+        config: RepoConfig,
+        features: list[str] | FeatureService,
+        entity_rows: list[dict[str, Any]] | Mapping[str, Any],
+        registry: BaseRegistry,
+        project: str,
+        full_feature_names: bool = False,
+        include_feature_view_version_metadata: bool = False,
+    ) -> OnlineResponse:
+        """As `get_online_features`."""
+        try:
+            plan = self._plan(config, registry, project, features, full_feature_names)
+        except OnDemandViewError:
+            return await super().get_online_features_async(
+                config,
+                features,
+                entity_rows,
+                registry,
+                project,
+                full_feature_names,
+                include_feature_view_version_metadata,
+            )
+        columns, entities = online_response.entities_of(plan, entity_rows)
+        replies, t_us = await (await self._areader(config, plan)).afetch(entities)
+        return online_response.of_rows(plan, columns, plan.at(replies, t_us)[1], include_feature_view_version_metadata)
+
+    def _read_features_per_fv(
+        self,
+        config: RepoConfig,
+        grouped_refs: Sequence[tuple[FeatureView, list[str]]],
+        join_key_values: dict[str, list[Value]],
+        entity_name_to_join_key_map: dict[str, str],  # Feast's signature
+        online_features_response: GetOnlineFeaturesResponse,
+        full_feature_names: bool,
+        include_feature_view_version_metadata: bool,
+    ) -> None:
+        plan = ReadPlan.of_views(config, config.project, grouped_refs, full_feature_names)
+        _, entities = online_response.entities_of(plan, join_key_values)
+        replies, t_us = self._reader(config, plan).fetch(entities)
+        online_response.fill(
+            online_features_response, plan, plan.at(replies, t_us)[1], include_feature_view_version_metadata
+        )
+
+    async def _read_features_per_fv_async(
+        self,
+        config: RepoConfig,
+        grouped_refs: Sequence[tuple[FeatureView, list[str]]],
+        join_key_values: dict[str, list[Value]],
+        entity_name_to_join_key_map: dict[str, str],  # Feast's signature
+        online_features_response: GetOnlineFeaturesResponse,
+        full_feature_names: bool,
+        include_feature_view_version_metadata: bool,
+    ) -> None:
+        plan = ReadPlan.of_views(config, config.project, grouped_refs, full_feature_names)
+        _, entities = online_response.entities_of(plan, join_key_values)
+        replies, t_us = await (await self._areader(config, plan)).afetch(entities)
+        online_response.fill(
+            online_features_response, plan, plan.at(replies, t_us)[1], include_feature_view_version_metadata
+        )
+
+    def online_read(
+        self,
+        config: RepoConfig,
+        table: FeatureView,
+        entity_keys: list[EntityKey],
+        requested_features: list[str] | None = None,
+    ) -> list[ReadRow]:
+        """Feast's read of one view: (event time, values); (None, None) where nothing was ever written.
+
+        Values as `get_online_features` gives them; an expired one is empty, `window_state` comes as stored.
+        """
+        plan, requests = _plan_of_keys(config, table, entity_keys, requested_features)
+        replies, t_us = self._reader(config, plan).fetch_keys(requests)
+        return online_response.read_rows(plan, plan.at(replies, t_us)[1])
+
+    async def online_read_async(
+        self,
+        config: RepoConfig,
+        table: FeatureView,
+        entity_keys: list[EntityKey],
+        requested_features: list[str] | None = None,
+    ) -> list[ReadRow]:
+        """As `online_read`."""
+        plan, requests = _plan_of_keys(config, table, entity_keys, requested_features)
+        replies, t_us = await (await self._areader(config, plan)).afetch_keys(requests)
+        return online_response.read_rows(plan, plan.at(replies, t_us)[1])
+
+    def _reader(self, config: RepoConfig, plan: ReadPlan) -> OnlineReader:
+        return OnlineReader(plan, self._get_client(config.online_store), plan.project, config.online_store.clock)
+
+    async def _areader(self, config: RepoConfig, plan: ReadPlan) -> OnlineReader:
+        client = await self._get_client_async(config.online_store)
+        return OnlineReader(plan, client, plan.project, config.online_store.clock)
+
+    def _plan(
+        self,
+        config: RepoConfig,
+        registry: BaseRegistry,
+        project: str,
+        features: list[str] | FeatureService,
+        full_feature_names: bool,
+    ) -> ReadPlan:
+        """The compiled plan, kept until the registry's cache is refreshed."""
+        asked = tuple(features) if isinstance(features, list) else (features.name, None)
+        version = getattr(registry, "cached_registry_proto_created", None)
+        key = (asked, project, full_feature_names)
+        fresh = version is not None and registry.is_cache_valid()
+        kept = self._readers.get(key)
+        if fresh and kept is not None and kept[0] == version:
+            return kept[1]
+        plan = ReadPlan.of_registry(config, registry, project, features, full_feature_names)
+        if fresh:
+            if len(self._readers) >= 256:
+                self._readers.clear()
+            self._readers[key] = (version, plan)
+        return plan
+
+    # --- what `feast apply` and `feast teardown` change ---------------------------------------------------------------
+
+    def update(
+        self,
+        config: RepoConfig,
+        tables_to_delete: Sequence[FeatureView],
+        tables_to_keep: Sequence[FeatureView],
+        entities_to_delete: Sequence[Entity],
+        entities_to_keep: Sequence[Entity],
+        partial: bool,
+    ) -> None:
+        """The top of `feast apply`: removes dropped views from Redis, registers features and lineage in the catalogue.
+
+        DefinitionError for features that would share a hash field, before anything changes. Safe to repeat.
+        """
+        from feature_store.apply_hook import record_apply_of_store
+
+        # Feast passes no time; an apply happens when a person runs it, whatever clock the data follows.
+        record_apply_of_store(config, tables_to_keep, WallClock().now(), deleted_views=tables_to_delete)
+        super().update(config, tables_to_delete, tables_to_keep, entities_to_delete, entities_to_keep, partial)
+
+    def teardown(self, config: RepoConfig, tables: Sequence[FeatureView], entities: Sequence[Entity]) -> None:
+        """Removes all of this project from Redis: every entity of `tables`, and the replay clock. Safe to repeat."""
+        super().teardown(config, tables, entities)
+        client = self._get_client(config.online_store)
+        with answering(client):
+            client.delete(replay_clock_key(config.project))
+
+    def delete_table(self, config: RepoConfig, table: FeatureView) -> None:
+        """Removes one view from every entity of this project. Safe to repeat and beside writers of other views."""
+        stored = _stored_name(config, table)
+        names = dict.fromkeys([*(f.name for f in table.features), STATE_FIELD])
+        fields = [timestamp_field(stored), pair_field(stored), *(feature_field(stored, n) for n in names)]
+        client = self._get_client(config.online_store)
+        keys = self._keys_of(client, config.project, table.join_keys)
+        for _ in run_script(client, DROP_VIEW, (Command(key, fields) for key in keys)):
+            pass
+
+    def delete_entity_values(self, config: RepoConfig, join_keys: list[str]) -> None:
+        """Removes every view of every entity with these join keys, of this project only. Safe to repeat."""
+        client = self._get_client(config.online_store)
+        with answering(client):
+            for key in self._keys_of(client, config.project, join_keys):
+                client.unlink(key)
+
+    def _keys_of(self, client: Any, project: str, join_keys: Sequence[str]) -> Iterator[bytes]:
+        # Feast matches by a glob of prefix and suffix alone: bytes of a key can be wildcards, and a project's name can
+        # end in another's, so each key is parsed.
+        wanted = sorted(join_keys) or [DUMMY_ENTITY_ID]
+        with answering(client):
+            for key in client.scan_iter(match=b"*" + _literal(project.encode()), count=1000):
+                if join_keys_of(key, project) == wanted:
+                    yield key
+
+
+def _key(config: RepoConfig, table: FeatureView, entity_key: EntityKey) -> bytes:
+    """The Redis key. Feast's write API leaves out the constant key of an entity-less view under which Feast reads it."""
+    try:
+        return serialize_entity_key(entity_key if entity_key.join_keys else _NO_ENTITY, 3) + config.project.encode()
+    except ValueError as e:
+        parts = zip(entity_key.join_keys, entity_key.entity_values)
+        shown = ", ".join(f"{name}: {value.WhichOneof('val') or 'null'}" for name, value in parts)
+        raise DataError(f"{table.name}: this entity key cannot be kept online", value=shown) from e
+
+
+def _plan_of_keys(
+    config: RepoConfig, table: FeatureView, entity_keys: list[EntityKey], names: list[str] | None
+) -> tuple[ReadPlan, list[tuple[bytes, list[bytes]]]]:
+    plan = ReadPlan.of_views(config, config.project, [(table, names or [f.name for f in table.features])])
+    (view,) = plan.view_plans
+    return plan, [(_key(config, table, key), view.fields) for key in entity_keys]
+
+
+def _stored_name(config: RepoConfig, table: FeatureView) -> str:
+    name: str = compute_versioned_name(table, config.registry.enable_online_feature_view_versioning)
+    return name
+
+
+def _literal(text: bytes) -> bytes:
+    """`text` for a glob that matches it alone."""
+    return b"".join(b"\\" + bytes([c]) if c in b"\\*?[]^-" else bytes([c]) for c in text)

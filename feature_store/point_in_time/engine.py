@@ -1,0 +1,71 @@
+"""DuckDB as the engine of the offline store: connections with bounded memory, SQL quoting, errors in our words."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import duckdb
+
+from feature_store.errors import DataError
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """How much of the machine a query may take. None: DuckDB's own default (80% of memory, all cores)."""
+
+    memory_limit: str | None = None
+    threads: int | None = None
+    temp_directory: str | None = None
+
+
+@contextmanager
+def connect(settings: EngineSettings) -> Iterator[duckdb.DuckDBPyConnection]:
+    """A private in-memory database in UTC that spills to a directory of its own, removed afterwards."""
+    with tempfile.TemporaryDirectory(prefix="predictflow-", dir=settings.temp_directory) as spill:
+        # Python variables must not be readable as tables: a misspelt source would find whatever is in scope.
+        config: dict[str, str | bool | int | float | list[str]] = {
+            "temp_directory": spill,
+            "python_enable_replacements": "false",
+        }
+        if settings.memory_limit:
+            config["memory_limit"] = settings.memory_limit
+        if settings.threads:
+            config["threads"] = settings.threads
+        con = duckdb.connect(config=config)
+        try:
+            con.execute("SET TimeZone = 'UTC'")
+            yield con
+        finally:
+            con.close()
+
+
+@contextmanager
+def reading(what: str) -> Iterator[None]:
+    """Turns DuckDB's errors into one DataError line that starts with `what` (a view or source, and its path)."""
+    try:
+        yield
+    except duckdb.OutOfMemoryException as e:
+        raise DataError(
+            f"{what}: out of memory: {_first_line(e)}",
+            next_step="raise offline_store.memory_limit in feature_store.yaml",
+        ) from e
+    except duckdb.Error as e:
+        raise DataError(f"{what}: {_first_line(e)}") from e
+
+
+def ident(name: str) -> str:
+    """`name` as a quoted SQL identifier."""
+    return '"' + name.replace('"', '""') + '"'
+
+
+def text(value: str) -> str:
+    """`value` as an SQL string literal."""
+    return "'" + value.replace("'", "''") + "'"
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

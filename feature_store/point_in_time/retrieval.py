@@ -1,0 +1,101 @@
+"""A whole retrieval: entity rows in, the same rows with every view's features out; and rows for entity-less retrieval."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import datetime
+
+import duckdb
+import pyarrow as pa
+
+from feature_store.clock import to_micros
+from feature_store.errors import UsageError
+from feature_store.point_in_time.engine import ident, reading
+from feature_store.point_in_time.entities import EVENT_TIMESTAMP, EntityRows
+from feature_store.point_in_time.join import join_view
+from feature_store.point_in_time.request import ViewRequest
+from feature_store.point_in_time.source import open_source
+from feature_store.point_in_time.types import ns_per_tick, ticks
+from feature_store.point_in_time.windowed import open_events, window_values
+
+
+def retrieve(
+    con: duckdb.DuckDBPyConnection, requests: Sequence[ViewRequest], entities: EntityRows, as_known: bool
+) -> pa.Table:
+    """The entity rows, each exactly once, in their order and with their columns, followed by the features.
+
+    Windowed values are always as known by t; `as_known` extends that to row views.
+    """
+    result = entities.table.combine_chunks()
+    for request in requests:
+        if request.definition is not None:
+            found = window_values(con, request, entities.table, entities.t_ns)
+        else:
+            found = join_view(con, request, entities.table, entities.t_ns, as_known)
+        for name in found.column_names:
+            result = result.append_column(name, found.column(name))
+    return result
+
+
+def known_keys(
+    con: duckdb.DuckDBPyConnection,
+    requests: Sequence[ViewRequest],
+    start: datetime | None,
+    end: datetime,
+    as_known: bool,
+) -> pa.Table:
+    """Rows for entity-less retrieval: each key with a row or event in [start, end], once, at `end`, in key order.
+
+    The views must share one set of join keys, or have subsets of it; UsageError otherwise.
+    """
+    widest = max((tuple(k.entity for k in r.keys) for r in requests), key=len)
+    for r in requests:
+        if not {k.entity for k in r.keys} <= set(widest):
+            raise UsageError(
+                "retrieval without entity rows needs views with one set of join keys",
+                value=[k.entity for k in r.keys],
+                valid=widest,
+                next_step="pass entity_df",
+            )
+    selects = [
+        _keys_sql(con, r, widest, start, end, as_known) for r in requests if {k.entity for k in r.keys} == set(widest)
+    ]
+    columns = ", ".join(ident(k) for k in widest)
+    with reading("retrieval without entity rows"):
+        if widest:
+            keys = con.sql(f"SELECT DISTINCT {columns} FROM ({' UNION ALL '.join(selects)}) ORDER BY {columns}")
+            table = keys.to_arrow_table()
+        else:
+            table = pa.table({})
+    rows = table.num_rows if widest else 1
+    return table.append_column(EVENT_TIMESTAMP, pa.array([to_micros(end)] * rows, pa.timestamp("us", "UTC")))
+
+
+def _keys_sql(
+    con: duckdb.DuckDBPyConnection,
+    request: ViewRequest,
+    keys: Sequence[str],
+    start: datetime | None,
+    end: datetime,
+    as_known: bool,
+) -> str:
+    windowed = request.definition is not None
+    source = (
+        open_events(con, request) if windowed else open_source(con, request.label, [request.place], request.next_step)
+    )
+    conditions = [f"{ident(k.source)} IS NOT NULL" for k in request.keys]
+    created = "_visible_at" if windowed else request.created if as_known else None
+    for column, operator, bound in (
+        (request.timestamp, ">=", start),
+        (request.timestamp, "<=", end),
+        (created, "<=", end),
+    ):
+        if column and bound is not None:
+            sql_type = source.require_time(column, "time")
+            tick = to_micros(bound) * 1000 // ns_per_tick(sql_type)
+            conditions.append(f"{ticks(ident(column), sql_type)} {operator} {tick}")
+    if windowed:
+        conditions.append("_dropped IS NULL")
+    by_entity = {k.entity: k.source for k in request.keys}
+    selected = ", ".join(f"{ident(by_entity[k])} AS {ident(k)}" for k in keys)
+    return f"SELECT {selected} FROM {source.relation} WHERE {' AND '.join(conditions)}"

@@ -1,0 +1,119 @@
+"""A view's Parquet files: where they are, which columns they hold, and the SQL that reads them.
+
+Files are listed by us, not globbed by the engine: names that begin with `.` or `_` are unfinished or foreign and never
+read. Columns are united by name, so a feature added later reads as null from older files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlparse
+
+import duckdb
+
+from feature_store.errors import DataError, NotFoundError
+from feature_store.point_in_time.engine import ident, reading, text
+from feature_store.point_in_time.types import kind
+
+if TYPE_CHECKING:
+    from feast import RepoConfig
+
+ROW = ("file_index", "file_row_number")
+"""The engine's virtual columns that name one stored row: index into the list of files, and position in the file."""
+
+
+@dataclass(frozen=True)
+class ParquetSource:
+    """Readable Parquet: `label` names it in messages, `columns` maps each column to its DuckDB type."""
+
+    label: str
+    files: tuple[str, ...]
+    columns: dict[str, str]
+
+    @property
+    def relation(self) -> str:
+        """The SQL table function over all files."""
+        return _read(self.files)
+
+    def require(self, column: str, what: str) -> str:
+        """The DuckDB type of `column`; DataError when no file holds it."""
+        if column not in self.columns:
+            raise DataError(f"{self.label}: no file holds the column of {what}", value=column, valid=self.columns)
+        return self.columns[column]
+
+    def require_time(self, column: str, what: str) -> str:
+        """The DuckDB type of a time column; DataError when it is missing or no time."""
+        sql_type = self.require(column, what)
+        if kind(sql_type) != "time":
+            raise DataError(f"{self.label}: {what} {column!r} is no timestamp", value=sql_type)
+        return sql_type
+
+
+def resolve(config: RepoConfig, path: str) -> str:
+    """The place of a source path: URIs and absolute paths stay, relative ones are below `offline_store.path`."""
+    if is_uri(path) or Path(path).is_absolute():
+        return path
+    base = getattr(config.offline_store, "path", None) or ""
+    if is_uri(base):
+        return f"{base.rstrip('/')}/{path}"
+    return str(Path(config.repo_path or ".") / base / path)
+
+
+def is_uri(path: str) -> bool:
+    """Whether `path` names a remote place such as `s3://bucket/key`."""
+    parsed = urlparse(path)
+    return bool(parsed.scheme and parsed.netloc) and " " not in path
+
+
+def parquet_files(place: str) -> tuple[str, ...]:
+    """All finished Parquet files at `place` (a file, directory, glob or URI), sorted by name; empty when none."""
+    if is_uri(place):
+        return (place if place.endswith(".parquet") or "*" in place else f"{place.rstrip('/')}/**/*.parquet",)
+    path = Path(place)
+    if path.is_file():
+        return (str(path),)
+    if path.is_dir():
+        return tuple(sorted(str(p) for p in path.rglob("*.parquet") if p.is_file() and not _hidden(p, path)))
+    if any(c in place for c in "*?["):
+        root = Path(path.anchor) if path.is_absolute() else Path()
+        found = root.glob(str(path.relative_to(path.anchor)))
+        return tuple(sorted(f for match in found for f in parquet_files(str(match))))
+    return ()
+
+
+def open_source(con: duckdb.DuckDBPyConnection, label: str, places: Sequence[str], next_step: str) -> ParquetSource:
+    """The source over every file at `places`; NotFoundError naming `label`, the first place and `next_step` if none."""
+    files = tuple(f for place in places for f in parquet_files(place))
+    if not files:
+        raise NotFoundError(f"{label}: no Parquet files", value=places[0], next_step=next_step)
+    with reading(f"{label} ({places[0]})"):
+        rows = con.execute(f"DESCRIBE SELECT * FROM {_read(files)}").fetchall()
+    return ParquetSource(f"{label} ({places[0]})", files, {str(r[0]): str(r[1]) for r in rows})
+
+
+def file_path(source: Any) -> str:
+    """The path of a Feast FileSource; DataError for a source of another kind."""
+    path = getattr(source, "path", None)
+    if not isinstance(path, str) or not path:
+        raise DataError("not a file source", value=type(source).__name__, next_step="use feast.FileSource(path=...)")
+    return path
+
+
+def _read(files: Sequence[str]) -> str:
+    return f"read_parquet([{', '.join(text(f) for f in files)}], union_by_name = true)"
+
+
+def _hidden(path: Path, root: Path) -> bool:
+    return any(part.startswith((".", "_")) for part in _parts(path, root))
+
+
+def _parts(path: Path, root: Path) -> Iterator[str]:
+    yield from path.relative_to(root).parts
+
+
+def quoted(columns: Sequence[str]) -> str:
+    """Column names as an SQL list."""
+    return ", ".join(ident(c) for c in columns)

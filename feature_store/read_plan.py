@@ -1,0 +1,276 @@
+"""One compiled online read per feature service: which hashes to ask Redis for, and what the answers mean at time t."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import TYPE_CHECKING, Any
+
+from feature_store.clock import ClockMode, WallClock, from_micros, replay_clock_key, to_micros
+from feature_store.errors import UnavailableError, UsageError
+from feature_store.redis_connection import answering
+from feature_store.redis_layout import KeyLayout, KeyPart, datetime_of
+from feature_store.view_plan import ViewPlan, ViewRow, python_value, resolve
+
+if TYPE_CHECKING:
+    import redis
+    import redis.asyncio
+    from feast import FeatureService, FeatureStore, FeatureView, RepoConfig
+    from feast.infra.registry.base_registry import BaseRegistry
+
+Entity = Mapping[str, object]
+Reply = Sequence[bytes | None]
+Requests = Sequence[tuple[bytes, list[bytes]]]
+
+
+class AtTooEarlyError(UsageError):
+    """A read at a time before the newest applied event: what was known then can no longer be told online."""
+
+    code = "at_too_early"
+
+
+class ClockNotSetError(UnavailableError):
+    """`replay` before anything set the clock."""
+
+    code = "clock_not_set"
+
+
+@dataclass(slots=True)
+class ViewRead:
+    """The row of one view that was read. `created` None: unknown; `offsets` and `visible_at`: of a window state only."""
+
+    event_timestamp: datetime | None
+    created: datetime | None
+    offsets: dict[int, int] | None
+    visible_at: datetime | None
+
+
+@dataclass(slots=True)
+class OnlineRow:
+    """One entity row's answer, by result name (`views`: by view). Values are None unless the status is PRESENT."""
+
+    entity: dict[str, object]
+    values: dict[str, object]
+    statuses: dict[str, str]
+    event_timestamps: dict[str, datetime | None]
+    views: dict[str, ViewRead]
+
+
+@dataclass(slots=True)
+class OnlineRows:
+    """Rows in the order asked for, all read at one time `t` (UTC)."""
+
+    t: datetime
+    rows: list[OnlineRow]
+
+
+class ReadPlan:
+    """Immutable; no I/O after `compile`, which reads the registry (cached).
+
+    `feature_names`: the result names, in the order asked for; `join_keys`: what every entity row must hold;
+    `references`: result name -> (view, feature), where view is the key of `OnlineRow.views`;
+    `views`: that key -> name of the feature view (they differ where a service gave the view an alias or a version).
+    """
+
+    def __init__(self, project: str, views: Sequence[ViewPlan]) -> None:
+        self.project = project
+        self.view_plans = list(views)
+        self.feature_names = [f.result for v in views for f in v.features]
+        self.references = {f.result: (v.name, f.name) for v in views for f in v.features}
+        self.views = {v.name: v.view for v in views}
+        groups: dict[tuple[KeyPart, ...], list[ViewPlan]] = {}
+        for view in views:
+            groups.setdefault(view.key_parts, []).append(view)
+        # Views of one key share one hash, so one HMGET reads them all.
+        self._groups = [(KeyLayout(project, parts), members) for parts, members in groups.items()]
+        self._fields = [[f for v in members for f in v.fields] for _, members in self._groups]
+        names = (p.requested for layout, _ in self._groups for p in layout.parts if p.requested is not None)
+        self.join_keys: list[str] = list(dict.fromkeys(names))
+        self._join_keys = frozenset(self.join_keys)
+
+    @classmethod
+    def compile(
+        cls, store: FeatureStore, features: FeatureService | Sequence[str], full_feature_names: bool = False
+    ) -> ReadPlan:
+        """The plan of a feature service, or of `view:feature` references. NotFoundError or UsageError for wrong ones."""
+        return cls.of_registry(store.config, store.registry, store.project, features, full_feature_names)
+
+    @classmethod
+    def of_registry(
+        cls,
+        config: RepoConfig,
+        registry: BaseRegistry,
+        project: str,
+        features: FeatureService | Sequence[str],
+        full_feature_names: bool = False,
+    ) -> ReadPlan:
+        """As `compile`, from the parts of a FeatureStore."""
+        return cls.of_views(
+            config, project, resolve(registry, project, features, full_feature_names), full_feature_names
+        )
+
+    @classmethod
+    def of_views(
+        cls,
+        config: RepoConfig,
+        project: str,
+        wanted: Sequence[tuple[FeatureView, Sequence[str]]],
+        full_feature_names: bool = False,
+    ) -> ReadPlan:
+        """The plan of views that are already resolved, each with the names of the features to read."""
+        if config.entity_key_serialization_version != 3:
+            raise UsageError(
+                "entity_key_serialization_version is not supported",
+                value=config.entity_key_serialization_version,
+                valid=[3],
+                next_step="set it in feature_store.yaml",
+            )
+        return cls(project, [ViewPlan(view, names, config, full_feature_names) for view, names in wanted])
+
+    def requests(self, entities: Sequence[Entity]) -> list[tuple[bytes, list[bytes]]]:
+        """(key, fields) of each HMGET: per entity row, one for each set of join keys among the views.
+
+        UsageError for a missing or unknown join key and for a value of the wrong type. A null value finds nothing.
+        """
+        out = []
+        for i, entity in enumerate(entities):
+            if entity.keys() != self._join_keys:
+                self._refuse(i, entity)
+            for (layout, _), fields in zip(self._groups, self._fields):
+                out.append((layout.encode(entity, i), fields))
+        return out
+
+    def _refuse(self, i: int, entity: Entity) -> None:
+        for name in self.join_keys:
+            if name not in entity:
+                raise UsageError(
+                    f"entity row {i}: join key {name} is missing", value=sorted(map(str, entity)), valid=self.join_keys
+                )
+        unknown = next(name for name in entity if name not in self._join_keys)
+        raise UsageError(f"entity row {i}: unknown join key", value=unknown, valid=self.join_keys)
+
+    def at(self, replies: Sequence[Reply], t_us: int) -> tuple[int, list[list[ViewRow]]]:
+        """t, then per entity row the answer of each view in `view_plans`.
+
+        t is `t_us`, or the newest `visible_at` of the states read where that is later: a state cannot tell what was
+        known before its last event.
+        """
+        width = len(self._groups)
+        held: list[list[Any]] = []
+        for start in range(0, len(replies), width):
+            row = []
+            for (_, members), reply in zip(self._groups, replies[start : start + width]):
+                i = 0
+                for view in members:
+                    parsed = view.parse(reply[i : i + len(view.fields)])
+                    i += len(view.fields)
+                    if parsed.state is not None:
+                        t_us = max(t_us, parsed.state.visible_at)
+                    row.append((view, parsed))
+            held.append(row)
+        answers = [{id(view): view.at(parsed, t_us) for view, parsed in row} for row in held]
+        return t_us, [[row[id(view)] for view in self.view_plans] for row in answers]
+
+    def decode(self, entities: Sequence[Entity], replies: Sequence[Reply], t_us: int) -> OnlineRows:
+        """What `replies` to `requests(entities)` say at `t_us` (microseconds since the epoch), or later: see `at`."""
+        t_us, answers = self.at(replies, t_us)
+        return OnlineRows(from_micros(t_us), [self._row(e, views) for e, views in zip(entities, answers)])
+
+    def _row(self, entity: Entity, answers: list[ViewRow]) -> OnlineRow:
+        row = OnlineRow(dict(entity), {}, {}, {}, {})
+        for view, answer in zip(self.view_plans, answers):
+            time = None if answer.event_ns is None else datetime_of(answer.event_ns)
+            state = answer.state
+            row.views[view.name] = ViewRead(
+                time,
+                None if answer.created_ns is None else datetime_of(answer.created_ns),
+                None if state is None else dict(state.offsets),
+                None if state is None else from_micros(state.visible_at),
+            )
+            for feature, cell in zip(view.features, answer.cells):
+                row.statuses[feature.result], row.values[feature.result] = python_value(feature, cell)
+                row.event_timestamps[feature.result] = time
+        return row
+
+
+class OnlineReader:
+    """Plan + Redis + clock: one round trip per read. Safe to share between threads, as its Redis client is.
+
+    `redis`: a client that returns bytes; `read` needs a blocking one, `aread` an asyncio one.
+    """
+
+    def __init__(
+        self, plan: ReadPlan, redis: redis.Redis | redis.asyncio.Redis, project: str, clock: ClockMode
+    ) -> None:
+        self.plan = plan
+        self._redis: Any = redis
+        self._clock = clock
+        self._clock_key = replay_clock_key(project)
+
+    def read(self, entities: Sequence[Entity], at: datetime | None = None) -> OnlineRows:
+        """Values and statuses of `entities` at the clock, or at `at` (replay only, not before the clock).
+
+        UsageError for wrong entities or `at`; UnavailableError when Redis does not answer. Changes nothing.
+        """
+        replies, t_us = self.fetch(entities, at)
+        return self.plan.decode(entities, replies, t_us)
+
+    async def aread(self, entities: Sequence[Entity], at: datetime | None = None) -> OnlineRows:
+        """As `read`, on an asyncio client."""
+        replies, t_us = await self.afetch(entities, at)
+        return self.plan.decode(entities, replies, t_us)
+
+    def fetch(self, entities: Sequence[Entity], at: datetime | None = None) -> tuple[list[Reply], int]:
+        """The raw replies and the time to read them at, in microseconds: what `ReadPlan.at` and `decode` take."""
+        return self.fetch_keys(self.plan.requests(entities), at)
+
+    async def afetch(self, entities: Sequence[Entity], at: datetime | None = None) -> tuple[list[Reply], int]:
+        """As `fetch`, on an asyncio client."""
+        return await self.afetch_keys(self.plan.requests(entities), at)
+
+    def fetch_keys(self, requests: Requests, at: datetime | None = None) -> tuple[list[Reply], int]:
+        """As `fetch`, for requests whose keys the caller made."""
+        pipe = self._pipeline(requests, at)
+        with answering(self._redis):
+            return self._answer(pipe.execute() if len(pipe) else [], at)
+
+    async def afetch_keys(self, requests: Requests, at: datetime | None = None) -> tuple[list[Reply], int]:
+        """As `fetch_keys`, on an asyncio client."""
+        pipe = self._pipeline(requests, at)
+        with answering(self._redis):
+            return self._answer(await pipe.execute() if len(pipe) else [], at)
+
+    def _pipeline(self, requests: Requests, at: datetime | None) -> Any:
+        if at is not None and self._clock != "replay":
+            raise UsageError(
+                "`at` needs the replay clock",
+                value=at.isoformat(),
+                next_step="leave it out, or PREDICTFLOW_CLOCK=replay",
+            )
+        pipe = self._redis.pipeline(transaction=False)
+        if self._clock == "replay":
+            pipe.get(self._clock_key)  # before the states: what it says was applied is in them
+        for key, fields in requests:
+            pipe.execute_command("HMGET", key, *fields)
+        return pipe
+
+    def _answer(self, replies: list[Any], at: datetime | None) -> tuple[list[Reply], int]:
+        if self._clock != "replay":
+            return replies, to_micros(WallClock().now())
+        clock = None if replies[0] is None else int(replies[0])
+        if at is not None:
+            t_us = to_micros(at)
+            if clock is not None and t_us < clock:
+                raise AtTooEarlyError(
+                    "`at` is before the newest applied event",
+                    value=at.isoformat(),
+                    next_step=f"read at {from_micros(clock).isoformat()} or later",
+                )
+            return replies[1:], t_us
+        if clock is None:
+            raise ClockNotSetError(
+                f"the replay clock of project {self.plan.project} is not set",
+                next_step="`predictflow windows bootstrap` sets it; PREDICTFLOW_CLOCK=wall uses the machine's",
+            )
+        return replies[1:], clock

@@ -1,0 +1,316 @@
+"""The Kafka consumer that keeps windowed views current: effectively once, whatever stops it.
+
+Per micro-batch: check messages (bad ones to the dead-letter topic) → load states → log the events → write states and
+values → advance the replay clock → commit offsets. Offsets are committed last; whatever is delivered again is recognised
+by the offsets within each state and by the log, so that a kill anywhere neither loses nor double-counts.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from feature_store.clock import Clock, ClockMode, WallClock, to_micros
+from feature_store.dead_letters import DeadLetter, DeadLetterWriter, dead_letter_topic
+from feature_store.errors import DataError, NotFoundError, UnavailableError
+from feature_store.stream_metrics import StreamMetrics
+from feature_store.stream_view import BatchResult, Raw, StreamView
+from feature_store.topic import client_config, ensure_topic, topic_id
+from feature_store.window_store import windowed_views
+
+if TYPE_CHECKING:
+    from feast import FeatureStore
+
+    from feature_store.registry import FeatureRegistry
+
+log = logging.getLogger(__name__)
+
+DEFAULT_GROUP = "predictflow-sync"
+_POLL_SECONDS = 0.25
+_LONGEST_BACKOFF = 5.0
+_COMPACT_EVERY = 256  # batches
+
+
+@dataclass(frozen=True)
+class SyncOptions:
+    """How one consumer runs. `topic` None: the one topic of the registry's windowed views."""
+
+    bootstrap_servers: str
+    offline_path: str
+    clock: ClockMode
+    group: str = DEFAULT_GROUP
+    topic: str | None = None
+    max_batch: int = 500
+    report_seconds: float = 10.0
+
+
+class Sync:
+    """One consumer of a group. `run` blocks until `stop`, which any thread or signal handler may call."""
+
+    def __init__(
+        self,
+        store: FeatureStore,
+        options: SyncOptions,
+        *,
+        registry: FeatureRegistry | None = None,
+        metrics: StreamMetrics | None = None,
+        wall: Clock | None = None,
+    ) -> None:
+        self.metrics = metrics or StreamMetrics()
+        self.assigned = threading.Event()
+        self._store = store
+        self._options = options
+        self._registry = registry
+        self._wall = wall or WallClock()
+        self._stop = threading.Event()
+        self._config = client_config(options.bootstrap_servers)
+        self._owned: dict[int, int] = {}  # partition -> next offset to commit
+        self._batches = 0
+        self._buffer: list[Any] = []
+
+    def stop(self) -> None:
+        """Ends `run` after the batch in hand."""
+        self._stop.set()
+
+    def run(self) -> None:
+        """Consumes until stopped. Safe to start again after any end, and several times in one group.
+
+        NotFoundError: no such topic or view; DataError: the topic was made anew, or offsets are gone, since the states
+        were written; UnavailableError: no broker at the start. Later a missing server is waited for, and logged.
+        """
+        topic, views = self._views_of_topic()
+        ensure_topic(self._config, topic)
+        ensure_topic(self._config, dead_letter_topic(topic))
+        self._open_views(topic, views)
+        self._record_lineage(topic)
+        self._letters = DeadLetterWriter(self._config, topic)
+        self._topic = topic
+        consumer = self._consumer()
+        try:
+            consumer.subscribe([topic], on_assign=self._on_assign, on_revoke=self._on_revoke, on_lost=self._on_lost)
+            log.info(
+                "group %s reads topic %s into %s", self._options.group, topic, ", ".join(v.name for v in self.views)
+            )
+            self._consume(consumer)
+        finally:
+            consumer.close()
+            log.info("stopped: %s", self.metrics.line())
+
+    # Start
+
+    def _views_of_topic(self) -> tuple[str, list[Any]]:
+        found = windowed_views(self._store)
+        topics = sorted({d.topic for _, d in found})
+        topic = self._options.topic or topics[0]
+        if topic not in topics:
+            raise NotFoundError("no windowed feature view reads this topic", value=topic, valid=topics)
+        if self._options.topic is None and len(topics) > 1:
+            raise NotFoundError("several topics have windowed feature views", valid=topics, next_step="pass --topic")
+        return topic, [v for v, d in found if d.topic == topic]
+
+    def _open_views(self, topic: str, views: Sequence[Any]) -> None:
+        o = self._options
+        now = topic_id(self._config, topic)
+        self.views = [StreamView(self._store, v, o.offline_path, now, o.clock) for v in views]
+        paths = [v.log.directory for v in self.views]
+        for view in self.views:
+            if paths.count(view.log.directory) > 1:
+                raise DataError("two windowed views share one source path", value=str(view.log.directory))
+            before = view.log.topic_id()
+            if before and now and before != now:
+                raise DataError(
+                    f"topic {topic} was deleted and made again since its events were logged",
+                    value=f"id {now}, logged {before}",
+                    next_step=f"`predictflow windows bootstrap {view.name} --rewind`",
+                )
+
+    def _record_lineage(self, topic: str) -> None:
+        if self._registry is not None:
+            edges = [
+                (("topic", topic), ("feature_view", v.name), "windows", v.definition.to_json()) for v in self.views
+            ]
+            self._registry.record_lineage(edges, at=self._wall.now(), run_id=f"sync-{self._options.group}")
+
+    def _consumer(self) -> Any:
+        from confluent_kafka import Consumer
+
+        return Consumer(
+            {
+                **self._config,
+                "group.id": self._options.group,
+                "enable.auto.commit": False,
+                "auto.offset.reset": "error",  # offsets that are gone are lost events: say so
+                "partition.assignment.strategy": "cooperative-sticky",
+                "session.timeout.ms": 6000,  # how long a killed consumer's partitions wait
+                "heartbeat.interval.ms": 2000,
+                "on_commit": _on_commit,
+                "error_cb": lambda e: log.warning("Kafka: %s", e.str()),
+            }
+        )
+
+    # Rebalance: called from within poll, so never while a batch is being applied
+
+    def _on_assign(self, consumer: Any, partitions: list[Any]) -> None:
+        from confluent_kafka import OFFSET_BEGINNING
+
+        for p in consumer.committed(partitions, timeout=30) if partitions else []:
+            if p.error is not None:
+                raise UnavailableError(f"no committed offset of partition {p.partition} ({p.error.str()})")
+            start = max(p.offset, 0)
+            for view in self.views:
+                view.start_partition(p.partition, start)
+            self._owned[p.partition] = start
+            for given in partitions:
+                if given.partition == p.partition:
+                    given.offset = p.offset if p.offset >= 0 else OFFSET_BEGINNING
+        consumer.incremental_assign(partitions)
+        log.info("assigned %s", {p.partition: self._owned[p.partition] for p in partitions})
+        self.assigned.set()
+
+    def _on_revoke(self, consumer: Any, partitions: list[Any]) -> None:
+        self._commit(consumer, [p.partition for p in partitions], wait=True)
+        self._on_lost(consumer, partitions)
+
+    def _on_lost(self, _consumer: Any, partitions: list[Any]) -> None:
+        for p in partitions:
+            self._owned.pop(p.partition, None)
+            self.metrics.lag.labels(str(p.partition)).set(0)
+            for view in self.views:
+                view.stop_partition(p.partition)
+        log.info("gave up %s", sorted(p.partition for p in partitions))
+
+    # Stream
+
+    def _consume(self, consumer: Any) -> None:
+        reported = time.monotonic()
+        while not self._stop.is_set():
+            messages, self._buffer = self._buffer, []
+            if not messages:
+                first = consumer.poll(_POLL_SECONDS)
+                messages = [first] if first is not None else []
+                if messages and self._options.max_batch > 1:
+                    messages += consumer.consume(self._options.max_batch - 1, timeout=0)
+            good = [m for m in messages if self._is_event(m)]
+            if good and self._apply(consumer, good):
+                self._done(consumer, good)
+            if time.monotonic() - reported >= self._options.report_seconds:
+                reported = time.monotonic()
+                log.info(self.metrics.line())
+        self._commit(consumer, list(self._owned), wait=True)
+
+    def _is_event(self, message: Any) -> bool:
+        from confluent_kafka import KafkaError
+
+        error = message.error()
+        if error is None:
+            return message.partition() in self._owned
+        if error.code() == KafkaError._AUTO_OFFSET_RESET:
+            raise DataError(
+                f"topic {self._topic} no longer holds the next event of a partition ({error.str()})",
+                next_step="backfill the history, then `predictflow windows bootstrap`",
+            )
+        if error.code() in (KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError.TOPIC_AUTHORIZATION_FAILED):
+            raise NotFoundError(f"topic cannot be read ({error.str()})", value=self._topic)
+        if error.fatal():
+            raise UnavailableError(f"Kafka: {error.str()}", next_step="start sync again")
+        log.warning("Kafka: %s", error.str())
+        return False
+
+    def _apply(self, consumer: Any, messages: Sequence[Any]) -> bool:
+        """Applies a batch, again and again while a server is away; False when stopped, or all partitions lost, before."""
+        raws = [Raw(m.partition(), m.offset(), m.key(), m.value()) for m in messages]
+        backoff, paused = 0.1, False
+        try:
+            while raws and not self._stop.is_set():
+                try:
+                    with self.metrics.batch_seconds.time():
+                        self._apply_once(raws)
+                    return True
+                except (UnavailableError, OSError) as e:
+                    log.warning("batch not applied, next try in %.1f s: %s", backoff, e)
+                    self.metrics.retries.inc()
+                    # Polling keeps our place in the group; what it returns, of partitions just assigned, comes later.
+                    consumer.pause(consumer.assignment())
+                    paused = True
+                    message = consumer.poll(backoff)
+                    if message is not None:
+                        self._buffer.append(message)
+                    backoff = min(2 * backoff, _LONGEST_BACKOFF)
+                    raws = [r for r in raws if r.partition in self._owned]
+            return False
+        finally:
+            if paused:
+                consumer.resume(consumer.assignment())
+
+    def _apply_once(self, raws: Sequence[Raw]) -> None:
+        newest = 0
+        for view in self.views:
+            now_us = to_micros(self._wall.now()) if self._options.clock == "wall" else view.online.clock_us() or 0
+            result = view.apply(raws, now_us)
+            newest = max(newest, result.clock_us)
+            self._count(view.name, result)
+            for raw, reason in result.refused:
+                letter = DeadLetter(self._topic, raw.partition, raw.offset, reason, view.name, raw.key, raw.value)
+                self._letters.write(letter)
+        if newest and self._options.clock == "replay":
+            self.views[0].online.advance_clock(newest)
+        self._letters.flush()
+
+    def _done(self, consumer: Any, messages: Sequence[Any]) -> None:
+        now = to_micros(self._wall.now())
+        for m in messages:
+            if m.partition() in self._owned:
+                self._owned[m.partition()] = m.offset() + 1
+            kind, produced_ms = m.timestamp()
+            if kind:
+                self.metrics.freshness_seconds.observe(max(0.0, now / 1e6 - produced_ms / 1e3))
+        partitions = {m.partition() for m in messages} & set(self._owned)
+        self._commit(consumer, partitions, wait=False)
+        self._batches += 1
+        for p in partitions:
+            for view in self.views:
+                view.committed(p, self._owned[p])
+                if self._batches % _COMPACT_EVERY == 0:
+                    view.log.compact(p)
+        self._measure_lag(consumer, partitions)
+
+    def _commit(self, consumer: Any, partitions: Any, wait: bool) -> None:
+        from confluent_kafka import KafkaException, TopicPartition
+
+        offsets = [TopicPartition(self._topic, p, self._owned[p]) for p in partitions if self._owned.get(p)]
+        if not offsets:
+            return
+        try:
+            consumer.commit(offsets=offsets, asynchronous=not wait)
+        except KafkaException as e:
+            # Nothing is lost: the next owner gets these events again and recognises them.
+            log.warning("offsets not committed: %s", e.args[0].str())
+
+    def _measure_lag(self, consumer: Any, partitions: Any) -> None:
+        from confluent_kafka import TopicPartition
+
+        for p in partitions:
+            _, high = consumer.get_watermark_offsets(TopicPartition(self._topic, p), cached=True)
+            if high >= 0:
+                self.metrics.lag.labels(str(p)).set(max(0, high - self._owned[p]))
+
+    def _count(self, view: str, result: BatchResult) -> None:
+        outcomes = {
+            "applied": result.applied,
+            "duplicate": result.duplicates,
+            "replayed": result.replayed,
+            "dead_lettered": len(result.refused),
+        }
+        for outcome, n in outcomes.items():
+            self.metrics.events.labels(view, outcome).inc(n)
+        self.metrics.late.labels(view).inc(result.late)
+        self.metrics.without_value.labels(view).inc(result.without_value)
+
+
+def _on_commit(error: Any, _partitions: Any) -> None:
+    if error is not None:
+        log.warning("offsets not committed: %s", error.str())

@@ -1,0 +1,196 @@
+"""Commands of the stream: `sync`, `windows`, `dlq` and `check`."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import click
+
+from feature_store.errors import UsageError
+
+
+@click.command()
+@click.option("--group", default="predictflow-sync", show_default=True, help="Consumer group.")
+@click.option("--topic", default=None, help="Event topic; default: the one of the registry's windowed views.")
+@click.option("--max-batch", type=click.IntRange(min=1), default=500, show_default=True, help="Messages per batch.")
+@click.option("--metrics-port", type=click.IntRange(1, 65535), default=None, help="Serve Prometheus metrics here.")
+def sync(group: str, topic: str | None, max_batch: int, metrics_port: int | None) -> None:
+    """Keep windowed features current from Kafka, until SIGTERM or Ctrl-C."""
+    from feature_store.stream_metrics import StreamMetrics
+    from feature_store.sync import Sync, SyncOptions
+    from predictflow.settings import Settings
+    from predictflow.wiring import feast_store, feature_registry
+
+    settings = Settings.from_environ(os.environ)
+    options = SyncOptions(
+        bootstrap_servers=settings.need("kafka_bootstrap_servers"),
+        offline_path=settings.need("offline_path"),
+        clock=settings.clock,
+        group=group,
+        topic=topic,
+        max_batch=max_batch,
+    )
+    metrics = StreamMetrics()
+    if metrics_port is not None:
+        try:
+            metrics.serve(metrics_port)
+        except OSError as e:
+            raise UsageError(f"metrics port cannot be used ({e.strerror})", value=metrics_port) from e
+    consumer = Sync(feast_store(settings), options, registry=feature_registry(settings), metrics=metrics)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: consumer.stop())
+    consumer.run()
+
+
+@click.group()
+def windows() -> None:
+    """Windowed features: their online state and their definitions."""
+
+
+@windows.command()
+@click.argument("views", nargs=-1, metavar="[VIEW ...]")
+@click.option("--known-by", default=None, help="ISO 8601; default: now under the wall clock, required under replay.")
+@click.option("--group", default="predictflow-sync", show_default=True, help="Consumer group whose start is set.")
+@click.option("--rewind", is_flag=True, help="Forget what the stream logged later, and the views' online rows.")
+def bootstrap(views: tuple[str, ...], known_by: str | None, group: str, rewind: bool) -> None:
+    """Write the online state of windowed views from their history. Stop sync first; safe to run twice."""
+    from feature_store.bootstrap import StreamPlace
+    from feature_store.bootstrap import bootstrap as run
+    from predictflow.progress import progress
+    from predictflow.settings import Settings
+    from predictflow.wiring import feast_store
+
+    settings = Settings.from_environ(os.environ)
+    if known_by is None and settings.clock == "replay":
+        raise UsageError("under the replay clock, say until when history is known", next_step="pass --known-by TIME")
+    at = datetime.now(UTC) if known_by is None else _time("--known-by", known_by)
+    place = StreamPlace(settings.need("kafka_bootstrap_servers"), group)
+    with progress("bootstrap", unit="entities") as advance:
+        done = run(
+            feast_store(settings),
+            settings.need("offline_path"),
+            at,
+            clock=settings.clock,
+            stream=place,
+            views=views,
+            rewind=rewind,
+            advance=advance,
+        )
+    for b in done:
+        starts = ", ".join(f"{p}: {o}" for p, o in sorted(b.starts.items()))
+        forgotten = f", {b.forgotten:,} later events forgotten" if b.forgotten else ""
+        click.echo(
+            f"{b.view}: {b.entities:,} entities, {b.events:,} events known by {b.known_by.isoformat()}{forgotten}; "
+            f"group {group} starts at offsets {{{starts}}}"
+        )
+
+
+@windows.command()
+@click.argument("view")
+def explain(view: str) -> None:
+    """Show a windowed view's definition, the state it keeps, and the SQL of its history."""
+    from feature_store.window_store import windowed_views
+    from feature_store.windows.history import history_sql
+    from feature_store.windows.state import RETENTION_SLACK, summed_columns
+    from predictflow.settings import Settings
+    from predictflow.wiring import feast_store
+
+    ((_, d),) = windowed_views(feast_store(Settings.from_environ(os.environ)), [view])
+    click.echo(f"{d.name}: topic {d.topic}, key {', '.join(d.entity_key)}, ttl {d.ttl}, definition {d.hash}")
+    for a in d.aggregates:
+        where = f" where {a.where.column} in {', '.join(a.where.values)}" if a.where else ""
+        click.echo(f"  {a.name}: {a.function}({a.column or '*'}){where}, t - {a.window} <= event time <= t")
+    width = 8 * (1 + (d.event_id is not None) + len(summed_columns(d))) + 1
+    click.echo(
+        f"state: the events of {d.longest_window + RETENTION_SLACK}, about {width} bytes each, "
+        f"at most {d.max_events_per_entity:,} per entity"
+    )
+    click.echo(history_sql(d, "entities", "events"))
+
+
+@click.group()
+def dlq() -> None:
+    """Messages that the stream refused."""
+
+
+@dlq.command("list")
+@click.option("--topic", default=None, help="Event topic; default: the one of the registry's windowed views.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object per line.")
+def list_letters(topic: str | None, as_json: bool) -> None:
+    """Show the dead letters of a topic, oldest first: where from, why, and the message."""
+    from feature_store.dead_letters import read_dead_letters
+    from feature_store.topic import client_config
+    from feature_store.window_store import windowed_views
+    from predictflow.settings import Settings
+    from predictflow.wiring import feast_store
+
+    settings = Settings.from_environ(os.environ)
+    config = client_config(settings.need("kafka_bootstrap_servers"))
+    topics = [topic] if topic else sorted({d.topic for _, d in windowed_views(feast_store(settings))})
+    count = 0
+    for name in topics:
+        for letter in read_dead_letters(config, name):
+            count += 1
+            key, value = _shown(letter.key), _shown(letter.value)
+            if as_json:
+                place: dict[str, Any] = {"topic": letter.topic, "partition": letter.partition, "offset": letter.offset}
+                click.echo(
+                    json.dumps({**place, "reason": letter.reason, "view": letter.view, "key": key, "value": value})
+                )
+            else:
+                click.echo(f"{letter.topic}/{letter.partition}/{letter.offset} {letter.view}: {letter.reason}")
+                click.echo(f"  key {key!r} value {(value or '')[:200]!r}")
+    if not as_json:
+        click.echo(f"{count} dead letter(s) of {', '.join(topics)}")
+
+
+@click.command()
+@click.option(
+    "--served-file", type=click.Path(path_type=Path), default=None, help="Served log as JSONL, not the topic."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object.")
+def check(served_file: Path | None, as_json: bool) -> None:
+    """Recompute every served value from the offline store; exit 1 when any differs."""
+    from feature_store import consistency
+    from predictflow.settings import Settings
+    from predictflow.wiring import feast_store
+
+    settings = Settings.from_environ(os.environ)
+    store = feast_store(settings)
+    if served_file is not None:
+        records = consistency.read_served_file(served_file)
+    else:
+        records = consistency.read_served(settings.need("kafka_bootstrap_servers"), settings.served_topic)
+    result = consistency.check(records, store.list_feature_views(), settings.need("offline_path"))
+    if as_json:
+        click.echo(json.dumps(result.as_dict(), default=str))
+    else:
+        click.echo(
+            f"checked {result.checked:,}, different {result.different:,}, stale {result.stale:,}"
+            + (f", not checked {result.not_checked:,}" if result.not_checked else "")
+        )
+        for d in result.examples:
+            entity = ", ".join(f"{k}={v}" for k, v in d.entity.items())
+            click.echo(f"  {entity} {d.feature} at {d.t}: served {d.served}, recomputed {d.recomputed}")
+    if result.different:
+        raise click.exceptions.Exit(1)
+
+
+def _time(option: str, text: str) -> datetime:
+    try:
+        t = datetime.fromisoformat(text)
+    except ValueError as e:
+        raise UsageError(f"{option} is not an ISO 8601 time", value=text, next_step="2026-01-31T00:00:00Z") from e
+    return t.replace(tzinfo=t.tzinfo or UTC)
+
+
+def _shown(data: bytes | None) -> str | None:
+    return None if data is None else data.decode("utf-8", "backslashreplace")
+
+
+COMMANDS = [sync, windows, dlq, check]

@@ -1,0 +1,189 @@
+"""Sets the demo's stage: servers up, definitions applied, pipeline run, online store filled, server and consumer started."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import socket
+import sys
+import urllib.request
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+from feature_store.errors import DataError, NotFoundError
+from predictflow.settings import Settings
+
+if TYPE_CHECKING:
+    from feast import FeatureStore
+
+    from predictflow.local.state import Services
+
+Say = Callable[[str], None]
+TOPIC = "customer-events"
+GROUP = "predictflow-sync"
+SERVICE = "churn_v1"
+MODEL = "churn-predictor"
+API_PORT = 9094
+ACCOUNT_TTL = timedelta(days=30)
+
+
+def start_services(settings: Settings, workspace: Path, say: Say) -> Services:
+    """Servers up, the previous demo's server and consumer stopped, and this process's environment set to them."""
+    from predictflow.local import processes, services
+
+    for name in ("serve", "sync"):  # they hold the previous run's settings
+        processes.stop(name, settings.home)
+    offline = workspace / "work" / "offline"
+    offline.mkdir(parents=True, exist_ok=True)
+    # The replay clock makes data of any year fresh, and the figures the same next year.
+    environ = {**os.environ, "PREDICTFLOW_OFFLINE": str(offline), "PREDICTFLOW_CLOCK": "replay"}
+    started = services.up(settings.home, environ, say)
+    os.environ.update(started.environ())
+    os.environ["PREDICTFLOW_REPO"] = str(settings.repo)
+    os.environ["PREDICTFLOW_HOME"] = str(settings.home)
+    say(f"Postgres {_address(started.postgres_url)}, Redis {_address(started.redis_url)}")
+    say(f"Kafka {started.kafka_bootstrap_servers} ({started.kafka_mode})")
+    return started
+
+
+def apply_definitions(settings: Settings, say: Say) -> FeatureStore:
+    """What `feast apply` does, in this process: importing Feast takes longer than applying."""
+    from feast.repo_config import load_repo_config
+    from feast.repo_operations import apply_total, cli_check_repo
+
+    from predictflow.wiring import feast_store
+
+    config_file = settings.repo / "feature_store.yaml"
+    if not config_file.is_file():
+        raise NotFoundError(
+            "no feature_store.yaml in this directory", value=str(settings.repo), next_step="cd to the checkout"
+        )
+    before = Path.cwd()
+    try:
+        os.chdir(settings.repo)
+        cli_check_repo(settings.repo, config_file)
+        with _quiet():
+            apply_total(load_repo_config(settings.repo, config_file), settings.repo, skip_source_validation=False)
+    finally:
+        os.chdir(before)
+    store = feast_store(settings)
+    for view in sorted(store.list_feature_views(), key=lambda v: v.name):
+        say(f"feature view {view.name}: {', '.join(f.name for f in view.features)}")
+    return store
+
+
+def run_training_pipeline(settings: Settings, workspace: Path, params: dict[str, Any], say: Say) -> dict[str, Any]:
+    """`dvc repro` in the data set's workspace; returns metrics.json. Stages whose inputs did not change are not repeated."""
+    from predictflow.local.mlflow_database import wait_for_mlflow
+    from training.pipeline import prepare_workspace, run_pipeline
+
+    wait_for_mlflow(settings.home, settings.need("mlflow_tracking_uri"))
+    prepare_workspace(workspace, params, settings.repo)
+    environ = dict(os.environ)
+    stages = run_pipeline(workspace, environ)
+    metrics = read_json(workspace / "work" / "model" / "metrics.json")
+    if _champion_version(settings) is None:
+        # The registry was emptied since (another Postgres, say): the files alone are not the model.
+        say("no champion in the model registry: training again")
+        stages += run_pipeline(workspace, environ, force=True)
+        metrics = read_json(workspace / "work" / "model" / "metrics.json")
+    say(f"stages run: {', '.join(stages) or 'none, all up to date'}")
+    return metrics
+
+
+def fill_online_store(settings: Settings, store: FeatureStore, cut: datetime, say: Say) -> None:
+    """Start the story at the cut: what an earlier demo streamed is forgotten, history's state comes. Sync must be stopped."""
+    from feature_store.bootstrap import StreamPlace, bootstrap
+
+    place = StreamPlace(settings.need("kafka_bootstrap_servers"), GROUP)
+    offline = settings.need("offline_path")
+    for done in bootstrap(store, offline, cut, clock="replay", stream=place, rewind=True):
+        say(f"{done.view}: state of {done.entities:,} customers from {done.events:,} events known by {cut:%Y-%m-%d}")
+    with _quiet():
+        store.materialize(cut - ACCOUNT_TTL, cut + timedelta(microseconds=1), feature_views=["churn_features"])
+    say("churn_features: latest account statements materialised")
+
+
+def start_server_and_sync(settings: Settings, say: Say) -> str:
+    """Both at once, since each spends seconds importing Feast; returns the server's URL."""
+    with ThreadPoolExecutor(2) as pool:
+        sync, server = pool.submit(start_sync, settings), pool.submit(start_server, settings)
+        sync.result()
+        url = server.result()
+    say(f"REST server ready at {url}, consumer group {GROUP} started")
+    return url
+
+
+def start_server(settings: Settings) -> str:
+    """The REST server as a process that outlives us; returns its URL once it answers. It becomes ready with the model."""
+    from predictflow.local import processes
+    from predictflow.local.ports import HOST, is_free
+
+    port = API_PORT
+    if processes.find("serve", settings.home) is None and not is_free(port):
+        port = _any_free_port()
+    argv = [sys.executable, "-m", "predictflow.cli", "serve", "--port", str(port)]
+    url = f"http://{HOST}:{port}"
+    processes.start("serve", argv, {}, settings.home, ready=lambda: _answers(f"{url}/readyz"))
+    return url
+
+
+def start_sync(settings: Settings) -> None:
+    """The consumer as a process that outlives us."""
+    from predictflow.local import processes
+
+    argv = [sys.executable, "-m", "predictflow.cli", "sync", "--group", GROUP]
+    processes.start("sync", argv, {}, settings.home)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file that an earlier step wrote."""
+    try:
+        content: dict[str, Any] = json.loads(path.read_text())
+    except (OSError, ValueError) as e:
+        raise DataError(f"cannot read {path}", value=str(e), next_step="predictflow demo") from e
+    return content
+
+
+def _champion_version(settings: Settings) -> str | None:
+    import mlflow
+    from mlflow.exceptions import MlflowException
+
+    client = mlflow.MlflowClient(settings.need("mlflow_tracking_uri"))
+    try:
+        return str(client.get_model_version_by_alias(MODEL, "champion").version)
+    except MlflowException as e:
+        if e.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            return None
+        raise
+
+
+def _any_free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+def _answers(url: str) -> bool:
+    try:
+        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(url, timeout=1) as answer:
+            return bool(answer.status == 200)
+    except OSError:
+        return False  # not yet: the caller asks again, and looks whether the process is alive
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Feast prints tables and bars of its own to standard output; the demo's output is one story."""
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        yield
+
+
+def _address(url: str) -> str:
+    return urlsplit(url).netloc.rpartition("@")[2]

@@ -1,0 +1,221 @@
+"""The REST application: routes, documents, background refreshes. Everything it depends on is passed in."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+
+from feature_store.errors import PredictFlowError
+from serving import errors, schemas
+from serving.catalogue import FeatureCatalogue
+from serving.encoding import JSONBytes
+from serving.metrics import Metrics
+from serving.middleware import RequestScope
+from serving.models import Models
+from serving.online import Limits, OnlineService
+from serving.plans import Plans
+from serving.served_log import ServedLog
+
+log = logging.getLogger(__name__)
+
+TITLE = "PredictFlow"
+DRAIN_SECONDS = 5.0
+_FAULTS: dict[int | str, dict[str, Any]] = {
+    status: {"model": schemas.ErrorResponse, "description": text}
+    for status, text in {
+        400: "The request asks for something that cannot be answered",
+        404: "Unknown feature service, feature, view or model",
+        413: "Over a limit: rows, features or bytes",
+        422: "The body does not have the documented shape",
+        500: "Unexpected error; the log has it under the request id",
+        503: "A server behind this one does not answer; try again after Retry-After seconds",
+    }.items()
+}
+
+
+@dataclass(frozen=True)
+class Dependencies:
+    """What a server is made of. `ping` returns when Redis answers, else raises; `close` frees connections."""
+
+    online: OnlineService
+    plans: Plans
+    models: Models
+    catalogue: FeatureCatalogue
+    served_log: ServedLog
+    metrics: Metrics
+    ping: Callable[[], Awaitable[None]]
+    close: Callable[[], Awaitable[None]]
+    limits: Limits = field(default_factory=Limits)
+    version: str = "0"
+    registry_seconds: float = 10.0
+    model_seconds: float = 3.0
+
+
+def create_app(deps: Dependencies) -> FastAPI:
+    """The ASGI application; it owns `deps` from its start-up to its shutdown."""
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        await _attempt("registry", deps.plans.refresh, deps.metrics)
+        tasks = [
+            asyncio.create_task(_repeat("registry", deps.plans.refresh, deps.registry_seconds, deps.metrics)),
+            asyncio.create_task(_warm_then_repeat(deps)),
+            asyncio.create_task(_repeat("served log", deps.served_log.poll, 1.0, deps.metrics)),
+        ]
+        try:
+            yield
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            await asyncio.to_thread(deps.served_log.close, DRAIN_SECONDS)
+            await deps.close()
+            gc.unfreeze()
+
+    app = FastAPI(
+        title=TITLE,
+        version=deps.version,
+        description="Online features and predictions. Errors of every route have one shape.",
+        lifespan=lifespan,
+        docs_url="/docs",
+        redoc_url=None,
+    )
+    app.add_middleware(RequestScope, metrics=deps.metrics, max_body_bytes=deps.limits.body_bytes)
+    errors.install(app)
+    _feature_routes(app, deps)
+    _operation_routes(app, deps)
+    return app
+
+
+def _feature_routes(app: FastAPI, deps: Dependencies) -> None:
+    @app.post(
+        "/api/v1/features/online",
+        response_model=schemas.OnlineResponse,
+        responses=_only(400, 404, 413, 422, 500, 503),
+        tags=["features"],
+        summary="Current feature values of entities",
+    )
+    async def online(body: schemas.OnlineRequest, request: Request) -> Response:
+        """One row per entity, in order. A missing or expired value is null, and its status says why."""
+        answer = await deps.online.features(
+            body.entities,
+            body.feature_service,
+            body.features,
+            body.at,
+            body.full_feature_names,
+            request.state.request_id,
+        )
+        return JSONBytes(answer)
+
+    @app.post(
+        "/api/v1/predict/{model}",
+        response_model=schemas.PredictResponse,
+        responses=_only(400, 404, 413, 422, 500, 503),
+        tags=["predictions"],
+        summary="Predict from the current features of entities",
+    )
+    async def predict(model: str, body: schemas.PredictRequest, request: Request) -> Response:
+        """Uses the model version with alias `champion`; promotion swaps it without a dropped request."""
+        return JSONBytes(await deps.online.predict(model, body.entities, body.at, request.state.request_id))
+
+    @app.get(
+        "/api/v1/features",
+        response_model=schemas.Catalogue,
+        responses=_only(500),
+        tags=["features"],
+        summary="Feature views and services, with meaning, unit and owner",
+    )
+    def catalogue() -> Response:
+        return JSONBytes(deps.catalogue.all().model_dump())
+
+    @app.get(
+        "/api/v1/features/{view}",
+        response_model=schemas.ViewInfo,
+        responses=_only(404, 422, 500),
+        tags=["features"],
+        summary="One feature view",
+    )
+    def catalogue_view(view: str) -> Response:
+        return JSONBytes(deps.catalogue.view(view).model_dump())
+
+
+def _operation_routes(app: FastAPI, deps: Dependencies) -> None:
+    @app.get("/healthz", response_model=schemas.Health, tags=["operation"], summary="The process is alive")
+    async def healthz() -> Response:
+        return JSONBytes({"status": "ok"})
+
+    @app.get(
+        "/readyz",
+        response_model=schemas.Readiness,
+        responses={503: {"model": schemas.Readiness, "description": "Not ready; the checks say why"}},
+        tags=["operation"],
+        summary="Redis, registry and model can serve requests",
+    )
+    async def readyz() -> Response:
+        registry_ok, registry = deps.plans.check()
+        model_ok, model = deps.models.check()
+        redis_ok, redis = await _redis_check(deps.ping)
+        checks = {
+            "redis": {"ok": redis_ok, "detail": redis},
+            "registry": {"ok": registry_ok, "detail": registry},
+            "model": {"ok": model_ok, "detail": model},
+        }
+        ready = redis_ok and registry_ok and model_ok
+        body = {"status": "ready" if ready else "not_ready", "checks": checks}
+        return JSONBytes(body, status_code=200 if ready else 503)
+
+    @app.get(
+        "/metrics",
+        response_class=Response,
+        responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}},
+        tags=["operation"],
+        summary="Prometheus metrics",
+    )
+    def metrics() -> Response:
+        return Response(deps.metrics.expose(), media_type=deps.metrics.content_type)
+
+
+def _only(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    return {status: _FAULTS[status] for status in statuses}
+
+
+async def _redis_check(ping: Callable[[], Awaitable[None]]) -> tuple[bool, str]:
+    try:
+        await ping()
+    except Exception as e:  # readiness reports whatever keeps Redis from answering
+        log.info("readiness: Redis does not answer: %s", type(e).__name__, exc_info=log.isEnabledFor(logging.DEBUG))
+        return False, f"does not answer ({type(e).__name__}); check REDIS_URL"
+    return True, "answers"
+
+
+async def _attempt(what: str, step: Callable[[], object], metrics: Metrics) -> None:
+    """Runs one refresh in a thread; a failure is counted and logged, and tried again at the next turn."""
+    try:
+        await asyncio.to_thread(step)
+    except PredictFlowError as e:
+        metrics.refresh_failures.labels(what).inc()
+        log.warning("%s: %s", what, e.format_message())
+    except Exception:  # the loop that keeps a server current must outlive any one failure
+        metrics.refresh_failures.labels(what).inc()
+        log.exception("%s: refresh failed", what)
+
+
+async def _repeat(what: str, step: Callable[[], object], seconds: float, metrics: Metrics) -> None:
+    while True:
+        await asyncio.sleep(seconds)
+        await _attempt(what, step, metrics)
+
+
+async def _warm_then_repeat(deps: Dependencies) -> None:
+    await _attempt("model", deps.models.refresh, deps.metrics)
+    # What start-up made lives as long as the process: keep the collector from walking it during requests.
+    gc.collect()
+    gc.freeze()
+    await _repeat("model", deps.models.refresh, deps.model_seconds, deps.metrics)

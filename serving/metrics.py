@@ -1,0 +1,76 @@
+"""Prometheus metrics of the server. With several workers, PROMETHEUS_MULTIPROC_DIR (set by the command) merges them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.exposition import CONTENT_TYPE_LATEST
+
+LATENCY_BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.0075, 0.01, 0.015, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
+
+
+class Metrics:
+    """Every metric of one server process, in a registry of its own (two servers in one process do not collide)."""
+
+    content_type = CONTENT_TYPE_LATEST
+
+    def __init__(self, registry: CollectorRegistry | None = None) -> None:
+        self.registry = registry or CollectorRegistry()
+        self.request_seconds = Histogram(
+            "predictflow_request_seconds",
+            "Time from the request's first byte to the response's last, by route template",
+            ("method", "route", "status"),
+            buckets=LATENCY_BUCKETS,
+            registry=self.registry,
+        )
+        self.in_flight = Gauge(
+            "predictflow_requests_in_flight",
+            "Requests being answered now",
+            registry=self.registry,
+            multiprocess_mode="livesum",
+        )
+        self.rows = Counter(
+            "predictflow_served_rows", "Entity rows served, by feature service", ("service",), registry=self.registry
+        )
+        self.statuses = Counter(
+            "predictflow_feature_status",
+            "Feature values served, by view and status (hit: PRESENT; missing: NOT_FOUND; stale: OUTSIDE_MAX_AGE)",
+            ("view", "status"),
+            registry=self.registry,
+        )
+        self.log_records = Counter(
+            "predictflow_served_log_records", "Served-log records acknowledged by Kafka", registry=self.registry
+        )
+        self.log_dropped = Counter(
+            "predictflow_served_log_dropped", "Served-log records lost, by reason", ("reason",), registry=self.registry
+        )
+        self.model_loaded = Gauge(
+            "predictflow_model_loaded",
+            "1 for the model version that is served",
+            ("model", "version"),
+            registry=self.registry,
+            multiprocess_mode="livemax",
+        )
+        self.refresh_failures = Counter(
+            "predictflow_refresh_failures",
+            "Failed background refreshes (registry, model, lineage)",
+            ("what",),
+            registry=self.registry,
+        )
+
+    def count_statuses(self, counts: Iterable[tuple[tuple[str, str], int]]) -> None:
+        """Adds ((view, status), n) pairs."""
+        for (view, status), n in counts:
+            self.statuses.labels(view, status).inc(n)
+
+    def expose(self) -> bytes:
+        """The text exposition: of this process, or of all workers when they share a directory."""
+        if "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
+            return generate_latest(self.registry)
+        from prometheus_client.multiprocess import MultiProcessCollector
+
+        merged = CollectorRegistry()
+        MultiProcessCollector(merged)
+        return generate_latest(merged)

@@ -1,0 +1,256 @@
+"""The champion models of MLflow's registry: loaded once, replaced atomically when another version is promoted.
+
+`get` never waits for MLflow once a model is loaded; `refresh` runs in the background. A champion that cannot be
+loaded, or that its feature service cannot feed, leaves the old one in place.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+from feature_store.errors import DataError, NotFoundError, PredictFlowError, UnavailableError
+
+if TYPE_CHECKING:
+    from serving.metrics import Metrics
+    from serving.plans import Column
+
+log = logging.getLogger(__name__)
+
+ALIAS = "champion"
+SERVICE_TAG = "feature_service"
+
+
+@dataclass(frozen=True)
+class Model:
+    """One loaded model version: a scikit-learn pipeline with `predict_proba`, fed by one feature service."""
+
+    name: str
+    version: str
+    feature_service: str
+    pipeline: Any
+    positive: int
+    features: tuple[str, ...] | None
+    """The features it was trained on, in order; None when the pipeline does not say."""
+
+    def check(self, columns: Sequence[Column]) -> None:
+        """DataError when the feature service lacks a feature that the model was trained on."""
+        names = [c.name for c in columns]
+        missing = [f for f in self.features or () if f not in names]
+        if missing:
+            raise DataError(
+                f"model {self.name} version {self.version} needs a feature that service {self.feature_service} lacks",
+                value=missing[0],
+                valid=names,
+                next_step="predictflow train, or apply the feature service again",
+            )
+
+    def predict(self, columns: Sequence[Column], rows: Sequence[dict[str, Any]]) -> list[float]:
+        """The probability of the positive class for each row of values by feature name; None counts as missing (NaN)."""
+        import numpy as np
+        import pandas as pd
+
+        self.check(columns)
+        by_name = {c.name: c for c in columns}
+        wanted = self.features if self.features is not None else tuple(by_name)
+        data: dict[str, Any] = {}
+        for name in wanted:
+            values = [row[name] for row in rows]
+            if by_name[name].numeric:
+                data[name] = np.array([np.nan if v is None else v for v in values], dtype=np.float64)
+            else:
+                data[name] = np.array([np.nan if v is None else v for v in values], dtype=object)
+        frame = pd.DataFrame(data, columns=list(wanted), copy=False)
+        return [float(p) for p in self.pipeline.predict_proba(frame)[:, self.positive]]
+
+
+class Models(Protocol):
+    """Where served models come from."""
+
+    def cached(self, name: str) -> Model | None: ...
+
+    def get(self, name: str) -> Model: ...
+
+    def refresh(self) -> None: ...
+
+    def check(self) -> tuple[bool, str]: ...
+
+
+class NoModels:
+    """A server of features only."""
+
+    def cached(self, name: str) -> Model | None:
+        return None
+
+    def get(self, name: str) -> Model:
+        raise NotFoundError("this server has no model registry", value=name, next_step="set MLFLOW_TRACKING_URI")
+
+    def refresh(self) -> None:
+        pass
+
+    def check(self) -> tuple[bool, str]:
+        return True, "none required"
+
+
+class MLflowModels:
+    """Champions of an MLflow model registry. Thread-safe.
+
+    `required` are the models without which the server is not ready; others are loaded when first asked for.
+    `columns_of` gives the columns of a feature service; `recorder` is told of each version that is served.
+    """
+
+    def __init__(
+        self,
+        tracking_uri: str,
+        required: Sequence[str],
+        metrics: Metrics,
+        columns_of: Callable[[str], Sequence[Column]],
+        recorder: Callable[[Model], None],
+    ) -> None:
+        self._uri = tracking_uri
+        self._required = tuple(required)
+        self._metrics = metrics
+        self._columns_of = columns_of
+        self._recorder = recorder
+        self._models: dict[str, Model] = {}
+        self._faults: dict[str, str] = dict.fromkeys(required, "not loaded yet")
+        self._unrecorded: dict[str, Model] = {}
+        self._lock = threading.Lock()
+        self._client: Any = None
+
+    def cached(self, name: str) -> Model | None:
+        """The served version of a model, if one is loaded; no I/O."""
+        return self._models.get(name)
+
+    def get(self, name: str) -> Model:
+        """The served version, loading it on first use.
+
+        Raises NotFoundError when no version of that name has the alias, UnavailableError when MLflow does not answer.
+        """
+        model = self._models.get(name)
+        if model is not None:
+            return model
+        with self._lock:
+            if name not in self._models:
+                self._update(name)
+            return self._models[name]
+
+    def refresh(self) -> None:
+        """Looks every known model's alias up and swaps in what was promoted; a failure keeps what is served."""
+        for name in dict.fromkeys((*self._required, *self._models)):
+            with self._lock:
+                try:
+                    self._update(name)
+                except PredictFlowError as e:
+                    if self._faults.get(name) != e.what:
+                        log.warning("model %s: %s", name, e.format_message())
+                    self._faults[name] = e.what
+                    self._metrics.refresh_failures.labels("model").inc()
+                else:
+                    self._faults.pop(name, None)
+        self._record()
+
+    def check(self) -> tuple[bool, str]:
+        """Whether every required model is loaded; no I/O."""
+        parts, ok = [], True
+        for name in self._required:
+            model, fault = self._models.get(name), self._faults.get(name)
+            ok = ok and model is not None
+            parts.append(f"{name}: " + "; ".join(p for p in (model and f"version {model.version}", fault) if p))
+        return ok, ", ".join(parts) or "none required"
+
+    def _update(self, name: str) -> None:
+        version = self._champion(name)
+        old = self._models.get(name)
+        service = version.tags.get(SERVICE_TAG)
+        if old is not None and (old.version, old.feature_service) == (str(version.version), service):
+            return
+        if not service:
+            raise DataError(
+                f"model {name} version {version.version} has no tag {SERVICE_TAG!r}",
+                next_step="tag the version with its feature service, or run predictflow train",
+            )
+        model = self._load(name, str(version.version), service)
+        self._prove(model)
+        self._models = {**self._models, name: model}
+        self._unrecorded[name] = model
+        if old is not None:
+            self._metrics.model_loaded.labels(name, old.version).set(0)
+        self._metrics.model_loaded.labels(name, model.version).set(1)
+        log.info("model %s: version %s is served (before: %s)", name, model.version, old.version if old else "none")
+
+    def _champion(self, name: str) -> Any:
+        import mlflow
+        from mlflow.exceptions import MlflowException
+        from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE, RESOURCE_DOES_NOT_EXIST, ErrorCode
+
+        absent = {ErrorCode.Name(RESOURCE_DOES_NOT_EXIST), ErrorCode.Name(INVALID_PARAMETER_VALUE)}
+        try:
+            if self._client is None:
+                mlflow.set_tracking_uri(self._uri)
+                mlflow.set_registry_uri(self._uri)
+                self._client = mlflow.MlflowClient(self._uri, self._uri)
+            return self._client.get_model_version_by_alias(name, ALIAS)
+        except MlflowException as e:
+            if e.error_code not in absent:
+                raise _mlflow_unavailable(e) from e
+            if name in self._models:  # the alias was taken away: the operator withdrew the model
+                log.warning("model %s: alias %s is gone; no longer served", name, ALIAS)
+                self._metrics.model_loaded.labels(name, self._models[name].version).set(0)
+                self._models = {k: v for k, v in self._models.items() if k != name}
+            raise NotFoundError(
+                f"no model version with alias {ALIAS!r}", value=name, next_step="predictflow train"
+            ) from e
+        except Exception as e:  # the tracking store's own driver decides what it raises
+            raise _mlflow_unavailable(e) from e
+
+    def _load(self, name: str, version: str, service: str) -> Model:
+        import mlflow.sklearn
+
+        try:
+            pipeline = mlflow.sklearn.load_model(f"models:/{name}/{version}")
+        except Exception as e:  # whatever unpickling or the artifact store raises: this version cannot be served
+            log.exception("model %s: version %s cannot be loaded", name, version)
+            raise UnavailableError(
+                f"model {name} version {version} cannot be loaded ({type(e).__name__})",
+                next_step="see the server's log; promote another version",
+            ) from e
+        classes = [int(c) for c in getattr(pipeline, "classes_", [])]
+        if not hasattr(pipeline, "predict_proba") or sorted(classes) != [0, 1]:
+            raise DataError(
+                f"model {name} version {version} is not a binary classifier with predict_proba", value=classes or None
+            )
+        names = getattr(pipeline, "feature_names_in_", None)
+        features = None if names is None else tuple(str(n) for n in names)
+        return Model(name, version, service, pipeline, classes.index(1), features)
+
+    def _prove(self, model: Model) -> None:
+        """Refuses a model that its feature service cannot feed, and runs it once: the first run imports and compiles."""
+        columns = self._columns_of(model.feature_service)
+        model.check(columns)
+        try:
+            model.predict(columns, [{c.name: None for c in columns}])
+        except Exception:  # it may still predict for entities that have features; the log warns of those that do not
+            log.exception(
+                "model %s: version %s cannot predict for an entity without features", model.name, model.version
+            )
+
+    def _record(self) -> None:
+        for name, model in list(self._unrecorded.items()):
+            try:
+                self._recorder(model)
+            except Exception:  # lineage is tried again at the next refresh; predictions do not wait for it
+                self._metrics.refresh_failures.labels("lineage").inc()
+                log.exception("lineage of model %s version %s not recorded yet", name, model.version)
+            else:
+                self._unrecorded.pop(name, None)
+
+
+def _mlflow_unavailable(error: Exception) -> UnavailableError:
+    return UnavailableError(
+        f"MLflow does not answer ({type(error).__name__})",
+        next_step="check MLFLOW_TRACKING_URI and `predictflow status`",
+    )

@@ -1,0 +1,142 @@
+"""Answers feature and prediction requests: limits, plan, one read, model, metrics, served log. Knows nothing of HTTP."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from datetime import datetime
+from typing import TYPE_CHECKING, Any
+
+from feature_store.errors import UsageError
+from serving.encoding import plain
+from serving.errors import TooManyError
+from serving.served_log import Served, ServedLog
+
+if TYPE_CHECKING:
+    from feature_store.read_plan import OnlineRow, OnlineRows
+    from serving.metrics import Metrics
+    from serving.models import Models
+    from serving.plans import Asked, Plans, ServicePlan
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one request may ask for."""
+
+    rows: int = 1000
+    features: int = 500
+    body_bytes: int = 4 * 1024 * 1024
+
+
+def entity_rows(entities: Mapping[str, Sequence[object]], max_rows: int) -> list[dict[str, object]]:
+    """Columns of join keys as rows; UsageError when their lengths differ or there are none, TooManyError over the limit."""
+    lengths = {key: len(values) for key, values in entities.items()}
+    n = max(lengths.values(), default=0)
+    if len(set(lengths.values())) != 1 or n == 0:
+        raise UsageError(
+            "entities must hold at least one value, and equally many per join key",
+            value=lengths,
+            next_step='send {"entities": {"<join key>": ["<value>", ...]}}',
+        )
+    if n > max_rows:
+        raise TooManyError("rows", n, max_rows)
+    return [dict(zip(entities, values)) for values in zip(*entities.values())]
+
+
+class OnlineService:
+    """Features and predictions for entities. One per process; requests run concurrently on its event loop."""
+
+    def __init__(
+        self,
+        plans: Plans,
+        models: Models,
+        served_log: ServedLog,
+        metrics: Metrics,
+        threads: Executor,
+        wall: Callable[[], datetime],
+        limits: Limits,
+    ) -> None:
+        self._plans = plans
+        self._models = models
+        self._log = served_log
+        self._metrics = metrics
+        self._threads = threads
+        self._wall = wall
+        self._limits = limits
+
+    async def features(
+        self,
+        entities: Mapping[str, Sequence[object]],
+        feature_service: str | None,
+        features: Sequence[str] | None,
+        at: datetime | None,
+        full_names: bool,
+        request_id: str,
+    ) -> dict[str, Any]:
+        """The body of an OnlineResponse. UsageError, NotFoundError or UnavailableError as the reader and plans raise."""
+        if (feature_service is None) == (features is None):
+            raise UsageError(
+                "give either feature_service or features", next_step='{"feature_service": "churn_v1", ...}'
+            )
+        if features is not None and len(features) > self._limits.features:
+            raise TooManyError("features", len(features), self._limits.features)
+        rows = entity_rows(entities, self._limits.rows)
+        plan = await self._plan(feature_service or tuple(features or ()), full_names)
+        read = await plan.reader.aread(rows, at)
+        self._count(plan, read)
+        self._log.write(Served(request_id, self._wall(), self._plans.project), plan, read)
+        return {
+            "t": read.t,
+            "feature_service": plan.name,
+            "feature_names": [c.name for c in plan.columns],
+            "rows": [{**_row(row), "event_timestamps": row.event_timestamps} for row in read.rows],
+        }
+
+    async def predict(
+        self, model_name: str, entities: Mapping[str, Sequence[object]], at: datetime | None, request_id: str
+    ) -> dict[str, Any]:
+        """The body of a PredictResponse; errors as `features`, and NotFoundError for a model without a champion."""
+        rows = entity_rows(entities, self._limits.rows)
+        loop = asyncio.get_running_loop()
+        model = self._models.cached(model_name)
+        if model is None:
+            model = await asyncio.to_thread(self._models.get, model_name)
+        plan = await self._plan(model.feature_service, False)
+        read = await plan.reader.aread(rows, at)
+        values = [row.values for row in read.rows]
+        probabilities = await loop.run_in_executor(self._threads, model.predict, plan.columns, values)
+        self._count(plan, read)
+        served = Served(request_id, self._wall(), self._plans.project, model.name, model.version)
+        self._log.write(served, plan, read, probabilities)
+        return {
+            "model": model.name,
+            "version": model.version,
+            "feature_service": model.feature_service,
+            "t": read.t,
+            "predictions": [{**_row(row), "probability": p} for row, p in zip(read.rows, probabilities)],
+        }
+
+    async def _plan(self, asked: Asked, full_names: bool) -> ServicePlan:
+        plan = self._plans.cached(asked, full_names)
+        return plan if plan is not None else await asyncio.to_thread(self._plans.get, asked, full_names)
+
+    def _count(self, plan: ServicePlan, read: OnlineRows) -> None:
+        self._metrics.rows.labels(plan.name or "").inc(len(read.rows))
+        counts = Counter((c.view, row.statuses[c.name]) for row in read.rows for c in plan.columns)
+        self._metrics.count_statuses(counts.items())
+
+
+def _row(row: OnlineRow) -> dict[str, Any]:
+    return {
+        "entity": plain(row.entity),
+        "values": {name: plain(value) for name, value in row.values.items()},
+        "statuses": row.statuses,
+        "offsets": {
+            name: {str(p): o for p, o in view.offsets.items()}
+            for name, view in row.views.items()
+            if view.offsets is not None
+        },
+    }

@@ -1,0 +1,183 @@
+"""Read plans by feature service, compiled once and replaced in the background when the registry changes.
+
+A request does a dictionary look-up here, and no registry work. A list of features without a service is compiled on
+first use and kept among the most recently used.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import TYPE_CHECKING, Any, Protocol
+
+from feature_store.errors import NotFoundError, UnavailableError
+
+if TYPE_CHECKING:
+    from feast import FeatureService, FeatureStore
+
+    from feature_store.read_plan import OnlineRows, ReadPlan
+
+log = logging.getLogger(__name__)
+
+OTHER_PLANS = 256
+"""How many plans are kept of those that are not a feature service's own."""
+Asked = str | tuple[str, ...]
+"""What a plan is for: the name of a feature service, or references `view:feature`."""
+NUMERIC = ("INT32", "INT64", "FLOAT", "DOUBLE", "BOOL")
+
+
+class Reader(Protocol):
+    """Reads one plan's features (feature_store.read_plan.OnlineReader)."""
+
+    async def aread(self, entities: Sequence[Mapping[str, object]], at: datetime | None = None) -> OnlineRows: ...
+
+
+@dataclass(frozen=True)
+class Column:
+    """One feature of a plan: its name in answers, where it comes from, and whether a model sees it as a number."""
+
+    name: str
+    view: str
+    feature: str
+    numeric: bool
+
+
+@dataclass(frozen=True)
+class ServicePlan:
+    """A compiled plan: `name` is the feature service's, None for a list of features."""
+
+    name: str | None
+    columns: tuple[Column, ...]
+    join_keys: tuple[str, ...]
+    reader: Reader
+
+
+class Plans:
+    """The plans of one project. Thread-safe; `refresh` runs in the background, look-ups never wait for it."""
+
+    def __init__(self, store: FeatureStore, make_reader: Callable[[ReadPlan], Reader]) -> None:
+        self._store = store
+        self._make_reader = make_reader
+        self._services: dict[str, ServicePlan] = {}
+        self._others: OrderedDict[tuple[Asked, bool], ServicePlan] = OrderedDict()
+        self._lock = threading.Lock()
+        self._fingerprint = ""
+        self._fault: str | None = "not read yet"
+
+    @property
+    def project(self) -> str:
+        return str(self._store.project)
+
+    def cached(self, asked: Asked, full_names: bool) -> ServicePlan | None:
+        """The plan if it is compiled; no I/O."""
+        if isinstance(asked, str) and not full_names:
+            return self._services.get(asked)
+        return self._others.get((asked, full_names))
+
+    def get(self, asked: Asked, full_names: bool) -> ServicePlan:
+        """The plan of a feature service or of references `view:feature`, compiled on first use; `full_names` names
+        features `view__feature`.
+
+        Raises NotFoundError for an unknown service, view or feature, UsageError for a malformed reference,
+        UnavailableError when the registry is needed and does not answer.
+        """
+        with self._lock:
+            plan = self.cached(asked, full_names)
+            if plan is not None:
+                if (asked, full_names) in self._others:
+                    self._others.move_to_end((asked, full_names))
+                return plan
+            plan = self._compile(asked, full_names)
+            if isinstance(asked, str) and not full_names:
+                self._services[asked] = plan
+            else:
+                self._others[asked, full_names] = plan
+                while len(self._others) > OTHER_PLANS:
+                    self._others.popitem(last=False)
+            return plan
+
+    def refresh(self) -> bool:
+        """Reads the registry; if it changed, compiles every service anew and swaps the plans in. True if it changed.
+
+        A service that does not compile keeps its old plan (and is logged). Raises UnavailableError when the registry
+        does not answer; the plans at hand go on serving.
+        """
+        fingerprint = self._read_fingerprint()
+        if fingerprint == self._fingerprint:
+            return False
+        self._store.refresh_registry()
+        services = {s.name: s for s in self._store.list_feature_services()}
+        compiled: dict[str, ServicePlan] = {}
+        for name, service in services.items():
+            try:
+                compiled[name] = self._compile(name, False, service)
+            except Exception:  # one broken service must not take the others down
+                log.exception("feature service %s does not compile; its old plan stays", name)
+                if name in self._services:
+                    compiled[name] = self._services[name]
+        with self._lock:
+            self._services = compiled
+            self._others = OrderedDict()
+            self._fingerprint = fingerprint
+        log.info("read plans compiled: %s", ", ".join(sorted(compiled)) or "no feature service applied")
+        return True
+
+    def check(self) -> tuple[bool, str]:
+        """Whether requests can be answered from the plans at hand, and how the registry is. No I/O."""
+        names = ", ".join(sorted(self._services)) or "none"
+        if self._fault is not None:
+            return bool(self._services), f"registry: {self._fault}; feature services served: {names}"
+        return True, f"feature services: {names}"
+
+    def _read_fingerprint(self) -> str:
+        try:
+            proto: Any = self._store.registry.proto()
+        except Exception as e:  # the registry's own driver decides what it raises
+            self._fault = f"does not answer ({type(e).__name__})"
+            raise UnavailableError(
+                f"the feature registry does not answer ({type(e).__name__})",
+                next_step="check POSTGRES_URL and `predictflow status`",
+            ) from e
+        self._fault = None
+        digest = hashlib.sha256()
+        for objects in (proto.entities, proto.feature_views, proto.on_demand_feature_views, proto.feature_services):
+            for text in sorted(o.spec.SerializeToString(deterministic=True) for o in objects if self._own(o)):
+                digest.update(len(text).to_bytes(8, "little") + text)
+        return digest.hexdigest()
+
+    def _own(self, obj: Any) -> bool:
+        return bool(obj.spec.project == self.project)
+
+    def _compile(self, asked: Asked, full_names: bool, service: FeatureService | None = None) -> ServicePlan:
+        from feature_store.read_plan import ReadPlan
+
+        features: FeatureService | Sequence[str]
+        if isinstance(asked, str):
+            features = service or self._feature_service(asked)
+        else:
+            features = list(asked)
+        plan = ReadPlan.compile(self._store, features, full_feature_names=full_names)
+        columns = []
+        for result in plan.feature_names:
+            view, feature = plan.references[result]
+            columns.append(Column(result, view, feature, self._numeric(plan.views[view], feature)))
+        name = asked if isinstance(asked, str) else None
+        return ServicePlan(name, tuple(columns), tuple(plan.join_keys), self._make_reader(plan))
+
+    def _numeric(self, view: str, feature: str) -> bool:
+        fields = self._store.registry.get_any_feature_view(view, self.project, allow_cache=True).features
+        return any(f.name == feature and f.dtype.to_value_type().name in NUMERIC for f in fields)
+
+    def _feature_service(self, name: str) -> FeatureService:
+        from feast.errors import FeatureServiceNotFoundException
+
+        try:
+            return self._store.get_feature_service(name, allow_cache=True)
+        except FeatureServiceNotFoundException as e:
+            valid = [s.name for s in self._store.registry.list_feature_services(self.project, allow_cache=True)]
+            raise NotFoundError("unknown feature service", value=name, valid=valid, next_step="feast apply") from e

@@ -1,0 +1,367 @@
+"""The consumer on a real broker and Redis: what is served equals history, whatever goes wrong in between."""
+
+from __future__ import annotations
+
+import json
+import random
+import signal
+import time
+from datetime import timedelta
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from stream_support import DAY, FEATURES, T0, event, make_project, message, produce, wait_until, write_history
+
+from feature_store import stream_view
+from feature_store.clock import from_micros, to_micros
+from feature_store.dead_letters import read_dead_letters
+from feature_store.errors import DataError, NotFoundError, PredictFlowError, UnavailableError
+from feature_store.event_log import EventLog
+from feature_store.stream_view import Raw, StreamView
+from feature_store.sync import Sync, SyncOptions
+from feature_store.topic import client_config, commit_group, end_offsets, ensure_topic
+from feature_store.window_store import WindowStore
+
+pytestmark = pytest.mark.kafka
+HOUR = timedelta(hours=1)
+CUSTOMERS = [f"C{i}" for i in range(6)]
+
+
+@pytest.fixture
+def project(tmp_path, postgres_url, redis_url, kafka_bootstrap, topic_prefix, monkeypatch):
+    return make_project(
+        tmp_path, postgres_url, redis_url, kafka_bootstrap, f"{topic_prefix}customer-events", monkeypatch
+    )
+
+
+def outcomes(consumer: Sync) -> dict[str, int]:
+    samples = [s for f in consumer.metrics.events.collect() for s in f.samples if s.name.endswith("_total")]
+    return {s.labels["outcome"]: int(s.value) for s in samples}
+
+
+def handled(consumer: Sync) -> int:
+    return sum(outcomes(consumer).values())
+
+
+def log_of(project) -> EventLog:
+    return EventLog(project.offline / "customer_events" / "stream", project.topic)
+
+
+def clock_of(project):
+    return from_micros(WindowStore(project.store, project.view).clock_us() or 0)
+
+
+def values(project, customers=CUSTOMERS) -> list[dict]:
+    return [{f: r["features"][f]["value"] for f in FEATURES} for r in project.served(customers)]
+
+
+def some_events(n: int, seed: int, first: int = 1000) -> list[dict]:
+    """Events of T0 and after, some late, some repeated, in order of `created`."""
+    rng = random.Random(seed)
+    events, at = [], T0
+    for i in range(n):
+        at += rng.choice([0, 0, 1, 3]) * HOUR
+        happened = at - rng.choice([timedelta(0), timedelta(0), HOUR, 8 * DAY])
+        e = event(first + i, rng.choice(CUSTOMERS), happened, at, rng.choice(["ticket", "usage"]), rng.randint(-3, 9))
+        events.append(events[-1] if i and rng.random() < 0.05 else e)
+    return events
+
+
+def test_served_values_equal_what_is_recomputed_and_a_planted_fault_is_seen(project):
+    write_history(
+        project.offline,
+        [event(i, CUSTOMERS[i % 5], T0 - i * DAY / 2, kind="ticket" if i % 3 == 0 else "usage") for i in range(150)],
+    )
+    project.bootstrap()
+    rng = random.Random(7)
+    records = project.served([*CUSTOMERS, "never"])
+    with project.syncing() as consumer:
+        at = T0
+        for n in range(50):
+            created = at = at + rng.choice([0, 1, 13]) * HOUR
+            happened = created - rng.choice([timedelta(0), timedelta(0), HOUR, 8 * DAY, 45 * DAY])
+            e = event(1000 + n - n % 10 // 9, rng.choice(CUSTOMERS), happened, created, "ticket", rng.randint(-3, 9))
+            produce(project.kafka, project.topic, [message(e)])
+            wait_until(lambda n=n: handled(consumer) > n)
+            records += project.served([*CUSTOMERS, "never"])
+    assert outcomes(consumer)["duplicate"] >= 1
+    assert values(project) == project.history(CUSTOMERS, clock_of(project))
+    for days in (6, 7, 25, 31, 59, 61):
+        records += project.served([*CUSTOMERS, "never"], at + days * DAY)
+
+    result = project.check(records)
+    assert (result.checked, result.different) == (len(records) * len(FEATURES), 0), result.examples
+    statuses = {f["status"] for r in records for f in r["features"].values()}
+    assert statuses == {"PRESENT", "NULL_VALUE", "NOT_FOUND", "OUTSIDE_MAX_AGE"}
+
+    altered = json.loads(json.dumps(records))
+    altered[100]["features"]["events_7d"]["value"] = 77
+    result = project.check(altered)
+    assert result.different == 1
+    assert result.examples[0].feature == "events_7d"
+
+    rows = log_of(project).read()
+    number = rows["_dropped"].to_pylist().index(None)
+    quantities = rows["quantity"].to_pylist()
+    quantities[number] += 1_000_000
+    rows = rows.set_column(rows.schema.get_field_index("quantity"), "quantity", pa.array(quantities, pa.int64()))
+    for file in log_of(project).files():
+        pq.write_table(rows.filter(pa.compute.equal(rows["_offset"], file.first)), file.path)
+    assert project.check(records).different > 0
+
+
+def test_bad_messages_become_dead_letters_and_never_stop_the_stream(project):
+    key, good = message(event(1, "C1", T0))
+    row = json.loads(good)
+    bad = [
+        (key, b"{not json"),
+        (key, None),
+        (key, b"\xff\xfe\x00"),
+        (key, b"[1, 2]"),
+        (b"C2", good),
+        (None, good),
+        (key, json.dumps({k: v for k, v in row.items() if k != "quantity"}).encode()),
+        (key, json.dumps({**row, "quantity": True}).encode()),
+        (key, json.dumps({**row, "quantity": 2**63}).encode()),
+        (key, json.dumps({**row, "customer_id": 17}).encode()),
+        (key, json.dumps({**row, "event_timestamp": "yesterday"}).encode()),
+        (key, json.dumps({**row, "event_timestamp": "2024-03-01T00:00:05.000001Z"}).encode()),  # 5 s ahead are allowed
+        (key, b"x" * 900_000),
+    ]
+    pending = json.dumps({**row, "event_id": "p", "event_timestamp": "2024-03-01T00:00:05Z"}).encode()
+    with project.syncing() as consumer:
+        produce(project.kafka, project.topic, [*bad, (key, good), (key, pending)])
+        wait_until(lambda: handled(consumer) >= len(bad) + 2)
+    assert outcomes(consumer) == {"applied": 2, "duplicate": 0, "replayed": 0, "dead_lettered": len(bad)}
+    letters = list(read_dead_letters(client_config(project.kafka), project.topic))
+    assert [(x.key, x.value) for x in letters] == bad
+    assert [x.offset for x in letters] == list(range(len(bad)))
+    assert {x.topic for x in letters} == {project.topic}
+    assert "quantity" in letters[6].reason
+    assert "ahead of the clock" in letters[11].reason
+    assert values(project, ["C1"])[0]["events_7d"] == 1  # the pending one does not count yet
+    assert project.served(["C1"], T0 + timedelta(seconds=5))[0]["features"]["events_7d"]["value"] == 2
+    shown = project.run("dlq", "list")
+    assert shown.returncode == 0, shown.stderr
+    assert f"{len(bad)} dead letter(s)" in shown.stdout
+
+
+def test_a_failure_after_any_step_neither_loses_nor_double_counts(project, monkeypatch):
+    """The steps of a batch fail in turn, after they have taken effect; then a new consumer gets the batch again."""
+    events = some_events(120, seed=3)
+    view = StreamView(project.store, project.view, str(project.offline), "id", "replay")
+    view.start_partition(0, 0)
+    rng = random.Random(5)
+    at = attempts = 0
+    while at < len(events):
+        size = rng.randint(1, 15)
+        batch = [Raw(0, i, *message(e)) for i, e in enumerate(events[at : at + size], at)]
+        broken = rng.choice(["log", "half the states", "states", "clock", None])
+        attempts += broken is not None
+        with monkeypatch.context() as m:
+            break_after(m, broken)
+            try:
+                result = view.apply(batch, view.online.clock_us() or 0)
+                view.online.advance_clock(result.clock_us)
+                at += len(batch)
+            except ConnectionAbortedError:
+                view = StreamView(project.store, project.view, str(project.offline), "id", "replay")
+                view.start_partition(0, at)
+    assert attempts > 10
+    log = log_of(project).read()
+    assert log["_offset"].to_pylist() == list(range(len(events)))
+    times = [to_micros(t) for t in log["_visible_at"].to_pylist()]
+    assert times == sorted(set(times))
+    counted = {e["event_id"]: e for e in events}.values()
+    now = clock_of(project)
+    for customer, got in zip(CUSTOMERS, values(project)):
+        recent = [e for e in counted if e["customer_id"] == customer and e["event_timestamp"] >= now - 7 * DAY]
+        assert got["events_7d"] == len(recent)
+        assert got["quantity_7d"] == (sum(e["quantity"] for e in recent) if recent else None)
+    assert values(project) == project.history(CUSTOMERS, now)
+
+
+def break_after(monkeypatch, step: str | None) -> None:
+    def failing(function, before=lambda *a: a):
+        def call(*args):
+            function(*before(*args))
+            raise ConnectionAbortedError("as if killed here")
+
+        return call
+
+    if step == "log":
+        monkeypatch.setattr(EventLog, "append", failing(EventLog.append))
+    elif step == "states":
+        monkeypatch.setattr(WindowStore, "write", failing(WindowStore.write))
+    elif step == "half the states":
+        half = failing(WindowStore.write, lambda s, states: (s, dict(list(states.items())[::2])))
+        monkeypatch.setattr(WindowStore, "write", half)
+    elif step == "clock":
+        monkeypatch.setattr(WindowStore, "advance_clock", failing(WindowStore.advance_clock))
+
+
+def test_killed_consumers_lose_nothing_and_count_nothing_twice(project):
+    write_history(project.offline, [event(i, CUSTOMERS[i % 6], T0 - i * HOUR) for i in range(60)])
+    done = project.run("windows", "bootstrap", "--known-by", T0.isoformat())
+    assert done.returncode == 0, done.stderr
+    assert "6 entities, 60 events" in done.stdout
+    events = some_events(400, seed=11)
+    produce(project.kafka, project.topic, [message(e) for e in events[:200]])
+    for kill_at in (20, 60):  # rows in the log: in the middle of the stream
+        consumer = project.start("sync", "--max-batch", "3")
+        wait_until(lambda n=kill_at: len(log_of(project).logged(0, 0)) >= n)
+        consumer.send_signal(signal.SIGKILL)
+        consumer.communicate()
+    produce(project.kafka, project.topic, [message(e) for e in events[200:]])
+    consumer = project.start("sync", "--max-batch", "50")
+    wait_until(lambda: len(log_of(project).logged(0, 0)) == len(events))
+    consumer.send_signal(signal.SIGTERM)
+    _, errors = consumer.communicate(timeout=60)
+    assert consumer.returncode == 0, errors
+
+    log = log_of(project).read()
+    repeated = len(events) - len({e["event_id"] for e in events})
+    assert log["_offset"].to_pylist() == list(range(len(events)))
+    assert log["_dropped"].to_pylist().count("duplicate") == repeated > 0
+    assert values(project) == project.history(CUSTOMERS, clock_of(project))
+    records = project.served(CUSTOMERS) + project.served(CUSTOMERS, clock_of(project) + 3 * DAY)
+    assert project.check(records).different == 0
+    committed = client_config(project.kafka)
+    from confluent_kafka import Consumer, TopicPartition
+
+    group = Consumer({**committed, "group.id": "predictflow-sync"})
+    assert group.committed([TopicPartition(project.topic, 0)], timeout=10)[0].offset == len(events)
+    group.close()
+
+
+def test_two_consumers_share_the_partitions_and_one_takes_over(project):
+    ensure_topic(client_config(project.kafka), project.topic, partitions=3)
+    events = some_events(300, seed=2)
+    with project.syncing(max_batch=5) as first:
+        produce(project.kafka, project.topic, [message(e) for e in events[:100]])
+        with project.syncing(max_batch=5) as second:
+            produce(project.kafka, project.topic, [message(e) for e in events[100:200]])
+            wait_until(lambda: handled(second) > 0 and handled(first) > 0)
+        produce(project.kafka, project.topic, [message(e) for e in events[200:]])
+        wait_until(lambda: log_of(project).read().num_rows == len(events))
+        wait_until(lambda: handled(first) + handled(second) >= len(events))
+    by_offset = project.check(project.served(CUSTOMERS))
+    assert (by_offset.checked, by_offset.different) == (len(CUSTOMERS) * len(FEATURES), 0)
+    now = clock_of(project)
+    unique = {e["event_id"]: e for e in events}.values()
+    for customer, got in zip(CUSTOMERS, values(project)):
+        mine = [e for e in unique if e["customer_id"] == customer and e["event_timestamp"] >= now - 7 * DAY]
+        assert got["events_7d"] == len(mine)
+
+
+def test_a_server_that_is_away_is_waited_for(project, monkeypatch):
+    """The log's disk is full for the first tries: nothing of the batch may be readable before it is logged."""
+    seen = []
+    append = EventLog.append
+
+    def full(log, rows):
+        seen.append(values(project, ["C1"])[0]["events_7d"])
+        if len(seen) < 3:
+            raise OSError(28, "No space left on device")
+        append(log, rows)
+
+    monkeypatch.setattr(EventLog, "append", full)
+    WindowStore(project.store, project.view).set_clock(to_micros(T0))
+    with project.syncing() as consumer:
+        produce(project.kafka, project.topic, [message(event(1, "C1", T0))])
+        wait_until(lambda: handled(consumer) == 1)
+    assert seen == [None, None, None]
+    assert values(project, ["C1"])[0]["events_7d"] == 1
+
+
+def test_bootstrap_refuses_to_forget_the_stream_unless_told_to_rewind(project):
+    write_history(project.offline, [event(i, CUSTOMERS[i], T0 - HOUR) for i in range(3)])
+    project.bootstrap()
+    events = some_events(40, seed=4)
+    with project.syncing() as consumer:
+        produce(project.kafka, project.topic, [message(e) for e in events])
+        wait_until(lambda: handled(consumer) == len(events))
+    after = values(project)
+    with pytest.raises(DataError, match="known after known_by"):
+        project.bootstrap()
+    later = clock_of(project)
+    (again,) = project.bootstrap(later)  # history and stream together give the state that the stream had
+    assert again.starts == {0: len(events)}
+    assert values(project) == after
+
+    (rewound,) = project.bootstrap(rewind=True)
+    assert (rewound.entities, rewound.forgotten, rewound.starts) == (3, len(events), {0: len(events)})
+    assert clock_of(project) == T0
+    assert log_of(project).read() is None
+    assert [v["events_7d"] for v in values(project)] == [1, 1, 1, None, None, None]
+    with project.syncing() as consumer:
+        produce(project.kafka, project.topic, [message(e) for e in events])
+        wait_until(lambda: handled(consumer) == len(events))
+    assert values(project) == after
+    assert project.check(project.served(CUSTOMERS)).different == 0
+
+
+def test_the_group_cannot_be_moved_while_it_runs(project):
+    write_history(project.offline, [event(1, "C1", T0)])
+    with project.syncing(), pytest.raises(UnavailableError, match="stop `predictflow sync`"):
+        project.bootstrap()
+
+
+def test_bootstrap_without_history_says_how_to_get_it(project):
+    with pytest.raises(DataError, match="predictflow backfill"):
+        project.bootstrap()
+
+
+def test_offsets_that_the_topic_no_longer_holds_stop_the_stream(project):
+    config = client_config(project.kafka)
+    ensure_topic(config, project.topic)
+    assert end_offsets(config, project.topic) == {0: 0}
+    commit_group(config, "predictflow-sync", project.topic, {0: 1000})
+    with pytest.raises(DataError, match="no longer holds"), project.syncing():
+        time.sleep(10)
+
+
+def test_a_topic_that_was_made_again_stops_the_stream(project):
+    from confluent_kafka.admin import AdminClient
+
+    with project.syncing() as consumer:
+        produce(project.kafka, project.topic, [message(event(1, "C1", T0))])
+        wait_until(lambda: handled(consumer) == 1)
+    admin = AdminClient(client_config(project.kafka))
+    admin.delete_topics([project.topic])[project.topic].result(30)
+    time.sleep(1)
+    with pytest.raises(DataError, match="deleted and made again"), project.syncing():
+        pass
+
+
+def test_errors_at_the_start_are_one_line(project):
+    def start(**changes):
+        options = {"bootstrap_servers": project.kafka, "offline_path": str(project.offline), "clock": "replay"}
+        Sync(project.store, SyncOptions(**(options | changes))).run()
+
+    with pytest.raises(NotFoundError, match="no windowed feature view reads this topic"):
+        start(topic="nonsense")
+    with pytest.raises(UnavailableError, match="KAFKA_BOOTSTRAP_SERVERS") as e:
+        start(bootstrap_servers="127.0.0.1:1")
+    assert isinstance(e.value, PredictFlowError)
+    assert "\n" not in e.value.message
+
+
+def test_the_log_row_of_an_event_is_complete(project):
+    with project.syncing() as consumer:
+        produce(project.kafka, project.topic, [message(event(1, "C1", T0, T0 + HOUR))])
+        wait_until(lambda: handled(consumer) == 1)
+    (row,) = log_of(project).read().to_pylist()
+    assert row.pop("_topic_id")
+    assert row == {
+        **event(1, "C1", T0, T0 + HOUR),
+        "_partition": 0,
+        "_offset": 0,
+        "_visible_at": T0 + HOUR,
+        "_watermark": None,
+        "_dropped": None,
+    }
+    assert (
+        stream_view.log_schema(consumer.views[0].definition, project.view).names == log_of(project).read().schema.names
+    )

@@ -1,0 +1,78 @@
+"""An unset variable of feature_store.yaml is one clear line, whichever section it stands in."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from feast.repo_config import RepoConfig
+
+from feature_store.config_check import UnsetVariableError, require_expanded, with_defaults
+from feature_store.errors import UsageError
+
+
+def config(**changes: str) -> RepoConfig:
+    values: dict[str, Any] = {
+        "postgres": "postgresql+psycopg2://u@h/d",
+        "redis": "redis://h:1/0",
+        "clock": "replay",
+        "offline": "/x",
+        **changes,
+    }
+    return RepoConfig(
+        project="p",
+        provider="local",
+        registry={"registry_type": "sql", "path": values["postgres"]},
+        online_store={
+            "type": "feature_store.online_store.PredictFlowOnlineStore",
+            "connection_string": values["redis"],
+            "clock": values["clock"],
+        },
+        offline_store={"type": "feature_store.offline_store.PredictFlowOfflineStore", "path": values["offline"]},
+        entity_key_serialization_version=3,
+    )
+
+
+def test_a_value_that_still_holds_a_variable_is_refused() -> None:
+    with pytest.raises(UsageError) as e:
+        require_expanded({"connection_string": "${REDIS_URL}", "clock": "wall"}, "online_store")
+    assert e.value.message.startswith(
+        "REDIS_URL is not set (feature_store.yaml, online_store.connection_string); next: "
+    )
+    assert 'eval "$(predictflow env)"' in e.value.message
+    require_expanded({"connection_string": "redis://h:1/0", "limit": 3, "nothing": None}, "online_store")
+
+
+def test_variables_inside_a_longer_or_nested_value_are_found() -> None:
+    with pytest.raises(UnsetVariableError, match=r"A, B are not set \(feature_store.yaml, s.x, s.deep.y\)"):
+        require_expanded({"x": "s3://${A}/${B}", "deep": {"y": "${A}"}}, "s")
+
+
+def test_the_clock_may_stay_unset() -> None:
+    values = {"clock": "${PREDICTFLOW_CLOCK}", "n": 1}
+    require_expanded(values, "online_store")
+    assert with_defaults(values) == {"clock": "wall", "n": 1}
+    assert config(clock="${PREDICTFLOW_CLOCK}").online_store.clock == "wall"
+
+
+@pytest.mark.parametrize(
+    ("change", "place"),
+    [
+        ({"postgres": "${POSTGRES_URL}"}, "POSTGRES_URL is not set (feature_store.yaml, registry.path)"),
+        ({"redis": "${REDIS_URL}"}, "REDIS_URL is not set (feature_store.yaml, online_store.connection_string)"),
+        (
+            {"offline": "${PREDICTFLOW_OFFLINE}"},
+            "PREDICTFLOW_OFFLINE is not set (feature_store.yaml, offline_store.path)",
+        ),
+    ],
+)
+def test_every_section_is_checked_while_feast_loads_the_file(change: dict[str, str], place: str) -> None:
+    with pytest.raises(UnsetVariableError) as e:
+        config(**change)
+    assert e.value.message.startswith(place)
+    assert e.value.exit_code == 2
+
+
+def test_all_unset_variables_are_named_at_once() -> None:
+    with pytest.raises(UnsetVariableError, match="POSTGRES_URL, PREDICTFLOW_OFFLINE, REDIS_URL are not set"):
+        config(postgres="${POSTGRES_URL}", redis="${REDIS_URL}", offline="${PREDICTFLOW_OFFLINE}")

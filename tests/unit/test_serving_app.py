@@ -1,0 +1,330 @@
+"""The REST application over fakes of its own ports: reader, models and served log."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
+from typing import Any
+
+import pytest
+from redis.exceptions import ConnectionError as RedisConnectionError
+from starlette.testclient import TestClient
+
+from feature_store.errors import DataError, NotFoundError, PredictFlowError, UnavailableError
+from feature_store.read_plan import OnlineRow, OnlineRows, ViewRead
+from serving import schemas
+from serving.app import Dependencies, create_app
+from serving.metrics import Metrics
+from serving.models import Model
+from serving.online import Limits, OnlineService
+from serving.plans import Asked, Column, ServicePlan
+from serving.served_log import Served, records
+
+T = datetime(2026, 1, 1, 12, 0, 0, 1, tzinfo=UTC)
+SERVED_AT = datetime(2026, 5, 5, tzinfo=UTC)
+COLUMNS = (Column("charges", "account", "charges", True), Column("method", "account", "method", False))
+
+
+class FakeReader:
+    def __init__(self) -> None:
+        self.error: Exception | None = None
+        self.at: datetime | None = None
+
+    async def aread(self, entities: Sequence[Mapping[str, object]], at: datetime | None = None) -> OnlineRows:
+        if self.error is not None:
+            raise self.error
+        self.at = at
+        rows = [
+            OnlineRow(
+                dict(entity),
+                {"charges": 0.1 + 0.2, "method": None},
+                {"charges": "PRESENT", "method": "NULL_VALUE"},
+                {"charges": T, "method": T},
+                {"account": ViewRead(T, None, {-1: 9, 0: 2**53 + 1}, T)},
+            )
+            for entity in entities
+        ]
+        return OnlineRows(at or T, rows)
+
+
+class FakePlans:
+    project = "p"
+
+    def __init__(self, reader: FakeReader) -> None:
+        self.plan = ServicePlan("s", COLUMNS, ("id",), reader)
+        self.refreshed = 0
+
+    def cached(self, asked: Asked, full_names: bool) -> ServicePlan | None:
+        return None
+
+    def get(self, asked: Asked, full_names: bool) -> ServicePlan:
+        if asked == "s":
+            return self.plan
+        raise NotFoundError("unknown feature service", value=asked, valid=["s"], next_step="feast apply")
+
+    def refresh(self) -> bool:
+        self.refreshed += 1
+        if self.refreshed == 1:
+            raise UnavailableError("the feature registry does not answer")
+        return True
+
+    def check(self) -> tuple[bool, str]:
+        return True, "fine"
+
+
+class Pipeline:
+    def predict_proba(self, frame: Any) -> Any:
+        return frame[["charges", "charges"]].to_numpy()
+
+
+class FakeModels:
+    ready = True
+
+    def cached(self, name: str) -> Model | None:
+        return Model("m", "7", "s", Pipeline(), 1, ("charges",)) if name == "m" else None
+
+    def get(self, name: str) -> Model:
+        raise NotFoundError("no model version with alias 'champion'", value=name, next_step="predictflow train")
+
+    def refresh(self) -> None:
+        pass
+
+    def check(self) -> tuple[bool, str]:
+        return self.ready, "m: version 7"
+
+
+class FakeLog:
+    def __init__(self) -> None:
+        self.records: list[dict[str, Any]] = []
+        self.closed = False
+
+    def write(
+        self, served: Served, plan: ServicePlan, rows: OnlineRows, probabilities: Sequence[float] | None = None
+    ) -> None:
+        self.records += records(served, plan, rows, probabilities)
+
+    def poll(self) -> None:
+        pass
+
+    def close(self, timeout: float) -> None:
+        self.closed = True
+
+
+class Server:
+    def __init__(self) -> None:
+        self.reader, self.models, self.log, self.metrics = FakeReader(), FakeModels(), FakeLog(), Metrics()
+        self.plans = FakePlans(self.reader)
+        self.redis_error: Exception | None = None
+        self.closed = False
+        limits = Limits(rows=3, features=2, body_bytes=2000)
+        online = OnlineService(
+            self.plans,  # type: ignore[arg-type]
+            self.models,
+            self.log,
+            self.metrics,
+            ThreadPoolExecutor(1),
+            lambda: SERVED_AT,
+            limits,
+        )
+        self.app = create_app(
+            Dependencies(
+                online=online,
+                plans=self.plans,  # type: ignore[arg-type]
+                models=self.models,
+                catalogue=None,  # type: ignore[arg-type]  # no test here asks for it
+                served_log=self.log,
+                metrics=self.metrics,
+                ping=self.ping,
+                close=self.close,
+                limits=limits,
+            )
+        )
+
+    async def ping(self) -> None:
+        if self.redis_error:
+            raise self.redis_error
+
+    async def close(self) -> None:
+        self.closed = True
+
+
+@pytest.fixture
+def server() -> Server:
+    return Server()
+
+
+@pytest.fixture
+def client(server: Server) -> Iterator[TestClient]:
+    with TestClient(server.app, raise_server_exceptions=False) as client:
+        yield client
+
+
+def ask(client: TestClient, **body: Any) -> Any:
+    return client.post("/api/v1/features/online", json={"feature_service": "s", "entities": {"id": ["a"]}, **body})
+
+
+def test_answers_have_the_documented_models(client: TestClient) -> None:
+    features = schemas.OnlineResponse.model_validate(ask(client).json())
+    predictions = schemas.PredictResponse.model_validate(
+        client.post("/api/v1/predict/m", json={"entities": {"id": ["a", "b"]}}).json()
+    )
+
+    assert features.t == T
+    assert features.rows[0].values == {"charges": 0.1 + 0.2, "method": None}
+    assert features.rows[0].offsets == {"account": {"-1": 9, "0": 2**53 + 1}}
+    assert (predictions.model, predictions.version, predictions.feature_service) == ("m", "7", "s")
+    assert [(p.entity["id"], p.probability) for p in predictions.predictions] == [("a", 0.1 + 0.2), ("b", 0.1 + 0.2)]
+
+
+def test_a_time_without_an_offset_is_utc(server: Server, client: TestClient) -> None:
+    ask(client, at="2026-01-02T03:04:05.123456")
+    assert server.reader.at == datetime(2026, 1, 2, 3, 4, 5, 123456, tzinfo=UTC)
+    ask(client, at="2026-01-02T03:04:05+02:00")
+    assert server.reader.at == datetime(2026, 1, 2, 1, 4, 5, tzinfo=UTC)
+
+
+def test_what_was_served_is_logged_with_the_request_id(server: Server, client: TestClient) -> None:
+    body = {"entities": {"id": ["a"]}}
+    client.post("/api/v1/predict/m", json=body, headers={"X-Request-Id": "r1"})
+
+    assert json.loads(json.dumps(server.log.records, default=str)) == [
+        {
+            "request_id": "r1",
+            "served_at": str(SERVED_AT),
+            "t": str(T),
+            "project": "p",
+            "feature_service": "s",
+            "entity": {"id": "a"},
+            "features": {
+                "charges": {
+                    "view": "account",
+                    "feature": "charges",
+                    "value": 0.1 + 0.2,
+                    "status": "PRESENT",
+                    "event_timestamp": str(T),
+                },
+                "method": {
+                    "view": "account",
+                    "feature": "method",
+                    "value": None,
+                    "status": "NULL_VALUE",
+                    "event_timestamp": str(T),
+                },
+            },
+            "views": {
+                "account": {
+                    "event_timestamp": str(T),
+                    "created": None,
+                    "offsets": {"-1": 9, "0": 2**53 + 1},
+                    "visible_at": str(T),
+                }
+            },
+            "model": "m",
+            "version": "7",
+            "probability": 0.1 + 0.2,
+        }
+    ]
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "code"),
+    [
+        (UnavailableError("Redis does not answer"), 503, "unavailable"),
+        (RedisConnectionError("gone"), 503, "unavailable"),
+        (DataError("broken"), 500, "data"),
+        (PredictFlowError("no"), 500, "failure"),
+        (RuntimeError("a bug"), 500, "internal"),
+    ],
+)
+def test_errors_of_the_reader_become_answers(
+    server: Server, client: TestClient, error: Exception, status: int, code: str
+) -> None:
+    server.reader.error = error
+    answer = ask(client)
+
+    assert (answer.status_code, schemas.ErrorResponse.model_validate(answer.json()).error.code) == (status, code)
+    assert ("Retry-After" in answer.headers) == (status == 503)
+    assert answer.headers["X-Request-Id"]
+    assert "a bug" not in answer.text
+    assert server.log.records == []
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "code"),
+    [
+        ({"entities": {"id": ["a"] * 4}}, 413, "too_many_rows"),
+        ({"feature_service": None, "features": ["v:a", "v:b", "v:c"]}, 413, "too_many_features"),
+        ({"feature_service": None}, 400, "usage"),
+        ({"entities": {"id": ["a"], "other": ["a", "b"]}}, 400, "usage"),
+        ({"entities": {}}, 422, "invalid_body"),
+        ({"feature_service": "t"}, 404, "not_found"),
+    ],
+)
+def test_limits_and_names_are_checked(client: TestClient, body: dict[str, Any], status: int, code: str) -> None:
+    answer = ask(client, **body)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (status, code)
+
+
+def test_a_not_found_answer_lists_the_valid_names(client: TestClient) -> None:
+    error = schemas.ErrorResponse.model_validate(ask(client, feature_service="t").json()).error
+    assert (error.valid, error.next) == (["s"], "feast apply")
+
+
+def test_a_body_over_the_limit_is_refused_with_and_without_its_length(client: TestClient) -> None:
+    big = json.dumps({"feature_service": "s", "entities": {"id": ["a" * 3000]}}).encode()
+    headers = {"content-type": "application/json"}
+
+    declared = client.post("/api/v1/features/online", content=big, headers=headers)
+    streamed = client.post("/api/v1/features/online", content=iter([big[:1500], big[1500:]]), headers=headers)
+
+    assert [a.status_code for a in (declared, streamed)] == [413, 413]
+    assert {a.json()["error"]["code"] for a in (declared, streamed)} == {"body_too_large"}
+
+
+def test_readiness_names_what_is_missing(server: Server, client: TestClient) -> None:
+    assert client.get("/readyz").json()["status"] == "ready"
+    server.redis_error = RedisConnectionError("gone")
+    server.models.ready = False
+    answer = client.get("/readyz")
+
+    assert answer.status_code == 503
+    assert {name: c.ok for name, c in schemas.Readiness.model_validate(answer.json()).checks.items()} == {
+        "redis": False,
+        "registry": True,
+        "model": False,
+    }
+    assert client.get("/healthz").status_code == 200
+
+
+def test_a_failed_first_read_of_the_registry_does_not_stop_the_server(server: Server, client: TestClient) -> None:
+    assert ask(client).status_code == 200
+    assert 'predictflow_refresh_failures_total{what="registry"} 1.0' in client.get("/metrics").text
+
+
+def test_stopping_flushes_the_log_and_closes_connections(server: Server) -> None:
+    with TestClient(server.app):
+        assert not server.log.closed
+    assert server.log.closed
+    assert server.closed
+
+
+def test_the_openapi_document_shows_every_status_that_a_route_answers(client: TestClient) -> None:
+    document = client.get("/openapi.json").json()
+    online = document["paths"]["/api/v1/features/online"]["post"]["responses"]
+    assert set(online) == {"200", "400", "404", "413", "422", "500", "503"}
+    for status in set(online) - {"200"}:
+        assert online[status]["content"]["application/json"]["schema"]["$ref"].endswith("/ErrorResponse")
+    assert "HTTPValidationError" not in document["components"]["schemas"]
+    at = document["components"]["schemas"]["PredictRequest"]["properties"]["at"]
+    assert {"type": "string", "format": "date-time"} in [
+        {k: v for k, v in option.items() if k in ("type", "format")} for option in at["anyOf"]
+    ]
+
+
+def test_unknown_routes_and_methods_share_the_error_shape(client: TestClient) -> None:
+    for answer, status in ((client.get("/nowhere"), 404), (client.get("/api/v1/predict/m"), 405)):
+        assert answer.status_code == status
+        assert schemas.ErrorResponse.model_validate(answer.json())
+    assert 'route="unmatched",status="404"' in client.get("/metrics").text

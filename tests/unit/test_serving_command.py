@@ -1,0 +1,60 @@
+"""`predictflow serve` before it serves: addresses and settings."""
+
+from __future__ import annotations
+
+import pytest
+from click.testing import CliRunner
+
+from feature_store.errors import UsageError
+from predictflow.cli_serve import _listen, serve
+from predictflow.settings import VARIABLES
+
+COMPLETE = {
+    "POSTGRES_URL": "postgresql+psycopg2://u@127.0.0.1:1/x",
+    "REDIS_URL": "redis://127.0.0.1:1/0",
+    "KAFKA_BOOTSTRAP_SERVERS": "127.0.0.1:1",
+    "MLFLOW_TRACKING_URI": "sqlite://",
+    "PREDICTFLOW_OFFLINE": "/nowhere",
+}
+
+
+@pytest.fixture(autouse=True)
+def _no_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in (*VARIABLES, "PREDICTFLOW_ALLOW_REMOTE"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.7", "example.org"])
+def test_it_does_not_listen_beyond_this_machine_unless_told(host: str) -> None:
+    result = CliRunner().invoke(serve, ["--host", host], env=COMPLETE)
+    assert result.exit_code == 2
+    assert host in result.output
+    assert "--allow-remote" in result.output
+
+
+@pytest.mark.parametrize("extra", [{"args": ["--allow-remote"]}, {"env": {"PREDICTFLOW_ALLOW_REMOTE": "1"}}])
+def test_it_may_be_told(extra: dict) -> None:
+    # With the address accepted, the first thing missed is a setting.
+    result = CliRunner().invoke(serve, ["--host", "0.0.0.0", *extra.get("args", [])], env=extra.get("env", {}))
+    assert "POSTGRES_URL is not set" in result.output
+
+
+@pytest.mark.parametrize(
+    ("missing", "switch"), [("KAFKA_BOOTSTRAP_SERVERS", "--no-served-log"), ("MLFLOW_TRACKING_URI", "--no-model")]
+)
+def test_a_setting_is_needed_only_for_what_is_switched_on(missing: str, switch: str) -> None:
+    env = {k: v for k, v in COMPLETE.items() if k != missing}
+    without = CliRunner().invoke(serve, ["--port", "0"], env=env)
+    assert (without.exit_code, f"{missing} is not set" in without.output) == (2, True)
+    with_switch = CliRunner().invoke(serve, ["--port", "0", switch], env={**env, "POSTGRES_URL": ""})
+    assert "POSTGRES_URL is not set" in with_switch.output
+
+
+def test_a_busy_port_is_one_clear_error() -> None:
+    with _listen("127.0.0.1", 0) as first:
+        first.listen()
+        port = first.getsockname()[1]
+        result = CliRunner().invoke(serve, ["--port", str(port)], env=COMPLETE)
+    assert result.exit_code == 1
+    assert f"cannot listen on 127.0.0.1:{port} (Address already in use)" in result.output
+    assert not isinstance(result.exception, UsageError)

@@ -1,0 +1,41 @@
+"""docs/reference/rest.md names every route, metric and error code of the server."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any, cast
+
+from fastapi.routing import APIRoute
+from prometheus_client import CollectorRegistry
+
+from serving import errors
+from serving.app import Dependencies, create_app
+from serving.metrics import Metrics
+from serving.online import Limits
+
+PAGE = (Path(__file__).parents[2] / "docs/reference/rest.md").read_text()
+
+
+def test_every_route_is_documented() -> None:
+    nothing = cast(Any, None)
+    app = create_app(
+        Dependencies(nothing, nothing, nothing, nothing, nothing, Metrics(), nothing, nothing, limits=Limits())
+    )
+    routes = [f"`{m} {path}`" for path, methods in app.openapi()["paths"].items() for m in map(str.upper, methods)]
+    assert len(routes) == 7
+    assert [r for r in routes if r not in PAGE] == []
+    assert all(
+        isinstance(r, APIRoute) or r.path in ("/openapi.json", "/docs", "/docs/oauth2-redirect") for r in app.routes
+    )  # type: ignore[attr-defined]
+
+
+def test_every_metric_is_documented_and_no_other() -> None:
+    metrics = Metrics(CollectorRegistry())
+    exposed = {f.name + ("_total" if f.type == "counter" else "") for f in metrics.registry.collect()}
+    assert exposed == set(re.findall(r"^\| `(predictflow_\w+)` \|", PAGE, re.M))
+
+
+def test_every_error_code_of_the_server_is_documented() -> None:
+    codes = {*errors.STATUS_OF_CODE, *errors.HTTP_CODES.values(), "usage", "invalid_body", "internal", "unavailable"}
+    assert [c for c in codes if f"`{c}`" not in PAGE] == []
