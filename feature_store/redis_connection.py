@@ -84,6 +84,8 @@ def _of_feast(text: str) -> dict[str, Any]:
     from feast.infra.online_stores.redis import RedisOnlineStore
 
     nodes, options = RedisOnlineStore._parse_connection_string(text)
+    for name in options.keys() & {"username", "password"}:
+        options[name] = str(options[name])  # Feast reads a password of digits as a number
     try:
         (node,) = nodes
         return {**options, "host": node["host"], "port": int(node.get("port", 6379))}

@@ -61,7 +61,9 @@ return 1
 """
 # Removes one view from a hash that several views share; the hash goes when no view is left in it.
 DROP_VIEW = """
-redis.call('HDEL', KEYS[1], unpack(ARGV))
+for i = 1, #ARGV, 2000 do
+  redis.call('HDEL', KEYS[1], unpack(ARGV, i, math.min(i + 1999, #ARGV)))
+end
 for _, field in ipairs(redis.call('HKEYS', KEYS[1])) do
   if field:sub(1, 4) == '_ts:' then return 0 end
 end

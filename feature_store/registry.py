@@ -101,7 +101,6 @@ class FeatureRegistry:
         from psycopg2.extras import Json, execute_values
 
         with self._writing() as cursor:
-            cursor.execute(self._block("lock_project"), {"project": self.project})
             groups = sorted({f.group for f in wanted.values()})
             cursor.execute(self._block("latest_versions"), {"project": self.project, "groups": groups})
             latest = {f"{row[0]}:{row[1]}": (row[2], row[3]) for row in cursor.fetchall()}
@@ -276,9 +275,8 @@ class FeatureRegistry:
     def _writing(self) -> Iterator[Cursor]:
         with self._postgres.transaction() as cursor:
             if not self._checked:
-                if schema.applied(cursor) is None:
-                    schema.migrate(cursor)
-                schema.require_current(cursor)
+                schema.ensure(cursor)
+            cursor.execute(self._block("lock_project"), {"project": self.project})
             yield cursor
         # Only after the commit: a schema made in a transaction that was rolled back is gone again.
         self._checked = True

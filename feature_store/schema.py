@@ -18,7 +18,11 @@ if TYPE_CHECKING:
     from psycopg2.extensions import cursor as Cursor
 
 _LOCK = "SELECT pg_advisory_xact_lock(hashtextextended('predictflow.schema', 0))"
-_EXISTS = "SELECT to_regclass('predictflow.schema_version') IS NOT NULL"
+# Not to_regclass(): its cache may not yet know of a schema that another process made while this one waited for the lock.
+_EXISTS = """
+SELECT EXISTS (SELECT FROM pg_class AS c JOIN pg_namespace AS n ON n.oid = c.relnamespace
+               WHERE n.nspname = 'predictflow' AND c.relname = 'schema_version')
+"""
 _STEP_FILE = re.compile(r"(\d{3})_\w+\.sql")
 
 
@@ -95,6 +99,17 @@ def migrate(cursor: Cursor) -> list[str]:
     for step in missing:
         cursor.execute("INSERT INTO predictflow.schema_version (step, name) VALUES (%s, %s)", (step.number, step.name))
     return [step.name for step in missing]
+
+
+def ensure(cursor: Cursor) -> None:
+    """Make the schema where there is none, for the first write to a fresh database; SchemaError unless it is current.
+
+    To be called before anything else in a transaction. An older schema is left to `predictflow migrate`.
+    """
+    cursor.execute(_LOCK)
+    if applied(cursor) is None:
+        migrate(cursor)
+    require_current(cursor)
 
 
 def require_current(cursor: Cursor) -> None:

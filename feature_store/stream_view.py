@@ -102,6 +102,7 @@ class StreamView:
         if self._clock == "wall":
             floor = max([floor, *(s.visible_at for s in states.values())])
         accepted = self._admit(parsed, floor, result)
+        result.refused.sort(key=lambda refused: (refused[0].partition, refused[0].offset))
 
         by_key: dict[Key, list[Event]] = defaultdict(list)
         for message, event in accepted:

@@ -17,7 +17,7 @@ def client_config(bootstrap_servers: str) -> dict[str, Any]:
     return {"bootstrap.servers": bootstrap_servers, "log_level": 3, "socket.keepalive.enable": True}
 
 
-def partitions_of(config: dict[str, Any], topic: str, seconds: float = 10.0) -> list[int]:
+def partitions_of(config: dict[str, Any], topic: str, seconds: float = 5.0) -> list[int]:
     """The partitions of a topic, empty where it does not exist. UnavailableError when no broker answers."""
     from confluent_kafka import KafkaException
     from confluent_kafka.admin import AdminClient
@@ -29,7 +29,7 @@ def partitions_of(config: dict[str, Any], topic: str, seconds: float = 10.0) -> 
     return [] if found.error is not None else sorted(found.partitions)
 
 
-def ensure_topic(config: dict[str, Any], topic: str, partitions: int = 1, seconds: float = 10.0) -> list[int]:
+def ensure_topic(config: dict[str, Any], topic: str, partitions: int = 1, seconds: float = 5.0) -> list[int]:
     """The partitions of a topic, which is made where it is missing. NotFoundError when the broker does not allow that."""
     from confluent_kafka import KafkaException, Producer
     from confluent_kafka.admin import AdminClient, NewTopic
@@ -38,10 +38,9 @@ def ensure_topic(config: dict[str, Any], topic: str, partitions: int = 1, second
     if found:
         return found
     reason = ""
+    admin = AdminClient(config)  # must outlive its futures
     try:
-        AdminClient(config).create_topics([NewTopic(topic, partitions)], operation_timeout=seconds)[topic].result(
-            seconds
-        )
+        admin.create_topics([NewTopic(topic, partitions)], operation_timeout=seconds)[topic].result(seconds)
     except KafkaException as e:
         reason = str(e.args[0].str() if e.args else e)
         # A broker without admin calls may still make topics that a producer asks for.
@@ -64,8 +63,9 @@ def topic_id(config: dict[str, Any], topic: str, seconds: float = 10.0) -> str:
     from confluent_kafka import KafkaException, TopicCollection
     from confluent_kafka.admin import AdminClient
 
+    admin = AdminClient(config)  # must outlive its futures
     try:
-        future = AdminClient(config).describe_topics(TopicCollection([topic]), request_timeout=seconds)[topic]
+        future = admin.describe_topics(TopicCollection([topic]), request_timeout=seconds)[topic]
         return str(future.result(seconds).topic_id)
     except KafkaException as e:
         log.debug("no topic id of %s: %s", topic, e)

@@ -29,7 +29,6 @@ return 1
 
 def windowed_views(store: FeatureStore, names: Sequence[str] = ()) -> list[tuple[FeatureView, WindowedView]]:
     """The windowed views of the registry with their definitions, or those named. NotFoundError for an unknown name."""
-    store.refresh_registry()  # else a write may look up the view in a cache from before the latest apply
     views = {v.name: (v, d) for v in store.list_feature_views() if (d := definition_of(v)) is not None}
     for name in names:
         if name not in views:
@@ -48,6 +47,7 @@ class WindowStore:
             raise DefinitionError("not a windowed feature view", value=view.name)
         self.definition = definition
         self.name = view.name
+        store.refresh_registry()  # else a write may look up the view in a cache from before the latest apply
         self._store = store
         self._view = view
         self._plan = ReadPlan.of_views(store.config, store.project, [(view, [])])
@@ -108,7 +108,7 @@ class WindowStore:
 
     def delete(self) -> None:
         """Removes every row of the view from the online store: the next bootstrap starts from nothing."""
-        online = self._store._get_provider().online_store  # type: ignore[attr-defined]  # Feast has no public way
+        online: Any = self._store._get_provider().online_store  # Feast has no public way
         with answering(self._redis):
             online.delete_table(self._store.config, self._view)
 

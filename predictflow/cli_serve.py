@@ -191,7 +191,7 @@ def build_app(settings: Settings, options: ServeOptions) -> FastAPI:
 
     use_json()
     store = feast_store(settings)
-    metrics = Metrics()
+    metrics = Metrics(merge=options.workers > 1)
     redis = _redis(settings.need("redis_url"))
 
     def reader(plan: ReadPlan) -> OnlineReader:

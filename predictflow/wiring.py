@@ -11,6 +11,7 @@ from predictflow.settings import Settings
 
 if TYPE_CHECKING:
     from feast import FeatureStore
+
     from feature_store.registry import FeatureRegistry
 
 log = logging.getLogger(__name__)

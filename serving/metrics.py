@@ -1,8 +1,7 @@
-"""Prometheus metrics of the server. With several workers, PROMETHEUS_MULTIPROC_DIR (set by the command) merges them."""
+"""Prometheus metrics of the server, of this process or merged over the workers that share PROMETHEUS_MULTIPROC_DIR."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -12,11 +11,15 @@ LATENCY_BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.0075, 0.01, 0.015, 0.025, 0.0
 
 
 class Metrics:
-    """Every metric of one server process, in a registry of its own (two servers in one process do not collide)."""
+    """Every metric of one server process, in a registry of its own (two servers in one process do not collide).
+
+    `merge`: expose all workers' values. It is not told by the variable, since Feast sets that one for itself.
+    """
 
     content_type = CONTENT_TYPE_LATEST
 
-    def __init__(self, registry: CollectorRegistry | None = None) -> None:
+    def __init__(self, registry: CollectorRegistry | None = None, merge: bool = False) -> None:
+        self._merge = merge
         self.registry = registry or CollectorRegistry()
         self.request_seconds = Histogram(
             "predictflow_request_seconds",
@@ -67,7 +70,7 @@ class Metrics:
 
     def expose(self) -> bytes:
         """The text exposition: of this process, or of all workers when they share a directory."""
-        if "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
+        if not self._merge:
             return generate_latest(self.registry)
         from prometheus_client.multiprocess import MultiProcessCollector
 

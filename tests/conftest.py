@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
-    from predictflow.local.processes import Watched
+    from predictflow.local.watched import Watched
 
 REDIS_DATABASES = 512
 _redis_databases = itertools.cycle(range(REDIS_DATABASES))
@@ -24,7 +24,7 @@ _redis_databases = itertools.cycle(range(REDIS_DATABASES))
 @pytest.fixture(scope="session")
 def _servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Watched, Path]]:
     """What starts the servers, and the directory for their state."""
-    from predictflow.local.processes import Watched
+    from predictflow.local.watched import Watched
 
     with Watched() as watched:
         yield watched, tmp_path_factory.mktemp("servers")

@@ -39,7 +39,7 @@ def promote(tracker: Tracker, version: str, force: bool = False) -> Promotion:
             f"no such version of {tracker.model}", value=version, valid=versions, next_step="predictflow train --help"
         )
     champion = tracker.champion()
-    before = None if champion is None else str(champion.version)
+    before = tracker.champion_version()
     result = Promotion(
         before=before,
         after=version,

@@ -135,6 +135,11 @@ class Tracker:
                 return None
             raise
 
+    def champion_version(self) -> str | None:
+        """The champion's version as text (MLflow gives a number or a text, depending on the kind of store), or None."""
+        champion = self.champion()
+        return None if champion is None else str(champion.version)
+
     def set_champion(self, model_version: str) -> None:
         """Move the alias to this version. Safe to run twice."""
         self.client.set_registered_model_alias(self.model, CHAMPION, model_version)
@@ -168,8 +173,9 @@ def check_reachable(uri: str) -> None:
             address = (parts.hostname or "", parts.port or {"http": 80, "https": 443}[parts.scheme])
             socket.create_connection(address, timeout=CONNECT_SECONDS).close()
     except (OSError, ValueError, _database_errors()) as e:
+        why = str(getattr(e, "orig", e)).splitlines()[0]  # the database's own words, without SQLAlchemy's around them
         raise UnavailableError(
-            f"MLflow's tracking store does not answer at MLFLOW_TRACKING_URI ({str(getattr(e, "orig", e)).splitlines()[0]})",
+            f"MLflow's tracking store does not answer at MLFLOW_TRACKING_URI ({why})",
             value=hidden(uri),
             next_step="predictflow up",
         ) from e

@@ -99,7 +99,7 @@ def _match(
         columns["_lo"] = _lower(t, request, per_tick)
         conditions.append("f._t >= e._lo")
     if as_known and request.created:
-        conditions.append("f._c < e._known")
+        conditions.append("f._c <= e._known")
     keys = entity_keys(entities, request.keys, source)
     arrow = pa.table({**{f"_k{i}": k for i, k in enumerate(keys)}, **{n: pa.array(c) for n, c in columns.items()}})
     con.register("_entities", arrow)

@@ -1,8 +1,8 @@
 -- Statements of feature_store/registry.py; parameters are psycopg2's, every time comes from the caller.
 
 -- name: lock_project
--- One writer of a project's features at a time: versions are numbered from what stands there.
-SELECT pg_advisory_xact_lock(hashtextextended('predictflow.features/' || %(project)s, 0))
+-- One writer of a project at a time: versions are numbered from what stands there, and writers cannot deadlock.
+SELECT pg_advisory_xact_lock(hashtextextended('predictflow.project/' || %(project)s, 0))
 
 -- name: latest_versions
 SELECT DISTINCT ON (feature_group, name) feature_group, name, version, definition_hash, retired_at IS NOT NULL

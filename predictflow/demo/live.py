@@ -6,7 +6,7 @@ import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -144,12 +144,12 @@ def live_events(raw: Path, cut: datetime, limit: int) -> list[dict[str, Any]]:
     import duckdb
 
     with duckdb.connect() as con:
-        table = con.execute(
+        found = con.execute(
             "SELECT * FROM read_parquet(?) WHERE created > ? ORDER BY created, event_id LIMIT ?",
             [str(raw / "events.parquet"), cut, limit],
-        ).to_arrow_table()  # type: ignore[union-attr]
-    rows: list[dict[str, Any]] = table.to_pylist()
-    return rows
+        )
+        names = [column[0] for column in found.description or ()]
+        return [dict(zip(names, row, strict=True)) for row in found.fetchall()]
 
 
 def message(event: Mapping[str, Any]) -> tuple[str, bytes]:
@@ -272,4 +272,4 @@ def _body(customers: Sequence[str], at: datetime | None) -> dict[str, Any]:
 
 def iso(t: datetime) -> str:
     """ISO 8601 in UTC with `Z` and microseconds."""
-    return t.strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+    return t.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")

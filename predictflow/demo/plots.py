@@ -26,9 +26,12 @@ def auc_bars(auc: Mapping[str, float | None]) -> str:
     best = auc.get("best_possible")
     if best is not None:
         axis.axhline(best, color=SOFT, linestyle="--", linewidth=1)
-        axis.text(1.52, best, f"best possible {best:.3f}", va="center", fontsize=9, color=SOFT)
+        axis.text(1.95, best + 0.008, f"best possible {best:.3f}", ha="right", fontsize=9, color=SOFT)
     axis.set_xticks([0, 1], [p[0] for p in pairs])
-    axis.set_ylim(0.45, 1.06)
+    lowest = min(float(auc[k] or 0.0) for pair in pairs for k in pair[1:])
+    axis.set_ylim(min(0.45, lowest - 0.05), 1.06)
+    axis.axhline(0.5, color=SOFT, linewidth=0.6)
+    axis.text(1.95, 0.505, "guessing 0.5", ha="right", fontsize=9, color=SOFT)
     axis.set_xlim(-0.5, 1.95)
     axis.bar(0, 0, color=GOOD, label="point-in-time features")
     axis.bar(0, 0, color=BAD, label="leaky latest values")
@@ -48,7 +51,7 @@ def histogram(samples: Sequence[float], label: str) -> str:
     axis.hist(np.minimum(values, p99 * 1.5), bins=40, color=ACCENT)
     for at, name in ((p50, "p50"), (p99, "p99")):
         axis.axvline(at, color=BAD, linewidth=1, linestyle=":")
-        axis.text(at, axis.get_ylim()[1] * 0.92, f" {name} {at:.1f}", fontsize=9, color=BAD)
+        axis.text(at, axis.get_ylim()[1] * 0.92, f" {name} {at:.1f}", fontsize=9, color=BAD, backgroundcolor="white")
     axis.set_xlabel(label)
     axis.set_ylabel("reads")
     return _svg(figure)

@@ -16,7 +16,7 @@ STYLE = """
 * { box-sizing: border-box } body { font: 16px/1.55 system-ui, sans-serif; color: var(--ink); background:#f5f7fa; margin: 0 }
 main { max-width: 1020px; margin: 0 auto; padding: 40px 20px 80px }
 h1 { font-size: 30px; margin: 0 0 6px } h2 { font-size: 20px; margin: 44px 0 8px } p { margin: 6px 0 14px; max-width: 74ch }
-.soft { color: var(--soft) } .cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(215px, 1fr)); gap: 14px; margin: 26px 0 }
+.soft { color: var(--soft) } .cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(170px, 1fr)); gap: 14px; margin: 26px 0 }
 .card { background: var(--paper); border: 1px solid var(--line); border-radius: 10px; padding: 16px 18px }
 .card b { display: block; font-size: 27px; line-height: 1.2 } .card.good b { color: var(--good) } .card.bad b { color: var(--bad) }
 figure { background: var(--paper); border: 1px solid var(--line); border-radius: 10px; margin: 12px 0; padding: 12px 16px }

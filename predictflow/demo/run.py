@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -103,6 +104,7 @@ def run(settings: Settings, options: Options) -> dict[str, Any]:
         "model": {"name": stage.MODEL, "version": metrics["model_version"], "data_version": metrics["data_version"]},
         "seconds": {"total": steps.total, **steps.seconds},
         "kafka": {"mode": services.kafka_mode},
+        "rest_url": url,
     }
     addresses = _addresses(settings, url)
     detail = {
@@ -129,16 +131,14 @@ def _dataset(options: Options) -> tuple[str, dict[str, Any]]:
     from predictflow.sources.base import SourceOptions
     from predictflow.sources.registry import choose
 
-    if options.path is None:
-        given = {"customers": options.customers, "days": options.days, "seed": options.seed}
-    elif options.path.is_file():
+    given: dict[str, Any] = {"customers": options.customers, "days": options.days, "seed": options.seed}
+    if options.path is not None:
+        if not options.path.is_file():
+            raise NotFoundError("no such data file", value=str(options.path))
         given = {"path": options.path.absolute()}
-    else:
-        raise NotFoundError("no such data file", value=str(options.path))
     adapter = choose(None, options.path)(SourceOptions(**given))
-    return adapter.name, {
-        "data": {"source": adapter.name, **{k: v if isinstance(v, int) else str(v) for k, v in given.items()}}
-    }
+    params = {name: str(value) if isinstance(value, Path) else value for name, value in given.items()}
+    return adapter.name, {"data": {"source": adapter.name, **params}}
 
 
 def _live(settings: Settings, workspace: Path, cut: datetime, url: str, limit: int, say: Say) -> Findings:
@@ -212,11 +212,16 @@ def _addresses(settings: Settings, url: str) -> dict[str, str]:
     return {
         "REST": f"{url}/docs",
         "metrics": f"{url}/metrics",
-        "Postgres": settings.need("postgres_url"),
-        "Redis": settings.need("redis_url"),
+        "Postgres": hide_password(settings.need("postgres_url")),
+        "Redis": hide_password(settings.need("redis_url")),
         "Kafka": settings.need("kafka_bootstrap_servers"),
-        "MLflow UI": f"mlflow ui --backend-store-uri {settings.need('mlflow_tracking_uri')}",
+        "MLflow UI": ".venv/bin/mlflow ui --backend-store-uri $MLFLOW_TRACKING_URI  (after eval of `predictflow env`)",
     }
+
+
+def hide_password(url: str) -> str:
+    """The URL with its password, if any, replaced: what is printed ends in logs and screenshots."""
+    return re.sub(r"(://[^:/@]*:)[^@]*@", r"\1***@", url)
 
 
 def _print_end(summary: dict[str, Any], addresses: dict[str, str], page: Path) -> None:

@@ -22,7 +22,7 @@ from feature_store.errors import UnavailableError
 from predictflow.local import kafka_archive, kafka_jars, kafka_mock
 from predictflow.local.kafka_jars import NoRealKafka
 from predictflow.local.ports import HOST, answers
-from predictflow.local.processes import Launcher, Program
+from predictflow.local.program import Launcher, Program
 
 KafkaMode = Literal["real", "external", "mock"]
 MOCK_NOTICE = "mock: not durable, for the tutorial only"

@@ -20,7 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from feature_store.errors import UnavailableError
-from predictflow.local.processes import Launcher, Program, Watched
+from predictflow.local.program import Launcher, Program
+from predictflow.local.watched import Watched
 
 HERE = Path(__file__).parent
 POM = HERE / "pom.xml"
@@ -95,6 +96,8 @@ def _fault(directory: Path) -> str | None:
 def _download(directory: Path, launcher: Launcher, say: Callable[[str], None]) -> None:
     megabytes = sum(jar.size for jar in locked_jars()) / 1e6
     say(f"kafka: fetching Kafka {kafka_version()}, once ({megabytes:.0f} MB) ...")
+    for left_by_a_killed_one in directory.parent.glob(f".{directory.name}.*"):
+        shutil.rmtree(left_by_a_killed_one)
     temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
     try:
         _fetch(temporary / "jars", launcher)

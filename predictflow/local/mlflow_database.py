@@ -14,7 +14,8 @@ from pathlib import Path
 
 from feature_store.errors import UnavailableError
 from predictflow.local import postgres, state
-from predictflow.local.processes import Program, Recorded, find, log_tail, wait_until
+from predictflow.local.processes import Recorded, find
+from predictflow.local.program import Program, log_tail, wait_until
 
 NAME = "mlflow-migrate"
 TIMEOUT_SECONDS = 180.0

@@ -1,60 +1,32 @@
-"""Long-running children: start, record, wait until ready while checking that they live, stop, list.
+"""Children that outlive us (`predictflow up`, `sync`, `serve`): start, record, find, list, stop.
 
-Two ways to start one. `Recorded(home)` is for `predictflow up`, `sync` and `serve`: the child outlives the command and is
-known by a record in `<home>/services/run/NAME.json`, which the child writes itself before it becomes the server, so that
-a command killed half-way leaves nothing unknown. `Watched()` is for tests and helper commands: the child dies with us,
-even on kill -9. A pid is only ever signalled while its start time is the recorded one.
+Each is known by a record in `<home>/services/run/NAME.json`, which the child writes itself before it becomes its program,
+so that a command killed half-way leaves nothing unknown. A pid is signalled only while its start time is the recorded one.
 """
 
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
 import os
 import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 from feature_store.errors import PredictFlowError, UnavailableError, UsageError
 from predictflow.local import child
 from predictflow.local.child import identity_of
+from predictflow.local.program import START_TIMEOUT_SECONDS, Program, await_ready, log_tail, wait_until
+from predictflow.local.watched import Watched
 
-START_TIMEOUT_SECONDS = 60.0
 STOP_TIMEOUT_SECONDS = 20.0
 STOP_ORDER = ("serve", "sync", "mlflow-migrate", "kafka", "redis", "postgres")
 """Readers before what they read from; a name that is not listed stops first."""
-
-
-@dataclass(frozen=True)
-class Program:
-    """What to run and how to tell that it is ready.
-
-    `env` is added to the caller's environment. `ready` is asked again and again until it is true; it must answer within
-    a second or so and raise only for what waiting cannot mend. `user` is an account to run as (only possible as root).
-    """
-
-    name: str
-    argv: Sequence[str]
-    log: Path
-    env: Mapping[str, str] = field(default_factory=dict)
-    ready: Callable[[], bool] = lambda: True
-    user: str | None = None
-    stop_signal: signal.Signals = signal.SIGTERM
-    timeout: float = START_TIMEOUT_SECONDS
-
-    @property
-    def fingerprint(self) -> str:
-        """Changes with the arguments and the added environment (hashed: it may hold a password)."""
-        text = json.dumps([list(self.argv), sorted(self.env.items())])
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
@@ -73,21 +45,6 @@ class Record:
     def alive(self) -> bool:
         _reap(self.pid)
         return identity_of(self.pid) == self.identity
-
-
-class Launcher(Protocol):
-    """Either way of starting a server (`start` returns once it is ready), and of running a helper to its end (`run`)."""
-
-    def start(self, program: Program) -> int: ...
-
-    def run(self, program: Program) -> None: ...
-
-
-def log_tail(log: Path, lines: int = 12) -> str:
-    """The last lines of a log, indented, for an error message."""
-    text = log.read_text(errors="replace") if log.exists() else ""
-    shown = [line for line in text.splitlines() if line.strip()][-lines:]
-    return "".join(f"\n  {line}" for line in shown) or "\n  (nothing was written)"
 
 
 _own: dict[int, subprocess.Popen[bytes]] = {}
@@ -191,92 +148,6 @@ def _signal(record: Record, sig: int) -> None:
             ) from error
 
 
-def wait_until(condition: Callable[[], bool], timeout: float) -> bool:
-    """Ask `condition` with growing pauses (10 to 200 ms) until it is true; False after `timeout` seconds."""
-    deadline = time.monotonic() + timeout
-    pause = 0.01
-    while not condition():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(pause)
-        pause = min(pause * 1.5, 0.2)
-    return True
-
-
-def _await_ready(program: Program, alive: Callable[[], bool]) -> None:
-    # Liveness first: something else that listens on the port must not pass for a child that died of just that.
-    if not wait_until(lambda: not alive() or program.ready(), program.timeout):
-        raise UnavailableError(
-            f"{program.name} was not ready within {program.timeout:.0f} s; the end of {program.log}:{log_tail(program.log)}"
-        )
-    if not alive():
-        raise UnavailableError(f"{program.name} ended while starting; the end of {program.log}:{log_tail(program.log)}")
-
-
-class Watched:
-    """Starts children that end when this process does, in whatever way; `close` ends them earlier. Safe to close twice."""
-
-    def __init__(self) -> None:
-        self._children: dict[subprocess.Popen[bytes], int] = {}
-        self._mutex = threading.Lock()
-
-    def start(self, program: Program) -> int:
-        """Start and wait until ready; the pid is the guard's, not the program's."""
-        process = self.launch(program)
-        _await_ready(program, lambda: process.poll() is None)
-        return process.pid
-
-    def launch(self, program: Program) -> subprocess.Popen[bytes]:
-        program.log.parent.mkdir(parents=True, exist_ok=True)
-        read_end, write_end = os.pipe()
-        arguments = [str(os.getpid()), str(read_end), str(int(program.stop_signal)), program.user or ""]
-        with open(program.log, "ab") as log:
-            process = subprocess.Popen(
-                [sys.executable, "-I", child.__file__, "watch", *arguments, "--", *program.argv],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-                env={**os.environ, **program.env},
-                pass_fds=[read_end],
-            )
-        os.close(read_end)
-        with self._mutex:
-            self._children[process] = write_end
-        return process
-
-    def run(self, program: Program) -> None:
-        """Run a command to its end (`program.timeout` seconds at most); `UnavailableError` with its log when it fails."""
-        process = self.launch(program)
-        try:
-            code = process.wait(program.timeout)
-        except subprocess.TimeoutExpired as error:
-            raise UnavailableError(
-                f"{program.name} took more than {program.timeout:.0f} s; the end of {program.log}:{log_tail(program.log)}"
-            ) from error
-        finally:
-            self._end(process)
-        if code:
-            raise UnavailableError(f"{program.name} failed; the end of {program.log}:{log_tail(program.log)}")
-
-    def close(self) -> None:
-        for process in reversed(list(self._children)):
-            self._end(process)
-
-    def _end(self, process: subprocess.Popen[bytes]) -> None:
-        with self._mutex:
-            write_end = self._children.pop(process, None)
-        if write_end is not None:
-            os.close(write_end)  # the guard sees the end of the pipe
-        process.wait()
-
-    def __enter__(self) -> Watched:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-
 class Recorded:
     """Starts children that outlive us and are known by their records below `home`. Usable from several threads."""
 
@@ -298,14 +169,14 @@ class Recorded:
                 next_step="predictflow down, then again",
             )
         if record is not None:
-            _await_ready(program, lambda: record.alive)
+            await_ready(program, lambda: record.alive)
             return record.pid
         with self._mutex:
             self._refuse_when_cancelled(program)
             self._started.append(program.name)
             with nullcontext(self.lock) if self.lock is not None else locked(self.home) as lock:
                 process = self._launch(program, lock)
-        _await_ready(program, lambda: process.poll() is None)
+        await_ready(program, lambda: process.poll() is None)
         return process.pid
 
     def run(self, program: Program) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from feature_store.errors import UnavailableError
 from predictflow.local.ports import HOST
-from predictflow.local.processes import Launcher, Program
+from predictflow.local.program import Launcher, Program
 
 
 def binary() -> str:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from feature_store.errors import UnavailableError
-from predictflow.local import external, kafka, mlflow_database, postgres, processes, redis, state
+from predictflow.local import external, kafka, mlflow_database, postgres, processes, program, redis, state
 from predictflow.local.kafka_jars import NoRealKafka
 from predictflow.local.ports import HOST, Ports, is_free
 from predictflow.local.processes import Recorded
@@ -174,15 +174,15 @@ class _Start:
 
     def _await(self, name: str, ready: Callable[[], bool]) -> None:
         """Wait for a server that runs already: the `up` that started it may have been killed before it was ready."""
-        if not processes.wait_until(
-            lambda: ready() or processes.find(name, self.home) is None, processes.START_TIMEOUT_SECONDS
+        if not program.wait_until(
+            lambda: ready() or processes.find(name, self.home) is None, program.START_TIMEOUT_SECONDS
         ):
             raise UnavailableError(
                 f"{name} runs but does not answer", next_step="predictflow down, then predictflow up"
             )
         if processes.find(name, self.home) is None:
             log = self.home / "logs" / f"{name}.log"
-            raise UnavailableError(f"{name} ended; the end of {log}:{processes.log_tail(log)}")
+            raise UnavailableError(f"{name} ended; the end of {log}:{program.log_tail(log)}")
 
     def _mlflow_uri(self, where: Mapping[str, Where], postgres_url: str) -> str:
         """MLflow's store: the user's own, which is never touched, or a database beside ours."""

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -149,6 +151,27 @@ def test_processes_that_migrate_and_write_at_once_leave_one_of_everything(
     assert len(registry.get_features(all_versions=True)) == 40
     assert {f.version for f in registry.get_features()} == {1}
     assert len(registry.upstream("feature_view:v")) == 40
+
+
+def test_first_writers_that_meet_at_a_fresh_database_make_one_schema(postgres_url: str) -> None:
+    # Each has already looked and found no schema, which Postgres's caches remember while they wait for the lock.
+    count, rounds = 6, 4
+    barrier = threading.Barrier(count)
+
+    def write(number: int) -> None:
+        with FeatureRegistry(postgres_url) as registry:
+            with pytest.raises(schema.SchemaError, match="no predictflow schema"):
+                registry.get_features()
+            barrier.wait(timeout=60)
+            if number % 2:
+                registry.migrate()
+            registry.register_features([Feature("v", f"f{i}", "Int64", {}) for i in range(5)], T0)
+
+    for _ in range(rounds):
+        execute(postgres_url, "DROP SCHEMA IF EXISTS predictflow CASCADE")
+        with ThreadPoolExecutor(count) as pool:
+            assert list(pool.map(write, range(count))) == [None] * count
+        assert execute(postgres_url, "SELECT count(*) FROM predictflow.features") == [(5,)]
 
 
 # Features

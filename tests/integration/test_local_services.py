@@ -21,7 +21,8 @@ from confluent_kafka import Consumer, Producer
 from feature_store.errors import UnavailableError
 from predictflow.local import kafka, mlflow_database, postgres, processes, services, state
 from predictflow.local.ports import HOST, answers
-from predictflow.local.processes import Watched, wait_until
+from predictflow.local.program import wait_until
+from predictflow.local.watched import Watched
 
 SETTINGS = ("POSTGRES_URL", "REDIS_URL", "KAFKA_BOOTSTRAP_SERVERS", "MLFLOW_TRACKING_URI")
 CLEAN = {k: v for k, v in os.environ.items() if k not in SETTINGS and not k.startswith("PREDICTFLOW_")}
@@ -232,7 +233,7 @@ import sys, time
 from pathlib import Path
 from predictflow.local import postgres, redis
 from predictflow.local.ports import free_port
-from predictflow.local.processes import Watched
+from predictflow.local.watched import Watched
 home, watched = Path({str(tmp_path)!r}), Watched()
 p, r = free_port(), free_port()
 postgres.start(watched, home / "postgres", p, home / "postgres.log", settings=postgres.FOR_TESTS)

@@ -25,7 +25,7 @@ from feast.types import Array, Bool, Bytes, Float32, Float64, Int32, Int64, Map,
 from feature_store.clock import replay_clock_key, to_micros
 from feature_store.errors import DataError, DefinitionError, UnavailableError, UsageError
 from feature_store.read_plan import AtTooEarlyError, ClockNotSetError, OnlineReader, ReadPlan
-from feature_store.redis_connection import connect, connect_async
+from feature_store.redis_connection import connect, connect_async, connection_options
 from feature_store.redis_layout import KeyLayout, KeyPart
 from feature_store.redis_writer import NEWEST_WINS, RowEncoder, run_script
 from feature_store.windows import Aggregate, windowed_feature_view
@@ -606,6 +606,12 @@ def test_wrong_settings_are_refused_when_they_are_loaded(repo: Repo, online: dic
 
 def test_an_unquoted_null_in_yaml_means_null(repo: Repo) -> None:
     assert repo.store(OURS, expired_values=None).config.online_store.expired_values == "null"
+
+
+def test_a_password_of_digits_stays_text() -> None:
+    assert connection_options("h:1,db=2,password=0123")["password"] == "0123"
+    assert connection_options("h:1,db=2,password=123")["password"] == "123"
+    assert connection_options("rediss://u:p%40@h/2")["password"] == "p@"
 
 
 @pytest.mark.parametrize(

@@ -385,7 +385,7 @@ def test_a_champion_that_cannot_be_served_leaves_the_old_one(
     try:
         for broken, reason in ((untagged, "no tag"), (needs_more, "lacks")):
             client.set_registered_model_alias(MODEL, "champion", broken)
-            wait_until(lambda: reason in requests.get(f"{url}/readyz", timeout=5).json()["checks"]["model"]["detail"])
+            wait_until(lambda reason=reason: reason in requests.get(f"{url}/readyz", timeout=5).text)
             assert FeatureClient(url).predict(MODEL, {"customer_id": ["C1"]}).version == served
     finally:
         client.set_registered_model_alias(MODEL, "champion", served)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,12 +18,13 @@ from predictflow.init_project import init_project
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture
-def repo(monkeypatch: pytest.MonkeyPatch) -> RepoContents:
-    """The definitions as `feast apply` finds them, from the checkout."""
-    monkeypatch.chdir(ROOT)
-    monkeypatch.syspath_prepend(str(ROOT))
-    return parse_repo(ROOT)
+@pytest.fixture(scope="module")
+def repo() -> Iterator[RepoContents]:
+    """The definitions as `feast apply` finds them, from the checkout; once, as the scan walks .venv too."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        patch.syspath_prepend(str(ROOT))
+        yield parse_repo(ROOT)
 
 
 def test_the_scan_finds_exactly_the_files_of_features() -> None:

@@ -12,7 +12,7 @@ import pytest
 from feature_store.errors import UnavailableError
 from predictflow.local import kafka_jars
 from predictflow.local.kafka_jars import Jar, NoRealKafka
-from predictflow.local.processes import Watched
+from predictflow.local.watched import Watched
 
 
 @pytest.fixture
@@ -62,9 +62,12 @@ def test_jars_are_fetched_once_and_checked_on_every_use(cache: Path, lock: list[
         tmp_path,
         f'echo x >> {tmp_path}/calls; mkdir -p $out; printf "a jar" > $out/kafka_2.13-4.1.1.jar; touch $out/extra.jar',
     )
+    left_by_a_killed_download = cache / "predictflow" / f".{kafka_jars.cache_directory().name}.abc"
+    left_by_a_killed_download.mkdir(parents=True)
     said: list[str] = []
     first = kafka_jars.class_path(Watched(), said.append)
     assert first == str(kafka_jars.cache_directory() / "kafka_2.13-4.1.1.jar")  # not the extra one
+    assert left_in(cache) == [kafka_jars.cache_directory().name]
     assert kafka_jars.class_path(Watched(), said.append) == first
     assert (tmp_path / "calls").read_text() == "x\n"
     assert len(said) == 1

@@ -16,13 +16,16 @@ import pytest
 
 from feature_store.errors import UnavailableError, UsageError
 from predictflow.local import processes
-from predictflow.local.processes import Program, Recorded, Watched, wait_until
+from predictflow.local.child import identity_of
+from predictflow.local.processes import Recorded
+from predictflow.local.program import Program, wait_until
+from predictflow.local.watched import Watched
 
 SLEEP = [sys.executable, "-c", "import time; time.sleep(300)"]
 
 
 def gone(pid: int) -> bool:
-    return processes.identity_of(pid) is None
+    return identity_of(pid) is None
 
 
 def test_a_started_child_is_recorded_kept_and_stopped(tmp_path: Path) -> None:
@@ -177,10 +180,10 @@ def test_a_watched_helper_does_not_end_the_servers_beside_it(tmp_path: Path) -> 
 
 
 def test_the_identity_of_a_process_stays_and_a_zombie_has_none() -> None:
-    assert processes.identity_of(os.getpid()) == processes.identity_of(os.getpid()) is not None
+    assert identity_of(os.getpid()) == identity_of(os.getpid()) is not None
     child = subprocess.Popen([sys.executable, "-c", ""])
     deadline = time.monotonic() + 30
-    while processes.identity_of(child.pid) is not None and time.monotonic() < deadline:
+    while identity_of(child.pid) is not None and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert processes.identity_of(child.pid) is None  # it has ended and nobody has asked for its exit code
+    assert identity_of(child.pid) is None  # it has ended and nobody has asked for its exit code
     child.wait()

@@ -20,10 +20,10 @@ from feature_store.point_in_time.retrieval import retrieve
 
 BASE = 1_700_000_000_000_000_000
 COLUMNS = {"k": pa.int64(), "s": pa.string(), "v": pa.int64()}
-KEYS = st.one_of(st.none(), st.integers(0, 3))
-TEXTS = st.sampled_from(["a", "b", None])
+KEYS = st.sampled_from([0, 0, 0, 1, 1, None])
+TEXTS = st.sampled_from(["a", "a", "a", "b", None])
 QUICK = settings(
-    max_examples=25,
+    max_examples=20,
     deadline=None,
     database=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
@@ -38,8 +38,8 @@ def histories(draw: st.DrawFn) -> tuple[str, list[dict[str, object]]]:
     step = 1 if unit == "ns" else 1000
     rows = draw(
         st.lists(
-            st.fixed_dictionaries({"k": KEYS, "s": TEXTS, "event": st.integers(-6, 6), "created": st.integers(0, 4)}),
-            min_size=1,
+            st.fixed_dictionaries({"k": KEYS, "s": TEXTS, "event": st.integers(-4, 4), "created": st.integers(0, 3)}),
+            min_size=12,
             max_size=40,
         )
     )
@@ -51,7 +51,10 @@ def histories(draw: st.DrawFn) -> tuple[str, list[dict[str, object]]]:
 
 
 entity_lists = st.lists(
-    st.tuples(KEYS, TEXTS, st.sampled_from([-7000, -1, 0, 1, 499, 999, 1000, 1001, 2500, 6000]), st.integers(0, 9)),
+    st.tuples(
+        KEYS, TEXTS, st.sampled_from([-2000, -1, 0, 1, 2, 3, 999, 1000, 1001, 2000, 3000, 4000]), st.integers(0, 9)
+    ),
+    min_size=12,
     max_size=30,
 )
 

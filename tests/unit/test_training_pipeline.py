@@ -23,7 +23,8 @@ stages:
     params: [data]
     outs: [work/raw]
   train:
-    cmd: test ${train.ok} = yes || { echo "Error: no luck"; exit 3; }; echo "{}" > work/metrics.json
+    cmd: >-
+      test ${train.ok} = yes || { echo "Error: no luck"; exit 3; }; echo "{}" > work/metrics.json
     deps: [work/raw]
     params: [train]
     metrics: [{work/metrics.json: {cache: false}}]
@@ -36,7 +37,7 @@ def repo(tmp_path: Path) -> Path:
     (repo / "features" / "__pycache__").mkdir(parents=True)
     (repo / "features" / "a.py").write_text("A = 1\n")
     (repo / "dvc.yaml").write_text(PIPELINE)
-    (repo / "params.yaml").write_text("data: {seed: 1, path: none}\ntrain: {ok: 'yes'}\n")
+    (repo / "params.yaml").write_text("data: {seed: 1, path: ''}\ntrain: {ok: 'yes'}\n")
     return repo
 
 
@@ -98,7 +99,7 @@ def test_a_missing_data_file_is_an_error_before_anything_is_written(tmp_path: Pa
 
 
 def test_an_interrupted_run_ends_with_its_stage_and_the_next_one_continues(tmp_path: Path, repo: Path) -> None:
-    (repo / "dvc.yaml").write_text(PIPELINE.replace("test ${train.ok}", "echo waiting; sleep ${train.s}; test yes"))
+    (repo / "dvc.yaml").write_text(PIPELINE.replace("test ${train.ok} = yes", "echo waiting; sleep ${train.s}"))
     workspace = tmp_path / "telco"
     prepare_workspace(workspace, {"train": {"s": 321}}, repo)
 
@@ -125,7 +126,7 @@ def test_the_checkouts_own_pipeline_is_complete() -> None:
     for name, stage in pipeline["stages"].items():
         for dep in stage["deps"]:
             assert dep in made if dep.startswith("work/") else (ROOT / dep).exists(), dep
-        made |= {o for o in stage.get("outs", [])}
+        made |= set(stage.get("outs", []))
         help_text = CliRunner().invoke(cli, [name, "--help"]).output
         options = [word for word in stage["cmd"].split() if word.startswith("--")]
         options += [f"--{key}" for key in default_params(ROOT)["data"]] if name == "data" else []

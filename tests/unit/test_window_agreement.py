@@ -167,7 +167,7 @@ def test_stream_history_and_brute_force_agree(history, later_reads):
     rows: list[Row] = []
     reads: list[tuple[str, int, dict[int, int]]] = []
     answers: list[tuple[dict, int | None]] = []
-    clock, offsets, batch, ids = T0, {0: 0, 1: 0}, [], 0
+    clock, offsets, batch = T0, {0: 0, 1: 0}, []
 
     def read(key: str, t: int) -> None:
         state = states.get(key)
@@ -185,10 +185,9 @@ def test_stream_history_and_brute_force_agree(history, later_reads):
                 states[key] = EntityState.decode(VIEW, state.encode(VIEW))
         batch.clear()
 
-    for key, partition, repeat, age, advance, kind, n, m, ends, again in history:
+    for i, (key, partition, repeat, age, advance, kind, n, m, ends, again) in enumerate(history):
         clock += 1 + advance
-        ids += 1
-        event_id = f"{key}{repeat}" if repeat else f"unique{ids}"
+        event_id = f"{key}{repeat}" if repeat else f"unique{i}"
         values = {"kind": kind, "n": n, "m": m}
         batch.append((key, Event(clock - age, partition, offsets[partition], clock, values, event_id)))
         offsets[partition] += 1

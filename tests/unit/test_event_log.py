@@ -1,0 +1,135 @@
+"""The Parquet log: whole files only, each event once, whatever was killed or written again."""
+
+from __future__ import annotations
+
+import os
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from feature_store.errors import DataError
+from feature_store.event_log import LOG_FIELDS, EventLog, log_files
+
+SCHEMA = pa.schema([pa.field("customer_id", pa.string()), *LOG_FIELDS])
+
+
+def rows(offsets, partition=0, visible=None, topic_id="id"):
+    return pa.Table.from_pylist(
+        [
+            {
+                "customer_id": f"C{o}",
+                "_topic_id": topic_id,
+                "_partition": partition,
+                "_offset": o,
+                "_visible_at": o if visible is None else visible,
+                "_watermark": None,
+                "_dropped": None,
+            }
+            for o in offsets
+        ],
+        SCHEMA,
+    )
+
+
+@pytest.fixture
+def log(tmp_path) -> EventLog:
+    return EventLog(tmp_path / "stream", "customer-events")
+
+
+def offsets(log: EventLog) -> list[tuple[int, int]]:
+    table = log.read()
+    return [] if table is None else list(zip(table["_partition"].to_pylist(), table["_offset"].to_pylist()))
+
+
+def test_rows_come_back_in_order_one_file_per_partition(log):
+    log.append(pa.concat_tables([rows([5, 3], 1), rows([0, 2])]))
+    assert [f.path.name for f in log.files()] == [
+        "customer-events-0-0000000000000000000-0000000000000000002.parquet",
+        "customer-events-1-0000000000000000003-0000000000000000005.parquet",
+    ]
+    assert offsets(log) == [(0, 0), (0, 2), (1, 3), (1, 5)]
+    assert log.read().schema.names == SCHEMA.names
+
+
+def test_the_same_batch_again_changes_nothing(log):
+    log.append(rows([0, 1]))
+    log.append(rows([0, 1]))
+    assert offsets(log) == [(0, 0), (0, 1)]
+
+
+def test_of_an_event_in_two_files_the_first_visible_counts(log):
+    log.append(rows([0, 1], visible=10))
+    log.append(rows([1, 2], visible=20))
+    assert log.logged(0, 0) == {0: 10, 1: 10, 2: 20}
+    assert log.logged(0, 2) == {2: 20}
+    assert log.logged(1, 0) == {}
+    assert offsets(log) == [(0, 0), (0, 1), (0, 2)]
+
+
+def test_other_topics_and_half_written_files_are_not_seen(log):
+    log.append(rows([0]))
+    EventLog(log.directory, "events").append(rows([7]))
+    (log.directory / ".customer-events-0-x.parquet.1.tmp").write_bytes(b"half")
+    (log.directory / ".hidden.parquet").write_bytes(b"half")
+    assert offsets(log) == [(0, 0)]
+    assert len(log_files(log.directory.parent)) == 2
+
+
+def test_a_full_disk_leaves_nothing_behind(log, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        log.append(rows([0]))
+    assert list(log.directory.iterdir()) == []
+
+
+def test_compaction_merges_and_leaves_replaced_files_to_readers_for_one_round(log):
+    for i in range(10):
+        log.append(rows([i]))
+    log.append(rows([0], partition=1))
+    log.compact(0, at_least=64)
+    assert len(log.files(0)) == 10
+    log.compact(0, at_least=5)
+    assert len(log.files(0)) == 11
+    assert offsets(log) == [*((0, i) for i in range(10)), (1, 0)]
+    log.compact(0, at_least=5)
+    assert len(log.files(0)) == 1
+    assert offsets(log) == [*((0, i) for i in range(10)), (1, 0)]
+    assert log.logged(0, 8) == {8: 8, 9: 9}
+
+
+def test_rewinding_forgets_what_became_visible_later(log):
+    log.append(rows([0, 1, 2]))
+    log.append(rows([3, 4]))
+    log.append(rows([3], partition=1))
+    assert log.rewind(1) == 4
+    assert offsets(log) == [(0, 0), (0, 1)]
+    assert log.rewind(1) == 0
+    assert log.rewind(-1) == 2
+    assert log.files() == []
+
+
+def test_the_topic_id_is_that_of_the_newest_rows(log):
+    assert log.topic_id() is None
+    log.append(rows([0], topic_id="a"))
+    log.append(rows([1], topic_id="b"))
+    log.append(rows([2], topic_id=""))
+    assert log.topic_id() == "b"
+
+
+def test_a_damaged_file_is_named(log):
+    log.append(rows([0]))
+    (file,) = log.files()
+    file.path.write_bytes(b"not parquet")
+    with pytest.raises(DataError, match=file.path.name):
+        log.read()
+
+
+def test_files_are_plain_parquet_with_the_columns_of_the_contract(log):
+    log.append(rows([0]))
+    (file,) = log.files()
+    schema = pq.read_schema(file.path)
+    assert [schema.field(f.name).type for f in LOG_FIELDS] == [f.type for f in LOG_FIELDS]
