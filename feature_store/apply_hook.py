@@ -42,10 +42,12 @@ def record_apply(
     at: datetime,
     *,
     deleted_views: Sequence[FeatureView] = (),
+    services_complete: bool = False,
 ) -> None:
     """Register every feature of `views` and record column → feature → feature view → feature service, all or nothing.
 
-    Features and edges that the definitions no longer have are retired at `at`, and all of `deleted_views`. Does nothing
+    Features and edges that the definitions no longer have are retired at `at`, and all of `deleted_views`; those of other
+    services too when `services_complete` says that `services` are all there are. Does nothing
     when the registry of `config` is not on Postgres. Safe to run twice and at once. DefinitionError for colliding
     fields and for SQL that cannot be read, before anything is written.
     """
@@ -60,6 +62,7 @@ def record_apply(
         registry.register_features(applied.features, at)
         registry.record_lineage(applied.edges, at=at, run_id=f"apply-{at:%Y%m%dT%H%M%S%f}")
         gone = [Node("feature_view", v.name) for v in deleted_views]
+        gone += registry.nodes("feature_service") if services_complete else []
         for view, names in {**applied.views, **{v.name: [] for v in deleted_views}}.items():
             gone += [Node("feature", f) for f in registry.retire_features(view, names, at)]
         made = [Node("feature", f.full_name) for f in applied.features]
@@ -88,7 +91,7 @@ def record_apply_of_store(
         services = registry.list_feature_services(config.project, allow_cache=False)
         registry.write_engine.dispose()
         registry.read_engine.dispose()
-    record_apply(config, views, services, at, deleted_views=deleted_views)
+    record_apply(config, views, services, at, deleted_views=deleted_views, services_complete=True)
 
 
 def check_field_collisions(views: Sequence[FeatureView]) -> None:

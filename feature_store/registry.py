@@ -194,16 +194,25 @@ class FeatureRegistry:
                 ended += cursor.rowcount
         return ended
 
-    def upstream(self, node: Node | tuple[str, str] | str, depth: int | None = None) -> list[Step]:
+    def upstream(
+        self, node: Node | tuple[str, str] | str, depth: int | None = None, *, as_of: datetime | None = None
+    ) -> list[Step]:
         """What `node` was made from, at most `depth` edges away (default: all), nearest first.
 
+        `as_of`: by the edges that stood then (default: now), for instance when a model was trained.
         NotFoundError with the nearest names when no edge has ever named `node`; an empty list at a raw source.
         """
-        return self._walk("upstream", as_node(node), depth)
+        return self._walk("upstream", as_node(node), depth, as_of)
 
-    def downstream(self, node: Node | tuple[str, str] | str, depth: int | None = None) -> list[Step]:
-        """What was made from `node`, at most `depth` edges away (default: all), nearest first. Errors as `upstream`."""
-        return self._walk("downstream", as_node(node), depth)
+    def downstream(
+        self, node: Node | tuple[str, str] | str, depth: int | None = None, *, as_of: datetime | None = None
+    ) -> list[Step]:
+        """What was made from `node`; arguments and errors as for `upstream`."""
+        return self._walk("downstream", as_node(node), depth, as_of)
+
+    def nodes(self, kind: str) -> list[Node]:
+        """Every node of `kind` that an edge has ever named, by name."""
+        return [node for node in map(Node.parse, self._column("node_names")) if node.kind == kind]
 
     def path(self, start: Node | tuple[str, str] | str, end: Node | tuple[str, str] | str) -> list[Edge]:
         """The shortest chain of edges from `start` down to `end`; empty where there is none. Errors as `upstream`."""
@@ -237,12 +246,13 @@ class FeatureRegistry:
             for r in rows
         ]
 
-    def _walk(self, direction: str, node: Node, depth: int | None) -> list[Step]:
+    def _walk(self, direction: str, node: Node, depth: int | None, as_of: datetime | None = None) -> list[Step]:
         if depth is not None and depth < 1:
             raise UsageError("depth of a lineage walk must be at least 1", value=depth)
-        values = {"kind": node.kind, "name": node.name, "depth": min(depth or MAX_DEPTH, MAX_DEPTH)}
+        values = {"kind": node.kind, "name": node.name, "depth": min(depth or MAX_DEPTH, MAX_DEPTH), "as_of": as_of}
         with self._reading() as cursor:
-            cursor.execute(self._block(direction), {"project": self.project, **values})
+            statement = self._block(direction).replace("{stands}", self._block("stands"))
+            cursor.execute(statement, {"project": self.project, **values})
             rows = cursor.fetchall()
         if not rows:
             self._require_node(node)

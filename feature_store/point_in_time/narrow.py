@@ -18,7 +18,7 @@ class Narrow:
     timestamp_type: str
     created_ns_per_tick: int
 
-    NEWEST_FIRST = "_t DESC, _c ASC, _file DESC, _pos DESC"
+    NEWEST_FIRST = "_t DESC, _c DESC, _file DESC, _pos DESC"
 
 
 def narrow(source: ParquetSource, keys: Sequence[str], timestamp: str, created: str | None) -> Narrow:

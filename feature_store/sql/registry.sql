@@ -76,18 +76,22 @@ WHERE project = %(project)s
   AND retired_at IS NULL
   AND last_recorded_at < %(at)s
 
+-- name: stands
+-- Whether the edge e stood at a time (null: stands now).
+((e.retired_at IS NULL OR e.retired_at > %(as_of)s) AND (%(as_of)s::timestamptz IS NULL OR e.recorded_at <= %(as_of)s))
+
 -- name: upstream
 -- Depth is bounded, so a cycle (a step that reads what it wrote) ends too.
 WITH RECURSIVE walk AS (
     SELECT 1 AS depth, e.*
     FROM predictflow.feature_lineage AS e
-    WHERE (e.project, e.target_kind, e.target_name) = (%(project)s, %(kind)s, %(name)s) AND e.retired_at IS NULL
+    WHERE (e.project, e.target_kind, e.target_name) = (%(project)s, %(kind)s, %(name)s) AND {stands}
     UNION
     SELECT w.depth + 1, e.*
     FROM walk AS w
     JOIN predictflow.feature_lineage AS e
       ON (e.project, e.target_kind, e.target_name) = (w.project, w.source_kind, w.source_name)
-    WHERE w.depth < %(depth)s AND e.retired_at IS NULL
+    WHERE w.depth < %(depth)s AND {stands}
 )
 SELECT min(depth), source_kind, source_name, target_kind, target_name, transformation_kind, transformation, run_id,
        recorded_at, last_recorded_at
@@ -100,13 +104,13 @@ ORDER BY 1, 2, 3, 4, 5
 WITH RECURSIVE walk AS (
     SELECT 1 AS depth, e.*
     FROM predictflow.feature_lineage AS e
-    WHERE (e.project, e.source_kind, e.source_name) = (%(project)s, %(kind)s, %(name)s) AND e.retired_at IS NULL
+    WHERE (e.project, e.source_kind, e.source_name) = (%(project)s, %(kind)s, %(name)s) AND {stands}
     UNION
     SELECT w.depth + 1, e.*
     FROM walk AS w
     JOIN predictflow.feature_lineage AS e
       ON (e.project, e.source_kind, e.source_name) = (w.project, w.target_kind, w.target_name)
-    WHERE w.depth < %(depth)s AND e.retired_at IS NULL
+    WHERE w.depth < %(depth)s AND {stands}
 )
 SELECT min(depth), source_kind, source_name, target_kind, target_name, transformation_kind, transformation, run_id,
        recorded_at, last_recorded_at
@@ -116,6 +120,7 @@ GROUP BY source_kind, source_name, target_kind, target_name, transformation_kind
 ORDER BY 1, 2, 3, 4, 5
 
 -- name: node_names
+-- Every node that an edge has ever named.
 SELECT source_kind || ':' || source_name FROM predictflow.feature_lineage WHERE project = %(project)s
 UNION
 SELECT target_kind || ':' || target_name FROM predictflow.feature_lineage WHERE project = %(project)s

@@ -37,7 +37,7 @@ def up(
         # Asked first: it names an unset password, and it knows the ports and the password that compose will use.
         config = json.loads(_compose(project, "config", "--format", "json"))
         say(f"docker compose: starting {', '.join(BACKENDS)} ...")
-        _compose(project, "up", "--detach", "--wait", *BACKENDS)
+        _compose(project, "up", "--detach", "--wait", *BACKENDS, shown=True)  # it may pull images for minutes
         services = _services(config["services"], home, given)
         state.save(home, services)
     return services
@@ -71,7 +71,8 @@ def _services(config: Mapping[str, dict[str, Any]], home: Path, environ: Mapping
     )
 
 
-def _compose(project: Path, *arguments: str) -> str:
+def _compose(project: Path, *arguments: str, shown: bool = False) -> str:
+    """Standard output of `docker compose ARGUMENTS`; with `shown`, its messages go to ours as they come."""
     docker = shutil.which("docker")
     if docker is None:
         raise UnavailableError("there is no docker on PATH", next_step="install Docker, or run without --docker")
@@ -81,11 +82,14 @@ def _compose(project: Path, *arguments: str) -> str:
         raise UnavailableError(
             "this docker has no compose plugin", next_step="install docker compose v2, or run without --docker"
         )
-    done = subprocess.run([docker, "compose", *arguments], cwd=project, capture_output=True, text=True)
+    messages = None if shown else subprocess.PIPE
+    done = subprocess.run(
+        [docker, "compose", *arguments], cwd=project, stdout=subprocess.PIPE, stderr=messages, text=True
+    )
     if done.returncode:
-        lines = [line for line in done.stderr.splitlines() if line.strip()]
+        lines = [line for line in (done.stderr or "see above").splitlines() if line.strip()]
         raise UnavailableError(
             f"docker compose {arguments[0]} failed: {lines[-1] if lines else 'no message'}",
-            next_step="see docker compose logs; passwords are set in .env (copy .env.example)",
+            next_step="passwords and ports are set in .env (copy .env.example); containers speak in docker compose logs",
         )
     return done.stdout

@@ -323,6 +323,23 @@ def test_retired_edges_are_left_out_of_walks_and_come_back(registry: FeatureRegi
     assert len(registry.upstream("feature:v:f")) == 2
 
 
+def test_a_walk_as_of_a_time_follows_the_edges_that_stood_then(registry: FeatureRegistry) -> None:
+    registry.record_lineage([("column:t.old", "feature:v:f"), ("feature:v:f", "feature_view:v")], at=T0)
+    registry.record_lineage([("column:t.new", "feature:v:f")], at=T0 + 2 * DAY)
+    registry.retire_lineage([Node("feature", "v:f")], ["column"], T0 + 2 * DAY)
+
+    def columns(as_of: datetime | None) -> list[str]:
+        steps = registry.upstream("feature_view:v", as_of=as_of)
+        return [s.edge.source.name for s in steps if s.edge.source.kind == "column"]
+
+    assert columns(None) == ["t.new"]
+    assert columns(T0 + DAY) == ["t.old"]
+    assert columns(T0 + 2 * DAY) == ["t.new"]
+    assert columns(T0 - DAY) == []
+    assert registry.downstream("column:t.old", as_of=T0 + DAY)[-1].edge.target == Node("feature_view", "v")
+    assert registry.nodes("column") == [Node("column", "t.new"), Node("column", "t.old")]
+
+
 def test_wrong_nodes_are_clear_errors(registry: FeatureRegistry) -> None:
     registry.record_lineage(CHAIN, at=T0)
     with pytest.raises(NotFoundError, match=r"'feature:v:tenur'.*did you mean 'feature:v:tenure'"):
@@ -421,7 +438,12 @@ def test_an_apply_registers_retires_and_replaces_edges(postgres_url: str, regist
     }
     assert [s.edge for s in registry.downstream("column:accounts.monthly_charges")] == []
 
-    record_apply(config, [], [], T0 + 3 * DAY, deleted_views=[second])
+    apply(second, 3, services=("s", "t"))
+    kept = [FeatureService(name="t", features=[second])]
+    record_apply(config, [second], kept, T0 + 4 * DAY, services_complete=True)
+    assert [str(s.edge.target) for s in registry.downstream("feature_view:v")] == ["feature_service:t"]
+
+    record_apply(config, [], [], T0 + 5 * DAY, deleted_views=[second])
     assert registry.get_features() == []
     assert registry.upstream("feature_view:v") == []
 

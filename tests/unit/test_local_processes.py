@@ -150,7 +150,7 @@ def test_watched_children_and_their_children_die_with_a_killed_parent(tmp_path: 
     pids = tmp_path / "pids"
     server = f"import os, subprocess; p = subprocess.Popen({SLEEP!r}); open({str(pids)!r}, 'w').write(f'{{os.getpid()}} {{p.pid}} '); p.wait()"
     code = (
-        "import sys, time; from pathlib import Path; from predictflow.local.processes import Program, Watched\n"
+        "import sys, time; from pathlib import Path; from predictflow.local.program import Program; from predictflow.local.watched import Watched\n"
         f"w = Watched(); w.start(Program('x', [sys.executable, '-c', {server!r}], Path({str(tmp_path / 'log')!r})))\n"
         "time.sleep(300)"
     )
