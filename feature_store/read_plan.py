@@ -24,6 +24,12 @@ Reply = Sequence[bytes | None]
 Requests = Sequence[tuple[bytes, list[bytes]]]
 
 
+class AtNotAllowedError(UsageError):
+    """A read at a chosen time under the wall clock, where the time of a read is the clock's."""
+
+    code = "at_not_allowed"
+
+
 class AtTooEarlyError(UsageError):
     """A read at a time before the newest applied event: what was known then can no longer be told online."""
 
@@ -243,7 +249,7 @@ class OnlineReader:
 
     def _pipeline(self, requests: Requests, at: datetime | None) -> Any:
         if at is not None and self._clock != "replay":
-            raise UsageError(
+            raise AtNotAllowedError(
                 "`at` needs the replay clock",
                 value=at.isoformat(),
                 next_step="leave it out, or PREDICTFLOW_CLOCK=replay",

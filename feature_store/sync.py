@@ -70,6 +70,7 @@ class Sync:
         self._config = client_config(options.bootstrap_servers)
         self._owned: dict[int, int] = {}  # partition -> next offset to commit
         self._batches = 0
+        self._recommit = False
         self._buffer: list[Any] = []
 
     def stop(self) -> None:
@@ -147,7 +148,7 @@ class Sync:
                 "partition.assignment.strategy": "cooperative-sticky",
                 "session.timeout.ms": 6000,  # how long a killed consumer's partitions wait
                 "heartbeat.interval.ms": 2000,
-                "on_commit": _on_commit,
+                "on_commit": self._on_commit,
                 "error_cb": lambda e: log.warning("Kafka: %s", e.str()),
             }
         )
@@ -192,6 +193,9 @@ class Sync:
             if not messages:
                 first = consumer.poll(_POLL_SECONDS)
                 messages = [first] if first is not None else []
+                if first is None and self._recommit:
+                    self._recommit = False
+                    self._commit(consumer, list(self._owned), wait=False)
                 if messages and self._options.max_batch > 1:
                     messages += consumer.consume(self._options.max_batch - 1, timeout=0)
             good = [m for m in messages if self._is_event(m)]
@@ -310,7 +314,12 @@ class Sync:
         self.metrics.late.labels(view).inc(result.late)
         self.metrics.without_value.labels(view).inc(result.without_value)
 
+    def _on_commit(self, error: Any, _partitions: Any) -> None:
+        from confluent_kafka import KafkaError
 
-def _on_commit(error: Any, _partitions: Any) -> None:
-    if error is not None:
-        log.warning("offsets not committed: %s", error.str())
+        if error is None:
+            return
+        self._recommit = True
+        rebalancing = (KafkaError.ILLEGAL_GENERATION, KafkaError.REBALANCE_IN_PROGRESS, KafkaError.UNKNOWN_MEMBER_ID)
+        level = logging.DEBUG if error.code() in rebalancing else logging.WARNING
+        log.log(level, "offsets not committed, tried again later: %s", error.str())

@@ -23,10 +23,11 @@ def partitions_of(config: dict[str, Any], topic: str, seconds: float = 5.0) -> l
     from confluent_kafka.admin import AdminClient
 
     try:
-        found = AdminClient(config).list_topics(topic, timeout=seconds).topics[topic]
+        # All topics: asking for one by name makes it, on a broker that makes topics on demand.
+        found = AdminClient(config).list_topics(timeout=seconds).topics.get(topic)
     except KafkaException as e:
         raise _unavailable(config, e) from e
-    return [] if found.error is not None else sorted(found.partitions)
+    return [] if found is None or found.error is not None else sorted(found.partitions)
 
 
 def ensure_topic(config: dict[str, Any], topic: str, partitions: int = 1, seconds: float = 5.0) -> list[int]:

@@ -34,10 +34,11 @@ def feast_store(settings: Settings) -> FeatureStore:
 
 
 def feature_registry(settings: Settings) -> FeatureRegistry:
-    """The FeatureRegistry on POSTGRES_URL; it connects on first use."""
+    """The FeatureRegistry of the project in `settings.repo`, on POSTGRES_URL; it connects on first use."""
     from feature_store.registry import FeatureRegistry
+    from predictflow.project import project_name
 
-    return FeatureRegistry(settings.need("postgres_url"))
+    return FeatureRegistry(settings.need("postgres_url"), project_name(settings.repo))
 
 
 def run_id(kind: str, content: str) -> str:

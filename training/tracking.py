@@ -55,7 +55,7 @@ class Tracker:
                 self._client = mlflow.MlflowClient(self.uri, self.uri)
             except mlflow.MlflowException as e:
                 raise UnavailableError(
-                    f"MLflow cannot use its tracking store ({str(e).splitlines()[0]})", value=hidden(self.uri)
+                    f"MLflow cannot use its tracking store ({str(e).strip().splitlines()[0]})", value=hidden(self.uri)
                 ) from e
         return self._client
 

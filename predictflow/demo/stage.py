@@ -54,8 +54,7 @@ def start_services(settings: Settings, workspace: Path, say: Say) -> Services:
 
 def apply_definitions(settings: Settings, say: Say) -> FeatureStore:
     """What `feast apply` does, in this process: importing Feast takes longer than applying."""
-    from feast.repo_config import load_repo_config
-    from feast.repo_operations import apply_total, cli_check_repo
+    from feast.repo_operations import apply_total_with_repo_instance, cli_check_repo, parse_repo
 
     from predictflow.wiring import feast_store
 
@@ -64,15 +63,13 @@ def apply_definitions(settings: Settings, say: Say) -> FeatureStore:
         raise NotFoundError(
             "no feature_store.yaml in this directory", value=str(settings.repo), next_step="cd to the checkout"
         )
-    before = Path.cwd()
-    try:
-        os.chdir(settings.repo)
-        cli_check_repo(settings.repo, config_file)
-        with _quiet():
-            apply_total(load_repo_config(settings.repo, config_file), settings.repo, skip_source_validation=False)
-    finally:
-        os.chdir(before)
+    cli_check_repo(settings.repo, config_file)
     store = feast_store(settings)
+    with contextlib.chdir(settings.repo), _quiet():
+        # `feast apply` itself looks for definitions below .venv too, for seconds, to find these same files.
+        definitions = parse_repo(settings.repo / "features")
+        apply_total_with_repo_instance(store, store.project, store.registry, definitions, skip_source_validation=False)
+    store.refresh_registry()
     for view in sorted(store.list_feature_views(), key=lambda v: v.name):
         say(f"feature view {view.name}: {', '.join(f.name for f in view.features)}")
     return store
@@ -82,16 +79,18 @@ def run_training_pipeline(settings: Settings, workspace: Path, params: dict[str,
     """`dvc repro` in the data set's workspace; returns metrics.json. Stages whose inputs did not change are not repeated."""
     from predictflow.local.mlflow_database import wait_for_mlflow
     from training.pipeline import prepare_workspace, run_pipeline
+    from training.promote import restore
+    from training.tracking import Tracker
 
     wait_for_mlflow(settings.home, settings.need("mlflow_tracking_uri"))
     prepare_workspace(workspace, params, settings.repo)
     environ = dict(os.environ)
     stages = run_pipeline(workspace, environ)
     metrics = read_json(workspace / "work" / "model" / "metrics.json")
-    if _champion_version(settings) is None:
+    if not restore(Tracker(settings.need("mlflow_tracking_uri"), settings.home / "mlartifacts"), metrics):
         # The registry was emptied since (another Postgres, say): the files alone are not the model.
-        say("no champion in the model registry: training again")
-        stages += run_pipeline(workspace, environ, force=True)
+        say("the model registry lacks this model: training again")
+        stages += run_pipeline(workspace, environ, force=True, stage="train")
         metrics = read_json(workspace / "work" / "model" / "metrics.json")
     say(f"stages run: {', '.join(stages) or 'none, all up to date'}")
     return metrics
@@ -149,19 +148,6 @@ def read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as e:
         raise DataError(f"cannot read {path}", value=str(e), next_step="predictflow demo") from e
     return content
-
-
-def _champion_version(settings: Settings) -> str | None:
-    import mlflow
-    from mlflow.exceptions import MlflowException
-
-    client = mlflow.MlflowClient(settings.need("mlflow_tracking_uri"))
-    try:
-        return str(client.get_model_version_by_alias(MODEL, "champion").version)
-    except MlflowException as e:
-        if e.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
-            return None
-        raise
 
 
 def _any_free_port() -> int:

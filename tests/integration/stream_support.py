@@ -85,11 +85,6 @@ class Project:
             text=True,
         )
 
-    def run(self, *command: str) -> subprocess.CompletedProcess:
-        with self.start(*command) as process:
-            out, err = process.communicate(timeout=120)
-        return subprocess.CompletedProcess(command, process.returncode, out, err)
-
     def bootstrap(self, known_by: datetime = T0, **options):
         place = StreamPlace(self.kafka, "predictflow-sync")
         return bootstrap(self.store, str(self.offline), known_by, clock="replay", stream=place, **options)

@@ -11,6 +11,7 @@ from datetime import timedelta
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from click.testing import CliRunner, Result
 from stream_support import DAY, FEATURES, T0, event, make_project, message, produce, wait_until, write_history
 
 from feature_store import stream_view
@@ -22,6 +23,7 @@ from feature_store.stream_view import Raw, StreamView
 from feature_store.sync import Sync, SyncOptions
 from feature_store.topic import client_config, commit_group, end_offsets, ensure_topic
 from feature_store.window_store import WindowStore
+from predictflow.cli import cli
 
 pytestmark = pytest.mark.kafka
 HOUR = timedelta(hours=1)
@@ -54,6 +56,12 @@ def clock_of(project):
 
 def values(project, customers=CUSTOMERS) -> list[dict]:
     return [{f: r["features"][f]["value"] for f in FEATURES} for r in project.served(customers)]
+
+
+def command(*arguments: str, exit_code: int = 0) -> Result:
+    done = CliRunner().invoke(cli, list(arguments))
+    assert done.exit_code == exit_code, done.output
+    return done
 
 
 def some_events(n: int, seed: int, first: int = 1000) -> list[dict]:
@@ -142,9 +150,10 @@ def test_bad_messages_become_dead_letters_and_never_stop_the_stream(project):
     assert "ahead of the clock" in letters[11].reason
     assert values(project, ["C1"])[0]["events_7d"] == 1  # the pending one does not count yet
     assert project.served(["C1"], T0 + timedelta(seconds=5))[0]["features"]["events_7d"]["value"] == 2
-    shown = project.run("dlq", "list")
-    assert shown.returncode == 0, shown.stderr
-    assert f"{len(bad)} dead letter(s)" in shown.stdout
+    shown = command("dlq", "list")
+    assert f"{len(bad)} dead letter(s)" in shown.output
+    (first, *_) = command("dlq", "list", "--json").output.splitlines()
+    assert json.loads(first)["value"] == "{not json"
 
 
 def test_a_failure_after_any_step_neither_loses_nor_double_counts(project, monkeypatch):
@@ -365,3 +374,27 @@ def test_the_log_row_of_an_event_is_complete(project):
     assert (
         stream_view.log_schema(consumer.views[0].definition, project.view).names == log_of(project).read().schema.names
     )
+
+
+def test_the_commands_bootstrap_explain_and_check(project, tmp_path):
+    write_history(project.offline, [event(i, CUSTOMERS[i], T0 - HOUR) for i in range(3)])
+    command("windows", "bootstrap", exit_code=2)  # under replay, --known-by is needed
+    command("windows", "bootstrap", "--known-by", "soon", exit_code=2)
+    command("windows", "bootstrap", "nonsense", "--known-by", T0.isoformat(), exit_code=2)
+    done = command("windows", "bootstrap", "--known-by", T0.isoformat())
+    assert "3 entities, 3 events known by 2024-03-01T00:00:00+00:00" in done.output
+    assert (
+        "problems_30d: count(*) where event_type in ticket" in command("windows", "explain", "customer_behavior").output
+    )
+
+    served = project.served(CUSTOMERS)
+    path = tmp_path / "served.jsonl"
+    path.write_text("\n".join(map(json.dumps, served)))
+    assert "checked 24, different 0, stale 0" in command("check", "--served-file", str(path)).output
+    served[0]["features"]["events_7d"]["value"] = 2
+    path.write_text("\n".join(map(json.dumps, served)))
+    failed = command("check", "--served-file", str(path), exit_code=1)
+    assert "different 1" in failed.output
+    assert "customer_id=C0 events_7d" in failed.output
+    result = json.loads(command("check", "--served-file", str(path), "--json", exit_code=1).output)
+    assert (result["checked"], result["different"]) == (24, 1)
