@@ -199,6 +199,7 @@ def make_project(tmp_path: Path, postgres_url: str, redis_url: str, kafka: str, 
     )
     store = FeatureStore(repo_path=str(repo))
     store.apply([customer, view])
+    store.refresh_registry()  # a cache from before the apply would not know the view
     return Project(repo, environ, topic, store)
 
 
