@@ -56,7 +56,7 @@ status: .venv/.runtime ## Show what runs, and where
 
 .PHONY: test
 test: .venv/.dev ## Run the tests against real Postgres, Redis and Kafka
-	.venv/bin/python -m pytest $(PYTEST_ARGS)
+	.venv/bin/python -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
 
 .PHONY: lint
 lint: .venv/.dev ## Run ruff, mypy and the import-direction check

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import prometheus_client  # noqa: F401 - before Feast, whose import would make all counters of a process shared files
 import pytest
 
 if TYPE_CHECKING:

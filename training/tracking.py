@@ -52,6 +52,7 @@ class Tracker:
             logging.getLogger("mlflow").setLevel(logging.WARNING)
             try:
                 mlflow.set_tracking_uri(self.uri)  # log_model knows no client
+                mlflow.set_registry_uri(self.uri)  # else one set earlier in this process would hold
                 self._client = mlflow.MlflowClient(self.uri, self.uri)
             except mlflow.MlflowException as e:
                 raise UnavailableError(
