@@ -331,7 +331,9 @@ def _pull_job(
             return _no_rows(pull, definition)
         with connect(config.offline_store.engine) as con:
             table = read(con, pull)
-        if not join_keys or DUMMY_ENTITY_ID in join_keys:  # a view without entities: Feast stores it under one made-up key
+        if (
+            not join_keys or DUMMY_ENTITY_ID in join_keys
+        ):  # a view without entities: Feast stores it under one made-up key
             table = table.append_column(DUMMY_ENTITY_ID, pa.array([DUMMY_ENTITY_VAL] * table.num_rows, pa.string()))
         return table
 

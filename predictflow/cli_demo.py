@@ -8,7 +8,12 @@ import click
 
 
 @click.command()
-@click.option("--data", "path", type=click.Path(path_type=Path), help="UCI Online Retail CSV (or .csv.gz) instead of the simulator.")
+@click.option(
+    "--data",
+    "path",
+    type=click.Path(path_type=Path),
+    help="UCI Online Retail CSV (or .csv.gz) instead of the simulator.",
+)
 @click.option("--customers", type=click.IntRange(min=200), default=2000, show_default=True, help="Simulated customers.")
 @click.option("--days", type=click.IntRange(min=150), default=270, show_default=True, help="Simulated days.")
 @click.option("--seed", type=int, default=7, show_default=True, help="Seed of the simulator.")

@@ -25,7 +25,9 @@ def _pages(command: click.Command, context: click.Context, name: str) -> list[st
         for child_name in command.list_commands(context):
             child = command.get_command(context, child_name)
             if child is not None:
-                sub = click.Context(child, info_name=child_name, parent=context, terminal_width=100, max_content_width=100)
+                sub = click.Context(
+                    child, info_name=child_name, parent=context, terminal_width=100, max_content_width=100
+                )
                 pages += _pages(child, sub, f"{name} {child_name}")
     return pages
 
