@@ -17,6 +17,7 @@ import duckdb
 from feature_store.errors import DataError, NotFoundError
 from feature_store.point_in_time.engine import ident, reading, text
 from feature_store.point_in_time.types import kind
+from feature_store.published import counting
 
 if TYPE_CHECKING:
     from feast import RepoConfig
@@ -76,7 +77,8 @@ def parquet_files(place: str) -> tuple[str, ...]:
     if path.is_file():
         return (str(path),)
     if path.is_dir():
-        return tuple(sorted(str(p) for p in path.rglob("*.parquet") if p.is_file() and not _hidden(p, path)))
+        found = counting(path, lambda: [p for p in path.rglob("*.parquet") if p.is_file() and not _hidden(p, path)])
+        return tuple(sorted(map(str, found)))
     if any(c in place for c in "*?["):
         root = Path(path.anchor) if path.is_absolute() else Path()
         found = root.glob(str(path.relative_to(path.anchor)))
