@@ -6,7 +6,7 @@ says so and the published files have the recorded digests, so a lost or stale re
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
@@ -41,11 +41,22 @@ class Published:
     sha256: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class Progress:
+    """How far a run had come: whether it had ended well, and its finished chunks by number."""
+
+    done: bool
+    chunks: Mapping[int, Published]
+
+
 class BackfillState(Protocol):
     """Where runs and chunks are remembered. Every method is safe to repeat and may be called from any thread."""
 
-    def open(self, run: Run) -> dict[int, Published]:
-        """Begins or takes up a run; its finished chunks by number."""
+    def open(self, run: Run) -> Progress:
+        """Begins or takes up a run: how far it had come."""
+
+    def finished(self, run: Run, chunk: int) -> Published | None:
+        """The record of one chunk, where another process may have made it meanwhile."""
 
     def start(self, run: Run, chunk: int, start: datetime, end: datetime) -> None:
         """A chunk is being computed; what was recorded of it no longer counts."""
@@ -66,9 +77,16 @@ class MemoryState:
     def __init__(self) -> None:
         self.done: dict[tuple[str, int], Published] = {}
         self.errors: dict[tuple[str, int], str] = {}
+        self.ended: set[str] = set()
 
-    def open(self, run: Run) -> dict[int, Published]:
-        return {chunk: result for (run_id, chunk), result in self.done.items() if run_id == run.run_id}
+    def open(self, run: Run) -> Progress:
+        chunks = {chunk: result for (run_id, chunk), result in self.done.items() if run_id == run.run_id}
+        done = run.run_id in self.ended
+        self.ended.discard(run.run_id)
+        return Progress(done, chunks)
+
+    def finished(self, run: Run, chunk: int) -> Published | None:
+        return self.done.get((run.run_id, chunk))
 
     def start(self, run: Run, chunk: int, start: datetime, end: datetime) -> None:
         self.done.pop((run.run_id, chunk), None)
@@ -81,7 +99,8 @@ class MemoryState:
         self.errors[run.run_id, chunk] = error
 
     def close(self, run: Run, done: bool) -> None:
-        pass
+        if done:
+            self.ended.add(run.run_id)
 
 
 class PostgresState:
@@ -104,8 +123,10 @@ class PostgresState:
     def __exit__(self, *_: object) -> None:
         self._postgres.close()
 
-    def open(self, run: Run) -> dict[int, Published]:
+    def open(self, run: Run) -> Progress:
         with self._cursor() as cursor:
+            cursor.execute(self._sql["run_status"], {"run_id": run.run_id})
+            status = cursor.fetchone()
             cursor.execute(
                 self._sql["open_run"],
                 {
@@ -121,13 +142,23 @@ class PostgresState:
             )
             cursor.execute(self._sql["done_chunks"], {"run_id": run.run_id})
             rows = cursor.fetchall()
-        return {number: Published(count, tuple(files), tuple(digests)) for number, count, files, digests in rows}
+        return Progress(
+            done=status is not None and status[0] == "done",
+            chunks={n: Published(count, tuple(files), tuple(digests)) for n, count, files, digests in rows},
+        )
+
+    def finished(self, run: Run, chunk: int) -> Published | None:
+        with self._cursor() as cursor:
+            cursor.execute(self._sql["done_chunk"], {"run_id": run.run_id, "number": chunk})
+            row = cursor.fetchone()
+        return Published(row[0], tuple(row[1]), tuple(row[2])) if row else None
 
     def start(self, run: Run, chunk: int, start: datetime, end: datetime) -> None:
         self._do("start_chunk", run, number=chunk, start=start, end=end)
 
     def finish(self, run: Run, chunk: int, result: Published) -> None:
-        files, sha256 = _lists(result.files), _lists(result.sha256)
+        # psycopg2 writes a list as an array, a tuple as a row.
+        files, sha256 = list(result.files), list(result.sha256)
         self._do("finish_chunk", run, number=chunk, rows=result.rows, files=files, sha256=sha256)
 
     def fail(self, run: Run, chunk: int, error: str) -> None:
@@ -148,8 +179,3 @@ class PostgresState:
             yield cursor
         # Only after the commit: a schema made in a transaction that was rolled back is gone again.
         self._checked = True
-
-
-def _lists(values: Sequence[str]) -> list[str]:
-    """psycopg2 writes a list as an array, a tuple as a row."""
-    return list(values)

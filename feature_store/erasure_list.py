@@ -45,7 +45,9 @@ class ErasureList:
         """All entries, by join key and digest; DataError for a file that cannot be read: a rebuild must not guess."""
         try:
             stored = json.loads(self.path.read_text(encoding="utf-8"))
-            return [Erased(e["join_key"], e["sha256"], datetime.fromisoformat(e["erased_at"])) for e in stored["erased"]]
+            return [
+                Erased(e["join_key"], e["sha256"], datetime.fromisoformat(e["erased_at"])) for e in stored["erased"]
+            ]
         except FileNotFoundError:
             return []
         except (ValueError, KeyError, TypeError) as e:
@@ -63,9 +65,7 @@ class ErasureList:
             if any((e.join_key, e.sha256) == (new.join_key, new.sha256) for e in entries):
                 return
             ordered = sorted([*entries, new], key=lambda e: (e.join_key, e.sha256))
-            rows = [
-                {"join_key": e.join_key, "sha256": e.sha256, "erased_at": e.erased_at.isoformat()} for e in ordered
-            ]
+            rows = [{"join_key": e.join_key, "sha256": e.sha256, "erased_at": e.erased_at.isoformat()} for e in ordered]
             write_whole(self.path, json.dumps({"erased": rows}, indent=1).encode())
 
 

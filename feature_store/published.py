@@ -74,4 +74,3 @@ def locks_of(table: Path) -> Path:
 def table_lock(table: Path) -> Path:
     """Held by one writer that changes any file (compaction, erasure), shared by those that publish chunks."""
     return locks_of(table) / "table"
-

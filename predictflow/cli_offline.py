@@ -1,22 +1,29 @@
-"""Commands of the offline store: `backfill`."""
+"""Commands of the offline store: `backfill`, `compact`, `erase`.
+
+Exit codes, for a scheduler: 0 done, 1 failed (the data, the disk), 2 wrong usage, 75 try again (a server is away, or
+another process works on the same files), 130 interrupted.
+"""
 
 from __future__ import annotations
 
+import functools
 import json
 import os
-from contextlib import nullcontext
+from collections.abc import Callable
+from contextlib import ExitStack
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
-from feature_store.errors import DataError, NotFoundError, UsageError
+from feature_store.errors import DataError, NotFoundError, UnavailableError, UsageError
 
 if TYPE_CHECKING:
     from feast import FeatureView
 
     from feature_store.backfill import BackfillResult
+    from feature_store.backfill_state import PostgresState
     from predictflow.settings import Settings
 
 
@@ -26,6 +33,28 @@ class Bounds(NamedTuple):
     start: datetime | None = None
     end: datetime | None = None
     known_by: datetime | None = None
+    known_after: datetime | None = None
+
+
+class TryAgain(click.ClickException):
+    """An error that passes by itself; the exit code is EX_TEMPFAIL of sysexits.h."""
+
+    exit_code = 75
+
+
+def retryable(run: Callable[..., None]) -> Callable[..., None]:
+    """Turns errors that pass by themselves into TryAgain."""
+
+    @functools.wraps(run)
+    def wrapped(*args: Any, **kwargs: Any) -> None:
+        from feature_store.durable import BusyError
+
+        try:
+            run(*args, **kwargs)
+        except (UnavailableError, BusyError) as e:
+            raise TryAgain(e.message) from e
+
+    return wrapped
 
 
 @click.command()
@@ -38,8 +67,14 @@ class Bounds(NamedTuple):
     "--end", default=None, help="Event time where it stops, exclusive; default: just after the cut, else all."
 )
 @click.option("--known-by", default=None, help="Newest `created` let in; default: the cut of summary.json, else all.")
+@click.option("--known-after", default=None, help="Only rows with a newer `created`: what arrived late; default: all.")
+@click.option(
+    "--workers", type=click.IntRange(min=1), default=None, help="Months written at once; default: cores, <= 4."
+)
+@click.option("--memory", default=None, metavar="SIZE", help="What the engine may take before it spills, such as 2GB.")
 @click.option("--dry-run", is_flag=True, help="Count rows and estimate bytes; write nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object per line and view.")
+@retryable
 def backfill(
     views: tuple[str, ...],
     all_views: bool,
@@ -48,10 +83,17 @@ def backfill(
     start: str | None,
     end: str | None,
     known_by: str | None,
+    known_after: str | None,
+    workers: int | None,
+    memory: str | None,
     dry_run: bool,
     as_json: bool,
 ) -> None:
-    """Compute the history of views from raw tables into the offline store. Safe to run twice."""
+    """Compute the history of views from raw tables into the offline store.
+
+    Safe to run twice and at once. After an interruption the same command goes on where it was.
+    Exit codes: 0 done, 1 failed, 2 wrong usage, 75 try again.
+    """
     from predictflow.settings import Settings
 
     settings = Settings.from_environ(os.environ)
@@ -64,26 +106,52 @@ def backfill(
         start=_time("--start", start) or defaults.start,
         end=_time("--end", end) or defaults.end,
         known_by=_time("--known-by", known_by) or defaults.known_by,
+        known_after=_time("--known-after", known_after),
     )
     target = offline or settings.need("offline_path")
-    results = []
-    for view in _chosen(settings, views):
-        results.append(_run(view, raw, target, bounds, dry_run))
-        if as_json:
-            click.echo(json.dumps(results[-1].to_json()))
-    if not dry_run:
-        _record(settings, results)
-    if not as_json:
-        for r in results:
-            verb = "would write about" if dry_run else "wrote"
-            click.echo(f"{r.view}: {verb} {r.rows:,} rows, {r.files} files, {r.bytes:,} bytes to {r.path}")
+    chosen = _chosen(settings, views)
+    with ExitStack() as stack:
+        state = None if dry_run else stack.enter_context(_state(settings))
+        for view in chosen:
+            result = _run(view, raw, target, bounds, dry_run, workers, memory, state)
+            if not dry_run:
+                _record(settings, result)
+            click.echo(json.dumps(result.to_json()) if as_json else _line(result))
 
 
-def _run(view: FeatureView, raw: Path, target: str, bounds: Bounds, dry_run: bool) -> BackfillResult:
+def _line(r: BackfillResult) -> str:
+    if r.dry_run:
+        return f"{r.view}: would write about {r.rows:,} rows, {r.files} files, {r.bytes:,} bytes to {r.path}"
+    found = f"; {r.skipped} of {r.chunks} chunks were done before" if r.skipped else ""
+    return f"{r.view}: wrote {r.rows:,} rows, {r.files} files, {r.bytes:,} bytes to {r.path}{found}"
+
+
+def _state(settings: Settings) -> PostgresState:
+    from feature_store.backfill_state import PostgresState
+
+    return PostgresState(settings.need("postgres_url"), clock=lambda: datetime.now(UTC))
+
+
+def _run(
+    view: FeatureView,
+    raw: Path,
+    target: str,
+    bounds: Bounds,
+    dry_run: bool,
+    workers: int | None,
+    memory: str | None,
+    state: PostgresState | None,
+) -> BackfillResult:
     from feature_store.backfill import backfill as run
-    from predictflow.progress import no_progress, progress
+    from feature_store.point_in_time.engine import EngineSettings
+    from predictflow.progress import Advance, no_progress, progress
 
-    with nullcontext(no_progress) if dry_run else progress(f"backfill {view.name}") as advance:
+    with ExitStack() as stack:
+        shown: list[Advance] = [no_progress]
+
+        def planned(rows: int) -> None:
+            shown[0] = stack.enter_context(progress(f"backfill {view.name}", total=rows))
+
         return run(
             view,
             raw_dir=raw,
@@ -91,8 +159,13 @@ def _run(view: FeatureView, raw: Path, target: str, bounds: Bounds, dry_run: boo
             start=bounds.start,
             end=bounds.end,
             known_by=bounds.known_by,
+            known_after=bounds.known_after,
             dry_run=dry_run,
-            progress=advance,
+            workers=workers,
+            progress=lambda rows: shown[0](rows),
+            planned=planned,
+            state=state,
+            engine=EngineSettings(memory_limit=memory),
         )
 
 
@@ -113,15 +186,12 @@ def _chosen(settings: Settings, names: tuple[str, ...]) -> list[FeatureView]:
     return sorted(chosen, key=lambda v: v.name)
 
 
-def _record(settings: Settings, results: list[BackfillResult]) -> None:
-    """Records which raw columns each table was made of; the same backfill run again records the same run."""
-    from predictflow.wiring import feature_registry, run_id
+def _record(settings: Settings, result: BackfillResult) -> None:
+    """Records which raw columns the table was made of; the same backfill run again records the same run."""
+    from predictflow.wiring import feature_registry
 
-    at = datetime.now(UTC)
     with feature_registry(settings) as registry:
-        for r in results:
-            same = {k: v for k, v in r.to_json().items() if k not in ("seconds", "path")}
-            registry.record_lineage(r.edges, at=at, run_id=run_id("backfill", json.dumps(same, sort_keys=True)))
+        registry.record_lineage(result.edges, at=datetime.now(UTC), run_id=result.run_id)
 
 
 def _range_of(raw: Path) -> Bounds:

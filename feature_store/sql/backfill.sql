@@ -8,6 +8,14 @@ VALUES (%(run_id)s, %(project)s, %(view)s, %(definition_hash)s, coalesce(%(start
         'running', %(at)s, %(at)s)
 ON CONFLICT (run_id) DO UPDATE SET status = 'running', updated_at = excluded.updated_at
 
+-- name: run_status
+SELECT status FROM predictflow.backfill_runs WHERE run_id = %(run_id)s
+
+-- name: done_chunk
+SELECT row_count, file_names, sha256
+FROM predictflow.backfill_chunks
+WHERE run_id = %(run_id)s AND chunk_number = %(number)s AND status = 'done'
+
 -- name: done_chunks
 SELECT chunk_number, row_count, file_names, sha256
 FROM predictflow.backfill_chunks
