@@ -148,6 +148,13 @@ def plan_of(view: FeatureView) -> Plan:
     return _row_plan(view, sql, inputs) if definition is None else _window_plan(view, sql, inputs, definition)
 
 
+def row_layout(view: FeatureView) -> Layout:
+    """How a row view's files are laid out, whether or not its source has a SELECT."""
+    layout = _row_plan(view, "", ()).layout
+    assert layout is not None
+    return layout
+
+
 def _row_plan(view: FeatureView, sql: str, inputs: tuple[str, ...]) -> Plan:
     source = view.batch_source
     assert source is not None

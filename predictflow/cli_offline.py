@@ -172,14 +172,10 @@ def _run(
 def _chosen(settings: Settings, names: tuple[str, ...]) -> list[FeatureView]:
     """The named views of the Feast registry, or every view whose source has a SELECT when none is named."""
     from feature_store.windows.definition import SQL_TAG
-    from predictflow.wiring import feast_store
 
-    known = {v.name: v for v in feast_store(settings).list_feature_views()}
-    for name in names:
-        if name not in known:
-            raise NotFoundError("no such feature view", value=name, valid=known, next_step="feast apply")
+    known = _views(settings)
     if names:
-        return [known[n] for n in dict.fromkeys(names)]
+        return _named(known, names)
     chosen = [v for v in known.values() if v.batch_source and SQL_TAG in (v.batch_source.tags or {})]
     if not chosen:
         raise NotFoundError(f"no view whose source has a tag {SQL_TAG}", valid=known, next_step="feast apply")
@@ -218,4 +214,98 @@ def _time(option: str, value: str | None) -> datetime | None:
     return parsed.replace(tzinfo=UTC) if parsed.tzinfo is None else parsed.astimezone(UTC)
 
 
-COMMANDS = [backfill]
+@click.command()
+@click.argument("views", nargs=-1, metavar="[VIEW ...]")
+@click.option("--all", "all_views", is_flag=True, help="Every view with rows of its own (not the windowed ones).")
+@click.option("--offline", default=None, help="Offline store directory; default: PREDICTFLOW_OFFLINE.")
+@click.option("--at-least", type=click.IntRange(min=1), default=2, show_default=True, help="Fewer small files stay.")
+@click.option("--dry-run", is_flag=True, help="Count files and rows; write nothing.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object per line and view.")
+@retryable
+def compact(
+    views: tuple[str, ...], all_views: bool, offline: str | None, at_least: int, dry_run: bool, as_json: bool
+) -> None:
+    """Merge the small files that appends leave into one sorted file per month; values stay the same.
+
+    Safe to run twice, at once, and beside readers and writers. Exit codes as `predictflow backfill`.
+    """
+    from feature_store.compaction import compact as run
+    from feature_store.windows.definition import definition_of
+    from predictflow.progress import no_progress, progress
+    from predictflow.settings import Settings
+
+    settings = Settings.from_environ(os.environ)
+    if bool(views) == all_views:
+        raise UsageError("name the views to compact, or pass --all", next_step="predictflow compact --all")
+    target = offline or settings.need("offline_path")
+    known = _views(settings)
+    chosen = _named(known, views) or [v for _, v in sorted(known.items()) if definition_of(v) is None]
+    for view in chosen:
+        with ExitStack() as stack:
+            advance = no_progress if dry_run else stack.enter_context(progress(f"compact {view.name}"))
+            r = run(view, offline_path=target, at_least=at_least, dry_run=dry_run, progress=advance)
+        if as_json:
+            click.echo(json.dumps(r.to_json()))
+            continue
+        verb = "would merge" if dry_run else "merged"
+        click.echo(f"{r.view}: {verb} {r.absorbed} files into {r.written}, {r.rows:,} rows; {r.shadowed} shadowed")
+        for name in r.skipped:
+            click.echo(f"{r.view}: left {name} alone: its column types differ", err=True)
+
+
+@click.command()
+@click.argument("entity")
+@click.argument("value")
+@click.option("--offline", default=None, help="Offline store directory; default: PREDICTFLOW_OFFLINE.")
+@click.option("--online", is_flag=True, help="Erase it from the online store too.")
+@click.option("--dry-run", is_flag=True, help="Show which files hold it; write nothing.")
+@click.option("--yes", is_flag=True, help="Do it: without this, or --dry-run, nothing happens.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@retryable
+def erase(entity: str, value: str, offline: str | None, online: bool, dry_run: bool, yes: bool, as_json: bool) -> None:
+    """Erase ENTITY with key VALUE from every file of the offline store, and keep it out of every later backfill.
+
+    For instance `predictflow erase customer C000123 --dry-run`. It cannot be undone. Safe to run twice.
+    Exit codes as `predictflow backfill`.
+    """
+    from feature_store.erasure import erase as run
+    from feature_store.erasure_online import erase_online
+    from predictflow.settings import Settings
+    from predictflow.wiring import feast_store
+
+    if dry_run == yes:
+        raise UsageError("erasing cannot be undone: pass --dry-run to see what it would do, or --yes to do it")
+    settings = Settings.from_environ(os.environ)
+    target = offline or settings.need("offline_path")
+    store = feast_store(settings)
+    entities = {e.name: e for e in store.list_entities()}
+    if entity not in entities:
+        raise NotFoundError("no such entity", value=entity, valid=entities, next_step="feast apply")
+    views = list(store.list_feature_views())
+    result = run(
+        entities[entity].join_key, value, offline_path=target, views=views, at=datetime.now(UTC), dry_run=dry_run
+    )
+    keys = erase_online(store, entities[entity], value, dry_run) if online else None
+    if as_json:
+        click.echo(json.dumps({**result.to_json(), "online_keys": keys}))
+        return
+    verb = "would rewrite" if dry_run else "rewrote"
+    for file in result.files:
+        click.echo(f"{verb} {file.path}: {file.rows:,} of {file.of:,} rows")
+    click.echo(f"{len(result.files)} files, {result.rows:,} rows" + (f", {keys} online keys" if online else ""))
+
+
+def _views(settings: Settings) -> dict[str, FeatureView]:
+    from predictflow.wiring import feast_store
+
+    return {v.name: v for v in feast_store(settings).list_feature_views()}
+
+
+def _named(known: dict[str, FeatureView], names: tuple[str, ...]) -> list[FeatureView]:
+    for name in names:
+        if name not in known:
+            raise NotFoundError("no such feature view", value=name, valid=known, next_step="feast apply")
+    return [known[n] for n in dict.fromkeys(names)]
+
+
+COMMANDS = [backfill, compact, erase]
