@@ -53,7 +53,8 @@ def reading(what: str) -> Iterator[None]:
             next_step="raise offline_store.memory_limit in feature_store.yaml",
         ) from e
     except duckdb.Error as e:
-        raise DataError(f"{what}: {_first_line(e)}") from e
+        line = _first_line(e)
+        raise DataError(line[line.index(what) :] if what in line else f"{what}: {line}") from e
 
 
 def ident(name: str) -> str:

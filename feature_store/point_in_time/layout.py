@@ -224,18 +224,12 @@ def writer_options(schema: pa.Schema, layout: Layout) -> dict[str, object]:
     return {"compression": "lz4", "use_dictionary": coded, "write_statistics": True, "store_schema": False}
 
 
-def row_group_buckets(metadata: pq.FileMetaData) -> tuple[int, list[int]] | None:
-    """(number of buckets, bucket of each row group) of a file of this layout; None for any other file."""
+def row_group_buckets(metadata: pq.FileMetaData, keys: Sequence[str]) -> tuple[int, list[int]] | None:
+    """(number of buckets, bucket of each row group) of a file laid out by these keys; None for any other file."""
     raw = (metadata.metadata or {}).get(FOOTER)
     if raw is None:
         return None
     footer = json.loads(raw)
-    if footer.get("hash") != HASH or footer.get("version") != VERSION:
+    if footer.get("hash") != HASH or footer.get("version") != VERSION or footer.get("keys") != list(keys):
         return None
     return int(footer["buckets"]), [int(b) for b in footer["row_groups"]]
-
-
-def is_sorted_by(metadata: pq.FileMetaData, keys: Sequence[str]) -> bool:
-    """Whether each bucket of the file is sorted by these keys, in this order, and then by time."""
-    raw = (metadata.metadata or {}).get(FOOTER)
-    return raw is not None and json.loads(raw).get("keys") == list(keys)

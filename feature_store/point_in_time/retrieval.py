@@ -12,7 +12,7 @@ from feature_store.clock import to_micros
 from feature_store.errors import UsageError
 from feature_store.point_in_time.engine import ident, reading
 from feature_store.point_in_time.entities import EVENT_TIMESTAMP, EntityRows
-from feature_store.point_in_time.join import join_view
+from feature_store.point_in_time.join import Strategy, join_view
 from feature_store.point_in_time.request import ViewRequest
 from feature_store.point_in_time.source import open_source
 from feature_store.point_in_time.types import ns_per_tick, ticks
@@ -20,7 +20,11 @@ from feature_store.point_in_time.windowed import open_events, window_values
 
 
 def retrieve(
-    con: duckdb.DuckDBPyConnection, requests: Sequence[ViewRequest], entities: EntityRows, as_known: bool
+    con: duckdb.DuckDBPyConnection,
+    requests: Sequence[ViewRequest],
+    entities: EntityRows,
+    as_known: bool,
+    strategy: Strategy | None = None,
 ) -> pa.Table:
     """The entity rows, each exactly once, in their order and with their columns, followed by the features.
 
@@ -31,7 +35,7 @@ def retrieve(
         if request.definition is not None:
             found = window_values(con, request, entities.table, entities.t_ns)
         else:
-            found = join_view(con, request, entities.table, entities.t_ns, as_known)
+            found = join_view(con, request, entities.table, entities.t_ns, as_known, strategy)
         for name in found.column_names:
             result = result.append_column(name, found.column(name))
     return result

@@ -38,7 +38,7 @@ def test_rows_lie_sorted_in_row_groups_of_one_bucket_each(tmp_path: Path, small_
         path, rows, size = write_chunk(con, ROWS.format(order=""), tmp_path / "t", "2025-03", LAYOUT)
         assert (rows, size) == (1000, path.stat().st_size)
         file = pq.ParquetFile(path)
-        found = row_group_buckets(file.metadata)
+        found = row_group_buckets(file.metadata, ["k"])
         assert found is not None
         buckets, per_group = found
         assert buckets == 8
