@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
@@ -212,12 +213,18 @@ class _Job:
         progress: Callable[[int], object] | None,
     ) -> dict[str, Published]:
         results: dict[str, Published] = {}
+        failed = threading.Event()
 
         def one(month: Month) -> None:
+            if failed.is_set():
+                return
             cursor = con.cursor()
             try:
                 cursor.execute("SET TimeZone = 'UTC'")
                 results[month.name] = self._one(cursor, month)
+            except BaseException:
+                failed.set()
+                raise
             finally:
                 cursor.close()
             if progress:
