@@ -6,7 +6,7 @@ fetched afterwards, row group by row group, so memory is bounded by the keys and
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
@@ -16,8 +16,9 @@ import pyarrow as pa
 
 from feature_store.clock import to_micros
 from feature_store.point_in_time.engine import ident
-from feature_store.point_in_time.fetch import SHIFT, fetch, stored_columns
+from feature_store.point_in_time.fetch import SHIFT, feature_columns, fetch, stored_columns
 from feature_store.point_in_time.narrow import narrow
+from feature_store.point_in_time.request import Feature
 from feature_store.point_in_time.slots import Ints
 from feature_store.point_in_time.source import ParquetSource, open_source, scanning
 from feature_store.point_in_time.types import ns_per_tick, time_literal
@@ -68,13 +69,20 @@ def pull_latest(con: duckdb.DuckDBPyConnection, pull: Pull) -> pa.Table:
     return pa.concat_tables(list(chunks))
 
 
-def latest_chunks(con: duckdb.DuckDBPyConnection, pull: Pull, rows: int) -> tuple[int, Iterator[pa.Table]]:
-    """The number of keys, and their latest rows in tables of at most `rows` (one empty table when there are none)."""
+def latest_chunks(
+    con: duckdb.DuckDBPyConnection, pull: Pull, rows: int, declared: Sequence[Feature] | None = None
+) -> tuple[int, Iterator[pa.Table]]:
+    """The number of keys, and their latest rows in tables of at most `rows` (one empty table when there are none).
+
+    Columns are those of `pull` as stored, or, given `declared`, these in their declared types and the times as stored.
+    """
     source = open_source(con, pull.label, [pull.place], pull.next_step)
     columns = pull.columns if pull.features else list(source.columns)
+    if declared is not None:
+        columns = [pull.timestamp, *([pull.created] if pull.created else [])]
     with scanning(source, [*pull.keys, pull.timestamp, pull.created]):
         reading_of = narrow(source, pull.keys, pull.timestamp, pull.created)
-        wanted = stored_columns(con, source, columns)
+        wanted = [*feature_columns(con, source, declared or ()), *stored_columns(con, source, columns)]
         conditions = [_range(source, pull), *(f"{ident(k)} IS NOT NULL" for k in pull.keys)]
         places = _latest(con, f"{reading_of.sql} WHERE {' AND '.join(conditions)}", len(pull.keys))
     places.sort()
