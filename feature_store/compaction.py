@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,6 +23,7 @@ from feature_store.errors import UsageError
 from feature_store.point_in_time.engine import EngineSettings, connect, ident, reading, text
 from feature_store.point_in_time.layout import Layout, create_layout, write_chunk
 from feature_store.point_in_time.source import file_path, is_uri
+from feature_store.point_in_time.types import ns_per_tick, ticks
 from feature_store.published import APPENDED, COMPACTED, Compacted, change, compacted, table_lock
 from feature_store.windows.definition import definition_of
 
@@ -78,14 +79,15 @@ def compact(
         if not dry_run:
             _sweep(table, now)
         appended = sorted(p for p in table.glob("*.parquet") if APPENDED.fullmatch(p.name) and now.counts(p.name))
-        absorbed, skipped = _alike(con, view.name, [table / f for f in sorted(now.files)], appended)
+        absorbed, skipped, types = _alike(con, view.name, [table / f for f in sorted(now.files)], appended)
         result = replace(result, skipped=tuple(p.name for p in skipped), seconds=time.monotonic() - started)
         if len(absorbed) < at_least:
             return result
         written: dict[str, str | None] = {}
-        for month in _months(con, view.name, absorbed, layout):
+        month_of = _month_sql(layout, types)
+        for month in _months(con, f"{view.name} ({table})", absorbed, month_of):
             before = next((f for f in sorted(now.files) if _month_of(f) == month), None)
-            rows = _Rows(view.name, [*([table / before] if before else []), *absorbed], month, layout)
+            rows = _Rows(view.name, [*([table / before] if before else []), *absorbed], month, month_of, layout)
             total, kept = rows.count(con)
             result = replace(result, rows=result.rows + kept, shadowed=result.shadowed + total - kept)
             written[rows.name] = before
@@ -110,6 +112,7 @@ class _Rows:
     view: str
     files: list[Path]
     month: str
+    month_of: str
     layout: Layout
 
     @property
@@ -124,30 +127,30 @@ class _Rows:
         created = f"coalesce({ident(self.layout.created)}, {time})" if self.layout.created else time
         unmatched = " OR ".join(f"{c} IS NULL" for c in [time, *keys])
         return (
-            f"SELECT * FROM {_relation(self.files)} WHERE {_month_sql(self.layout)} = '{self.month}' "
+            f"SELECT * FROM {_relation(self.files)} WHERE {self.month_of} = '{self.month}' "
             f"QUALIFY row_number() OVER (PARTITION BY {', '.join([*keys, time, created])} "
             f"ORDER BY file_index DESC, file_row_number DESC) = 1 OR {unmatched}"
         )
 
     def count(self, con: duckdb.DuckDBPyConnection) -> tuple[int, int]:
         """Rows in the files, and rows that a join can reach."""
-        everything = f"SELECT count(*) FROM {_relation(self.files)} WHERE {_month_sql(self.layout)} = '{self.month}'"
-        with reading(f"{self.view}: {', '.join(map(str, self.files))}"):
+        everything = f"SELECT count(*) FROM {_relation(self.files)} WHERE {self.month_of} = '{self.month}'"
+        with reading(f"{self.view}: {self.files[0].parent}, month {self.month}"):
             (total,) = con.execute(everything).fetchall()[0]
             (kept,) = con.execute(f"SELECT count(*) FROM ({self.sql})").fetchall()[0]
         return int(total), int(kept)
 
 
-def _months(con: duckdb.DuckDBPyConnection, view: str, files: list[Path], layout: Layout) -> list[str]:
-    with reading(f"{view}: {', '.join(map(str, files))}"):
-        found = con.execute(f"SELECT DISTINCT {_month_sql(layout)} FROM {_relation(files)} ORDER BY 1").fetchall()
+def _months(con: duckdb.DuckDBPyConnection, label: str, files: list[Path], month_of: str) -> list[str]:
+    with reading(label):
+        found = con.execute(f"SELECT DISTINCT {month_of} FROM {_relation(files)} ORDER BY 1").fetchall()
     return [str(month) for (month,) in found]
 
 
 def _alike(
     con: duckdb.DuckDBPyConnection, view: str, standing: list[Path], appended: list[Path]
-) -> tuple[list[Path], list[Path]]:
-    """Appended files whose columns have the types of those before them, and the others. Column sets may differ."""
+) -> tuple[list[Path], list[Path], dict[str, str]]:
+    """Appended files whose columns have the types of those before them, the others, and the types. Column sets may differ."""
     types: dict[str, str] = {}
     alike, others = [], []
     for path in [*standing, *appended]:
@@ -159,7 +162,7 @@ def _alike(
             continue
         types |= columns
         alike.append(path)
-    return [p for p in alike if p in set(appended)], [p for p in others if p in set(appended)]
+    return [p for p in alike if p in set(appended)], [p for p in others if p in set(appended)], types
 
 
 def _sweep(table: Path, now: Compacted) -> None:
@@ -182,8 +185,10 @@ def _relation(files: list[Path]) -> str:
     return f"read_parquet([{', '.join(text(str(f)) for f in files)}], union_by_name = true)"
 
 
-def _month_sql(layout: Layout) -> str:
-    return f"coalesce(strftime(date_trunc('month', {ident(layout.timestamp)}), '%Y-%m'), 'none')"
+def _month_sql(layout: Layout, types: Mapping[str, str]) -> str:
+    column, sql_type = ident(layout.timestamp), types[layout.timestamp]
+    per_us = 1000 // ns_per_tick(sql_type)
+    return f"coalesce(strftime(make_timestamp({ticks(column, sql_type)} // {per_us}), '%Y-%m'), 'none')"
 
 
 def _month_of(name: str) -> str:
