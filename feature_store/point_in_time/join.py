@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from feature_store.errors import DataError
 from feature_store.point_in_time.engine import ident
-from feature_store.point_in_time.fetch import ROW_MASK, SHIFT, feature_columns, fetch
+from feature_store.point_in_time.fetch import ROW_MASK, SHIFT
 from feature_store.point_in_time.layout import bucket_sql, row_group_buckets
 from feature_store.point_in_time.narrow import Narrow, narrow
 from feature_store.point_in_time.request import Key, ViewRequest
@@ -32,19 +32,6 @@ BATCH_ROWS = 262_144
 PLACE = f"(CAST(f._file AS BIGINT) << {SHIFT}) + f._pos"
 Strategy = Literal["range", "slots"]
 _NULLS = {"string": pa.string(), "bytes": pa.binary(), "bool": pa.bool_(), "time": pa.timestamp("us", "UTC")}
-
-
-def join_view(
-    con: duckdb.DuckDBPyConnection,
-    request: ViewRequest,
-    entities: pa.Table,
-    t_ns: pa.Array,
-    as_known: bool,
-    strategy: Strategy | None = None,
-) -> pa.Table:
-    """One row per entity row, in order: the request's features in their declared types, null where nothing matches."""
-    source, places = match_view(con, request, entities, t_ns, as_known, strategy)
-    return fetch(con, source, places, feature_columns(con, source, request.features))
 
 
 def match_view(
