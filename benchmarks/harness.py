@@ -54,10 +54,15 @@ class Row:
         )
 
 
-def report(name: str, rows: Sequence[Row]) -> int:
-    """Prints the table, writes `results/<name>.json`, prints the worst row last; 1 when a ratio is below its floor."""
+def save(name: str, rows: Sequence[Row]) -> None:
+    """Writes `results/<name>.json`: a long bench does so after each of its cases."""
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{name}.json").write_text(json.dumps([asdict(r) for r in rows], indent=1) + "\n")
+
+
+def report(name: str, rows: Sequence[Row]) -> int:
+    """Prints the table, writes `results/<name>.json`, prints the worst row last; 1 when a ratio is below its floor."""
+    save(name, rows)
     width = max(len(r.metric) for r in rows)
     peers = max(len(r.peer_name) for r in rows)
     print(

@@ -38,9 +38,11 @@ def prepare(name: str, case: Mapping[str, Any]) -> tuple[Run, Callable[[pa.Table
     bare = name.removesuffix(ON_LAYOUT)
     task = case["task"]
     if bare in (STOCK_FILE, STOCK_DUCKDB, OURS, OURS_LAYOUT):
-        run = _feast(bare, places, root, task)
+        run = _feast(bare, places, root, case)
     elif task == "join":
-        run = {ASOF: _duckdb_join, RANGE: _duckdb_join, POLARS: _polars_join}[bare](places, root, bare)
+        run = {ASOF: _duckdb_join, RANGE: _duckdb_join, POLARS: _polars_join}[bare](
+            places, Path(case["entities"]), bare
+        )
     else:
         run = {ARG_MAX: _duckdb_latest, POLARS_LATEST: _polars_latest}[bare](places)
     identity = "row_id" if task == "join" else KEY
@@ -60,7 +62,7 @@ def prepare(name: str, case: Mapping[str, Any]) -> tuple[Run, Callable[[pa.Table
     return run, describe
 
 
-def _feast(name: str, places: Mapping[str, str], root: Path, task: str) -> Run:
+def _feast(name: str, places: Mapping[str, str], root: Path, case: Mapping[str, Any]) -> Run:
     from feast import Entity, FeatureStore, FeatureView, Field, FileSource, RepoConfig, ValueType
     from feast.types import Float64, Int64, String
 
@@ -93,8 +95,8 @@ def _feast(name: str, places: Mapping[str, str], root: Path, task: str) -> Run:
         for view, place in places.items()
     ]
     store.apply([customer, *views])
-    if task == "join":
-        entities = pq.read_table(root / "entities.parquet").to_pandas()
+    if case["task"] == "join":
+        entities = pq.read_table(case["entities"]).to_pandas()
         wanted = [f"{v}:{f}" for v in places for f in features(v)]
 
         def joined() -> pa.Table:
@@ -115,11 +117,11 @@ def _feast(name: str, places: Mapping[str, str], root: Path, task: str) -> Run:
     return latest
 
 
-def _duckdb_join(places: Mapping[str, str], root: Path, how: str) -> Run:
+def _duckdb_join(places: Mapping[str, str], asked: Path, how: str) -> Run:
     """Match on keys and times alone, then fetch the wide columns of the matched rows once."""
     import duckdb
 
-    entities = pq.read_table(root / "entities.parquet")
+    entities = pq.read_table(asked)
     low = f"e.{TIME} - INTERVAL {TTL.days} DAY"
     place = "file_index AS f, file_row_number AS p"
 
@@ -153,10 +155,10 @@ def _duckdb_join(places: Mapping[str, str], root: Path, how: str) -> Run:
     return run
 
 
-def _polars_join(places: Mapping[str, str], root: Path, _: str) -> Run:
+def _polars_join(places: Mapping[str, str], asked_rows: Path, _: str) -> Run:
     import polars as pl
 
-    entities = pl.read_parquet(root / "entities.parquet")
+    entities = pl.read_parquet(asked_rows)
 
     def run() -> pa.Table:
         asked = entities.select("row_id", KEY, TIME).sort(TIME)

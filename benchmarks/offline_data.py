@@ -7,7 +7,6 @@ shown in tests/unit/test_offline_traps.py), and the bench demands equal ones.
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -84,25 +83,28 @@ def entities_sql(size: Size) -> str:
     """
 
 
-def generate(root: Path, size: Size) -> None:
-    """Writes `plain/<view>.parquet`, the bucketed layout below `layout/<view>/`, and `entities.parquet`."""
+def generate(root: Path, size: Size) -> Path:
+    """The directory, below `root`, of a size's data, made unless it is there: `plain/<view>.parquet`, the bucketed layout
+    `layout/<view>/`, and `entities-<n>.parquet`. Sizes that differ in their entity rows alone share one."""
     from feature_store.point_in_time.engine import EngineSettings, connect
     from feature_store.point_in_time.layout import Layout, write_chunk
 
-    (root / "plain").mkdir(parents=True)
+    place = root / f"{size.rows}-by-{size.per_key}"
     with connect(EngineSettings(temp_directory=str(root))) as con:
         for view in WIDTHS:
-            plain = root / "plain" / f"{view}.parquet"
-            write(con, table_sql(view, size), plain)
+            plain = place / "plain" / f"{view}.parquet"
+            if not plain.exists():
+                plain.parent.mkdir(parents=True, exist_ok=True)
+                write(con, table_sql(view, size), plain)
             for month, condition in MONTHS.items():
-                chunk = f"(SELECT * FROM read_parquet('{plain}') WHERE {condition})"
-                write_chunk(con, chunk, root / "layout" / view, month, Layout((KEY,), TIME, CREATED))
-        write(con, entities_sql(size), root / "entities.parquet")
+                if not (place / "layout" / view / f"{month}.parquet").exists():
+                    chunk = f"(SELECT * FROM read_parquet('{plain}') WHERE {condition})"
+                    write_chunk(con, chunk, place / "layout" / view, month, Layout((KEY,), TIME, CREATED))
+        write(con, entities_sql(size), place / f"entities-{size.entities}.parquet")
+    return place
 
 
 def write(con: duckdb.DuckDBPyConnection, select: str, path: Path) -> None:
-    con.execute(f"COPY ({select}) TO '{path}' (FORMAT parquet)")
-
-
-def remove(root: Path) -> None:
-    shutil.rmtree(root, ignore_errors=True)
+    half = path.with_name(f".{path.name}")
+    con.execute(f"COPY ({select}) TO '{half}' (FORMAT parquet)")
+    half.replace(path)
