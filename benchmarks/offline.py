@@ -105,8 +105,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         cases = [c for c in SIZES[options.size] if not options.only or options.only in c.name]
         if not cases:
             parser.error(f"no case of that name: {options.only!r}; valid: {[c.name for c in SIZES[options.size]]}")
-        name = "offline" if options.size == "full" else "offline-small"
-        name = f"{name}-part" if options.only else name
+        name = "offline-part" if options.only else "offline"
         rows: list[Row] = []
         for case in cases:
             rows += run_case(case, options.data or Path(root), options.size, options.repeat or case.repeat)

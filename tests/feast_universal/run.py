@@ -28,8 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     tests = options.source / "sdk/python/tests"
     if not (tests / SUITES[0].removeprefix("tests/")).is_file():
-        print(f"feast-universal: no Feast source checkout: {options.source}", file=sys.stderr)
-        return 2
+        parser.error(f"no Feast source checkout: {options.source}")
     with tempfile.TemporaryDirectory(prefix="predictflow-feast-") as place:
         shutil.copytree(tests, Path(place) / "tests")
         shutil.copy(HERE / "pytest.ini", place)
