@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import threading
 from datetime import UTC, datetime, timedelta
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-import duckdb  # noqa: F401  # slow to import: loaded once in the fork server
+import duckdb  # noqa: F401  # slow to import, as the next two: loaded once in the fork server
 import numpy as np
+import psycopg2.extras  # noqa: F401
 import pyarrow as pa
 import pyarrow.parquet as pq
+import sqlglot.lineage  # noqa: F401
 from feast import Entity, FeatureView, Field, FileSource, ValueType
 from feast.types import Float64, String
 
@@ -71,13 +74,26 @@ def write_raw(raw: Path, rows: int) -> None:
 
 
 def run(raw: str, offline: str, postgres_url: str, started: Connection) -> None:
-    """Both backfills; says so on `started` before it begins, and the chunks found done after it ended."""
+    """Both backfills; says on `started` when it begins, each chunk it has done, and at the end how many it found done."""
+    writing = threading.Lock()
+
+    def done(_: int) -> None:
+        with writing:
+            started.send("chunk")
+
     with PostgresState(postgres_url, clock=lambda: datetime.now(UTC)) as state:
         started.send("started")
         skipped = 0
         for view in views():
             result = feature_store.backfill.backfill(
-                view, raw_dir=raw, offline_path=offline, workers=2, state=state, start=T0, end=T0 + timedelta(days=400)
+                view,
+                raw_dir=raw,
+                offline_path=offline,
+                workers=2,
+                state=state,
+                start=T0,
+                end=T0 + timedelta(days=400),
+                progress=done,
             )
             skipped += result.skipped
     started.send(skipped)

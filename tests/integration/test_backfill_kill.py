@@ -36,6 +36,24 @@ def start(context: Any, raw: Path, offline: Path, url: str) -> tuple[Any, Any]:
     return child, ours
 
 
+def ended(pipe: Any) -> int:
+    """Waits for a child's end; how many chunks it found done."""
+    while not isinstance(message := pipe.recv(), int):
+        pass
+    return message
+
+
+def kill_at(child: Any, pipe: Any, chunk: int, seconds: float) -> None:
+    """kill -9, so many seconds after the child has done so many chunks; nothing where it has ended by then."""
+    with contextlib.suppress(EOFError, ProcessLookupError):
+        for _ in range(chunk):
+            if isinstance(pipe.recv(), int):
+                break
+        time.sleep(seconds)
+        os.kill(child.pid, signal.SIGKILL)
+    child.join()
+
+
 def contents(directory: Path) -> dict[str, str]:
     """Digest of every file, hidden ones too; lock files hold nothing and stand beside the tables."""
     return {
@@ -71,7 +89,7 @@ def test_a_killed_backfill_goes_on_and_ends_as_an_undisturbed_one(
         shutil.rmtree(offline, ignore_errors=True)
         child, pipe = start(context, raw, offline, postgres_url)
         began = time.monotonic()
-        assert pipe.recv() == 0
+        assert ended(pipe) == 0
         duration = time.monotonic() - began
         child.join()
         undisturbed = contents(offline)
@@ -86,15 +104,14 @@ def test_a_killed_backfill_goes_on_and_ends_as_an_undisturbed_one(
         query(postgres_url, "DELETE FROM predictflow.backfill_runs")
         for _ in range(rng.choice([1, 1, 2])):  # a resumed run may be killed as well
             child, pipe = start(context, raw, offline, postgres_url)
-            time.sleep(rng.random() * duration * (0.2 + kill % 5 / 5))
-            with contextlib.suppress(ProcessLookupError):  # it may have ended just before
-                os.kill(child.pid, signal.SIGKILL)
-            child.join()
+            # Anywhere before the first chunk, or anywhere within about two chunks after one.
+            chunk = rng.choice([0, *rng.sample(range(chunks), 4)])
+            kill_at(child, pipe, chunk, rng.random() * duration * (2 / chunks if chunk else 0.5))
             assert child.exitcode in (-signal.SIGKILL, 0)
         before = query(postgres_url, DONE)
         progress.append(len(before))
         child, pipe = start(context, raw, offline, postgres_url)
-        skipped = pipe.recv()
+        skipped = ended(pipe)
         child.join()
         assert child.exitcode == 0
         assert contents(offline) == undisturbed, f"kill {kill} after {len(before)} chunks"
