@@ -7,7 +7,7 @@ would lose digits, and what does not fit is refused with the name of the file.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -18,11 +18,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from feature_store.errors import DataError
 from feature_store.point_in_time.engine import ident, reading, text
 from feature_store.point_in_time.request import Feature
 from feature_store.point_in_time.slots import Ints
 from feature_store.point_in_time.source import ParquetSource, open_parquet, reading_file
-from feature_store.point_in_time.types import as_declared, sql_type_of
+from feature_store.point_in_time.types import as_declared, as_stored, sql_type_of
 
 SHIFT = 40
 ROW_MASK = (1 << SHIFT) - 1
@@ -60,8 +61,8 @@ def stored_columns(con: duckdb.DuckDBPyConnection, source: ParquetSource, names:
     for name in names:
         target = source.require(name, "the request")
 
-        def expression(file: str, stored: str, name: str = name, target: str = target) -> str:  # noqa: ARG001
-            return f"CAST({ident(name)} AS {target})"
+        def expression(file: str, stored: str, name: str = name, target: str = target) -> str:
+            return as_stored(ident(name), stored, target, f"{source.label}: {file}: column {name}")
 
         columns.append(Column(name, name, _arrow_type(con, target), expression))
     return columns
@@ -115,15 +116,14 @@ def _file_pieces(
     there = opened.schema_arrow
     names = list(dict.fromkeys(c.source for c in columns if c.source in there.names))
     types = _duckdb_types(con, there, names)
-    selects, plain = [], True
+    selects, plain = {}, True
     for c in columns:
         if c.source in types:
             expression = c.expression(file, types[c.source])
             plain = plain and expression == f"CAST({ident(c.source)} AS {types[c.source]})"
         else:
             expression, plain = _absent(c, source, file), False
-        selects.append(f"{expression} AS {ident(c.output)}")
-    sql = ", ".join(selects)
+        selects[c.output] = f"{expression} AS {ident(c.output)}"
     held: list[pa.Table] = []
     for table in _read(opened, file, source.label, rows, names):
         if plain:
@@ -131,10 +131,10 @@ def _file_pieces(
             continue
         held.append(table)
         if sum(t.num_rows for t in held) >= CONVERT_ROWS:
-            yield _converted(con, held, sql, source.label, file)
+            yield _converted(con, held, selects, source.label, file)
             held = []
     if held:
-        yield _converted(con, held, sql, source.label, file)
+        yield _converted(con, held, selects, source.label, file)
 
 
 def _read(opened: pq.ParquetFile, file: str, label: str, rows: Ints, names: list[str]) -> Iterator[pa.Table]:
@@ -163,13 +163,23 @@ def _read(opened: pq.ParquetFile, file: str, label: str, rows: Ints, names: list
                 yield ahead.pop(0).result()
 
 
-def _converted(con: duckdb.DuckDBPyConnection, held: list[pa.Table], sql: str, label: str, file: str) -> pa.Table:
+def _converted(
+    con: duckdb.DuckDBPyConnection, held: list[pa.Table], selects: Mapping[str, str], label: str, file: str
+) -> pa.Table:
     con.register("_piece", pa.concat_tables(held))
     try:
-        with reading(f"{label}: {file}"):
-            return con.sql(f"SELECT {sql} FROM _piece").to_arrow_table()
+        return _selected(con, selects, f"{label}: {file}")
+    except DataError:
+        for column, select in selects.items():  # the engine does not say which column it could not convert
+            _selected(con, {column: select}, f"{label}: {file}: column {column}")
+        raise
     finally:
         con.unregister("_piece")
+
+
+def _selected(con: duckdb.DuckDBPyConnection, selects: Mapping[str, str], what: str) -> pa.Table:
+    with reading(what):
+        return con.sql(f"SELECT {', '.join(selects.values())} FROM _piece").to_arrow_table()
 
 
 def _absent(column: Column, source: ParquetSource, file: str) -> str:

@@ -22,7 +22,14 @@ from feature_store.point_in_time.layout import bucket_sql, row_group_buckets
 from feature_store.point_in_time.narrow import Narrow, narrow
 from feature_store.point_in_time.request import Key, ViewRequest
 from feature_store.point_in_time.slots import Ints, Slots
-from feature_store.point_in_time.source import ParquetSource, arrow_kind, open_parquet, open_source, scanning
+from feature_store.point_in_time.source import (
+    ParquetSource,
+    arrow_kind,
+    open_parquet,
+    open_source,
+    require_same_kind,
+    scanning,
+)
 from feature_store.point_in_time.types import kind, ns_per_tick, time_literal
 
 MAX_TICK = 2**63 - 1
@@ -47,11 +54,13 @@ def match_view(
     `strategy` is chosen by the rows' number when not given; every one gives the same places.
     """
     source = open_source(con, request.label, [request.place], request.next_step)
+    columns = [*(k.source for k in request.keys), request.timestamp, request.created]
+    require_same_kind(source, columns)
     reading_of = narrow(source, [k.source for k in request.keys], request.timestamp, request.created)
     ask = _ask(request, source, reading_of, entities, t_ns, as_known)
     if strategy is None:
         strategy = "range" if len(ask.t) <= FEW_ROWS else "slots"
-    with scanning(source, [*(k.source for k in request.keys), request.timestamp, request.created]):
+    with scanning(source, columns):
         return source, STRATEGIES[strategy](con, ask)
 
 

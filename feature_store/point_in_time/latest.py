@@ -20,7 +20,7 @@ from feature_store.point_in_time.fetch import SHIFT, feature_columns, fetch, sto
 from feature_store.point_in_time.narrow import narrow
 from feature_store.point_in_time.request import Feature
 from feature_store.point_in_time.slots import Ints
-from feature_store.point_in_time.source import ParquetSource, open_source, scanning
+from feature_store.point_in_time.source import ParquetSource, open_source, require_same_kind, scanning
 from feature_store.point_in_time.types import ns_per_tick, time_literal
 
 CHUNK_ROWS = 500_000
@@ -80,6 +80,7 @@ def latest_chunks(
     columns = pull.columns if pull.features else list(source.columns)
     if declared is not None:
         columns = [pull.timestamp, *([pull.created] if pull.created else [])]
+    require_same_kind(source, [*pull.keys, pull.timestamp, pull.created])
     with scanning(source, [*pull.keys, pull.timestamp, pull.created]):
         reading_of = narrow(source, pull.keys, pull.timestamp, pull.created)
         wanted = [*feature_columns(con, source, declared or ()), *stored_columns(con, source, columns)]

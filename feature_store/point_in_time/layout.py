@@ -221,7 +221,7 @@ def writer_options(schema: pa.Schema, layout: Layout) -> dict[str, object]:
     """Options of ParquetWriter. Numbers are written plain: a dictionary of many values costs more to decode than it saves."""
     plain = (pa.types.is_floating, pa.types.is_timestamp)
     coded = [f.name for f in schema if f.name in layout.keys or not any(test(f.type) for test in plain)]
-    return {"compression": "lz4", "use_dictionary": coded, "write_statistics": True, "store_schema": False}
+    return {"compression": "lz4", "use_dictionary": coded, "write_page_checksum": True, "store_schema": False}
 
 
 def row_group_buckets(metadata: pq.FileMetaData, keys: Sequence[str]) -> tuple[int, list[int]] | None:

@@ -102,7 +102,7 @@ def open_source(con: duckdb.DuckDBPyConnection, label: str, places: Sequence[str
 def open_parquet(file: str, label: str, metadata: pq.FileMetaData | None = None) -> pq.ParquetFile:
     """The opened file; DataError naming it when it is missing, or no whole Parquet file."""
     with reading_file(label, file):
-        return pq.ParquetFile(file, metadata=metadata)
+        return pq.ParquetFile(file, metadata=metadata, page_checksum_verification=True)
 
 
 @contextmanager
@@ -119,7 +119,7 @@ def reading_file(label: str, what: str) -> Iterator[None]:
         ) from e
 
 
-def require_same_kind(source: ParquetSource, columns: Sequence[str]) -> None:
+def require_same_kind(source: ParquetSource, columns: Sequence[str | None]) -> None:
     """DataError naming file and column when a join key or time changes its kind from file to file.
 
     Widths may differ. Between kinds there is no common type that keeps every value.
@@ -130,7 +130,7 @@ def require_same_kind(source: ParquetSource, columns: Sequence[str]) -> None:
     for file in source.files:
         schema = open_parquet(file, source.label).schema_arrow
         for column in columns:
-            if column not in schema.names:
+            if column is None or column not in schema.names:
                 continue
             found = arrow_kind(schema.field(column).type)
             known, where = first.setdefault(column, (found, file))

@@ -21,7 +21,7 @@ ENGINE = "feature_store.materialise.PredictFlowEngine"
 
 def _write(path: Path, rows: list[tuple[int, int, int, int | None]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    times = [pa.array([T0 + timedelta(hours=r[i]) for r in rows], pa.timestamp("us", "UTC")) for i in (1, 2)]
+    times = [pa.array([T0 + timedelta(hours=r[i] or 0) for r in rows], pa.timestamp("us", "UTC")) for i in (1, 2)]
     keys, values = pa.array([r[0] for r in rows], pa.int64()), pa.array([r[3] for r in rows], pa.int64())
     pq.write_table(pa.table({"k": keys, "event_timestamp": times[0], "created": times[1], "v": values}), path)
 
