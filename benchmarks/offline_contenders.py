@@ -105,7 +105,8 @@ def _feast(name: str, places: Mapping[str, str], root: Path, case: Mapping[str, 
         return joined
 
     source = store.get_feature_view(LATEST_VIEW).batch_source
-    offline = store._get_provider().offline_store  # type: ignore[attr-defined]
+    assert source is not None
+    offline = store._get_provider().offline_store
 
     def latest() -> pa.Table:
         job = offline.pull_latest_from_table_or_query(

@@ -21,11 +21,14 @@ SUITES = ("tests/integration/offline_store/test_universal_historical_retrieval.p
 
 def main(argv: Sequence[str] | None = None) -> int:
     """pytest's exit code; 2 with one line when `source` is no Feast checkout."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    words = list(sys.argv[1:] if argv is None else argv)
+    own, rest = (words[: words.index("--")], words[words.index("--") + 1 :]) if "--" in words else (words, [])
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0], epilog="Arguments after `--` are passed on to pytest."
+    )
     parser.add_argument("source", type=Path, help="a Feast source checkout, of the installed version or the nearest")
     parser.add_argument("--suite", action="append", help="a test file below sdk/python instead of the universal ones")
-    parser.add_argument("pytest_args", nargs="*", help="passed on to pytest")
-    options = parser.parse_args(argv)
+    options = parser.parse_args(own)
     tests = options.source / "sdk/python/tests"
     if not (tests / SUITES[0].removeprefix("tests/")).is_file():
         parser.error(f"no Feast source checkout: {options.source}")
@@ -43,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         command = [sys.executable, "-m", "pytest", "-c", "pytest.ini", "--integration", *(options.suite or SUITES)]
         for test, _reason in deviations():
             command += ["--deselect", test]
-        return subprocess.run([*command, *options.pytest_args], cwd=place, env=environment, check=False).returncode
+        return subprocess.run([*command, *rest], cwd=place, env=environment, check=False).returncode
 
 
 def deviations() -> list[tuple[str, str]]:
