@@ -1,5 +1,6 @@
 """The commands `backfill`, `compact` and `erase` in the checkout's own project: exit codes, state in Postgres, both stores."""
 
+# ruff: noqa: F811  # fixtures are imported
 from __future__ import annotations
 
 import json
@@ -9,16 +10,18 @@ from typing import Any
 import pandas as pd
 import psycopg2
 import pytest
+import redis
 from click.testing import CliRunner
 from test_offline_store import CUT, ROOT, T0, environment, raw  # noqa: F401  # fixtures
 
+from feature_store.clock import replay_clock_key, to_micros
 from feature_store.durable import locked
 from feature_store.published import table_lock
 from predictflow.cli import cli
 
 
 @pytest.fixture
-def project(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Any:  # noqa: F811
+def project(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Any:
     """The project's Feast store, applied; commands run in this process with its environment."""
     for name in ("POSTGRES_URL", "REDIS_URL", "PREDICTFLOW_OFFLINE", "PREDICTFLOW_CLOCK", "PREDICTFLOW_HOME"):
         monkeypatch.setenv(name, environment[name])
@@ -32,6 +35,7 @@ def project(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Any
 
     store = FeatureStore(repo_path=str(ROOT))
     store.apply([customer, churn_features, customer_behavior])
+    store.refresh_registry()
     return store
 
 
@@ -63,6 +67,7 @@ def rows(path: Path) -> list[dict[str, Any]]:
 
 def test_backfill_compact_and_erase_end_to_end(
     project: Any,
+    environment: dict[str, str],
     raw: Path,
     tmp_path: Path,
     postgres_url: str,
@@ -109,10 +114,13 @@ def test_backfill_compact_and_erase_end_to_end(
     run(*command)
     for table in ("churn_features", "customer_events"):
         assert {r["customer_id"] for r in rows(offline / table)} == {f"C{c}" for c in range(20) if c != 1}
+    with redis.Redis.from_url(environment["REDIS_URL"]) as client:
+        client.set(replay_clock_key("predictflow"), to_micros(CUT))
     features = ["churn_features:monthly_charges"]
     entities = [{"customer_id": "C1"}, {"customer_id": "C2"}]
     online = project.get_online_features(features=features, entity_rows=entities, full_feature_names=False)
-    assert online.to_dict()["monthly_charges"][0] is None
+    charges = online.to_dict()["monthly_charges"]
+    assert (charges[0], charges[1] is None) == (None, False)
     assert run("erase", "custmer", "C1", "--yes")[2].startswith("no such entity: 'custmer'; valid: customer")
 
     with locked(table_lock(offline / "churn_features")):
