@@ -316,29 +316,34 @@ def test_trap_13_a_stock_write_rewrites_the_whole_file_and_ours_adds_one(make: M
     assert rates(ours, pd.DataFrame({"driver": [1], "event_timestamp": [at(2)]})) == [4.0]
 
 
-def test_trap_14_stock_materialize_loads_every_version_of_the_range_and_ours_one_row_per_key(
+def test_trap_14_stock_materialize_loads_every_version_of_the_range_at_once_and_ours_goes_by_chunks_of_latest_rows(
     make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import yaml
     from feast.infra.compute_engines.local.nodes import LocalSourceReadNode
+    from feast.infra.online_stores.sqlite import SqliteOnlineStore
 
     rows, newest = versions(40, 30)
     loaded: list[int] = []
-    read = LocalSourceReadNode.execute
+    read, write = LocalSourceReadNode.execute, SqliteOnlineStore.online_write_batch
 
-    def counted(self: Any, context: Any) -> Any:
+    def counted_read(self: Any, context: Any) -> Any:
         value = read(self, context)
         loaded.append(value.data.num_rows)
         return value
 
-    monkeypatch.setattr(LocalSourceReadNode, "execute", counted)
+    def counted_write(self: Any, config: Any, table: Any, data: Any, progress: Any) -> None:
+        loaded.append(len(data))
+        write(self, config, table, data, progress)
+
+    monkeypatch.setattr(LocalSourceReadNode, "execute", counted_read)
     make(FILE, rows).materialize(at(-1), at(2))
     assert loaded == [len(rows)]
 
     loaded.clear()
-    settings = yaml.safe_load((Path(__file__).parents[2] / "feature_store.yaml").read_text())["materialization"]
-    ours = make(OURS, rows, materialization=settings)
+    monkeypatch.setattr(SqliteOnlineStore, "online_write_batch", counted_write)
+    engine = {"type": "feature_store.materialise.PredictFlowEngine", "chunk_rows": 15}
+    ours = make(OURS, rows, batch_engine=engine)
     ours.materialize(at(-1), at(2))
-    assert sum(loaded) <= len(newest)
+    assert loaded == [15, 15, 10]
     found = ours.get_online_features(features=["stats:rate"], entity_rows=[{"driver": k} for k in newest])
     assert found.to_dict()["rate"] == list(newest.values())
