@@ -72,14 +72,17 @@ def fetch(con: duckdb.DuckDBPyConnection, source: ParquetSource, places: Ints, c
     """One row per place, in their order; a place of -1 gives nulls."""
     order = np.argsort(places, kind="stable")
     order = order[np.searchsorted(places[order], 0) :]
-    pieces = list(_pieces(con, source, places[order], columns))
+    parts: list[list[pa.ChunkedArray]] = [[] for _ in columns]
+    for piece in _pieces(con, source, places[order], columns):
+        for part, values in zip(parts, piece.columns, strict=True):
+            part.append(values)
     back = np.full(len(places), -1, np.int64)
     back[order] = np.arange(len(order))
     index = pa.array(back, mask=back < 0)
     result: dict[str, Any] = {}
-    for i, column in enumerate(columns):
-        parts = [p.column(i) for p in pieces]
-        whole = _whole(parts, column)
+    for column, part in zip(columns, parts, strict=True):
+        whole = _whole(part, column)
+        part.clear()  # one column at a time exists twice
         result[column.output] = whole.take(index) if len(whole) else pa.nulls(len(places), whole.type)
     return pa.table(result)
 

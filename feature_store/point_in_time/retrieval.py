@@ -28,7 +28,7 @@ def retrieve(
     requests: Sequence[ViewRequest],
     entities: EntityRows,
     as_known: bool,
-    strategy: Strategy | None = None,
+    strategy: Strategy = "slots",
 ) -> pa.Table:
     """The entity rows, each exactly once, in their order and with their columns, followed by the features.
 
@@ -43,7 +43,7 @@ def retrieve_slices(
     entities: EntityRows,
     as_known: bool,
     slice_rows: int | None = None,
-    strategy: Strategy | None = None,
+    strategy: Strategy = "slots",
 ) -> Iterator[pa.Table]:
     """`retrieve` in tables of `slice_rows` entity rows (None: as many as fit in a part of the memory limit); at least one.
 
