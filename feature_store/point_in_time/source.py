@@ -17,8 +17,9 @@ import duckdb
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from feature_store.errors import DataError, NotFoundError
+from feature_store.errors import DataError, NotFoundError, UsageError
 from feature_store.point_in_time.engine import ident, reading, text
+from feature_store.point_in_time.remote import copy_in
 from feature_store.point_in_time.types import kind
 from feature_store.published import counting
 
@@ -73,9 +74,7 @@ def is_uri(path: str) -> bool:
 
 
 def parquet_files(place: str) -> tuple[str, ...]:
-    """All finished Parquet files at `place` (a file, directory, glob or URI), sorted by name; empty when none."""
-    if is_uri(place):
-        return (place if place.endswith(".parquet") or "*" in place else f"{place.rstrip('/')}/**/*.parquet",)
+    """All finished Parquet files at `place` (a local file, directory or glob), sorted by name; empty when none."""
     path = Path(place)
     if path.is_file():
         return (str(path),)
@@ -89,9 +88,19 @@ def parquet_files(place: str) -> tuple[str, ...]:
     return ()
 
 
+def read_files(con: duckdb.DuckDBPyConnection, place: str, label: str) -> tuple[str, ...]:
+    """`parquet_files` of a local place, or of the local copy of a remote one, which lasts as long as the connection."""
+    if not is_uri(place):
+        return parquet_files(place)
+    if "*" in place or "?" in place:
+        raise UsageError(f"{label}: a remote place has no wildcards", value=place, next_step="name its directory")
+    spill = con.execute("SELECT current_setting('temp_directory')").fetchall()[0][0]
+    return parquet_files(str(copy_in(place, Path(spill), label)))
+
+
 def open_source(con: duckdb.DuckDBPyConnection, label: str, places: Sequence[str], next_step: str) -> ParquetSource:
     """The source over every file at `places`; NotFoundError naming `label`, the first place and `next_step` if none."""
-    files = tuple(f for place in places for f in parquet_files(place))
+    files = tuple(f for place in places for f in read_files(con, place, label))
     if not files:
         raise NotFoundError(f"{label}: no Parquet files", value=places[0], next_step=next_step)
     with reading(f"{label} ({places[0]})"):
