@@ -213,7 +213,7 @@ class _Job:
         progress: Callable[[int], object] | None,
     ) -> dict[str, Published]:
         results: dict[str, Published] = {}
-        failed = threading.Event()
+        failed, reporting = threading.Event(), threading.Lock()
 
         def one(month: Month) -> None:
             if failed.is_set():
@@ -228,7 +228,8 @@ class _Job:
             finally:
                 cursor.close()
             if progress:
-                progress(month.rows)
+                with reporting:
+                    progress(month.rows)
 
         with ThreadPoolExecutor(max_workers=workers, thread_name_prefix="backfill") as pool:
             futures = [pool.submit(one, month) for month in months]

@@ -88,7 +88,8 @@ def erase(
         held = _held(con, join_key, value, root, tables)
         if dry_run:
             return Erasure(join_key, tuple(held), True)
-        ErasureList(root).add(join_key, value, at)
+        for spelling in _spellings(value):
+            ErasureList(root).add(join_key, spelling, at)
         erased: dict[Path, Held] = {}
         for _ in range(PASSES):
             with ExitStack() as stack:
@@ -103,6 +104,14 @@ def erase(
     if _still(join_key, value, root, tables, engine):
         raise BusyError("the entity's rows came back while they were erased", next_step="stop sync, then run it again")
     return Erasure(join_key, tuple(erased[p] for p in sorted(erased)), False)
+
+
+def _spellings(value: str | int) -> list[str]:
+    """The value as given and, for a whole number, as an integer column would give it."""
+    try:
+        return list(dict.fromkeys([str(value), str(int(value))]))
+    except ValueError:
+        return [str(value)]
 
 
 def _still(
@@ -137,8 +146,13 @@ def _held(
     for path in files:
         table = next((t for t in tables if path == t or t in path.parents), None)
         column = tables[table] if table else join_key
-        with reading(f"{path}"):
-            described = con.execute(f"DESCRIBE SELECT * FROM read_parquet({text(str(path))})").fetchall()
+        try:
+            with reading(f"{path}"):
+                described = con.execute(f"DESCRIBE SELECT * FROM read_parquet({text(str(path))})").fetchall()
+        except DataError:
+            if path.exists():
+                raise
+            continue  # merged into another file meanwhile, which the next pass finds
         types = {str(r[0]): str(r[1]) for r in described}
         if column not in types:
             if table:

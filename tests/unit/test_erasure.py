@@ -153,8 +153,9 @@ def test_an_unknown_entity_changes_no_file_but_is_kept_out(offline: Path) -> Non
 
 def test_integer_keys_are_matched_by_value(tmp_path: Path) -> None:
     pq.write_table(pa.table({"customer": [1, 11, 1], "v": [1, 2, 3]}), tmp_path / "t.parquet")
-    assert erase("customer", "1", offline_path=tmp_path, views=[], at=at(0)).rows == 2
+    assert erase("customer", "01", offline_path=tmp_path, views=[], at=at(0)).rows == 2
     assert pq.read_table(tmp_path / "t.parquet").to_pydict() == {"customer": [11], "v": [2]}
+    assert digest_of("customer", 1) in ErasureList(tmp_path).digests_of("customer")
     assert erase("customer", "C1", offline_path=tmp_path, views=[], at=at(0)).rows == 0
     assert erase("customer", "11", offline_path=tmp_path, views=[], at=at(0)).rows == 1
     assert pq.read_table(tmp_path / "t.parquet").num_rows == 0
