@@ -61,7 +61,7 @@ def histories(draw: st.DrawFn) -> tuple[str, list[dict[str, object]]]:
         row["v"] = i
         row["event"] = BASE + row["event"] * step  # type: ignore[operator]
         row["created"] = row["event"] + row["created"] * step  # type: ignore[operator]
-    return unit, rows
+    return unit, rows  # type: ignore[return-value]
 
 
 entity_lists = st.lists(
@@ -173,7 +173,7 @@ def test_latest_per_key_is_what_the_oracle_gives(
         result = pull_latest(con, pull)
     in_range = [r for r in rows if first <= r["event"] <= last]  # type: ignore[operator]
     keys = {(r["k"], r["s"]) for r in in_range if r["k"] is not None and r["s"] is not None}
-    expected = {(k, s): as_of(in_range, {"k": k, "s": s}, last)["v"] for k, s in keys}  # type: ignore[index]
+    expected = {(k, s): as_of(in_range, {"k": k, "s": s}, last)["v"] for k, s in keys}
     found = {(r["k"], r["s"]): r["v"] for r in result.to_pylist()}
     assert found == expected
     assert result.num_rows == len(expected)
