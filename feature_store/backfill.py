@@ -2,52 +2,63 @@
 
 The SELECT is the `predictflow.sql` tag of the view's source, over relations named after the raw files
 (`accounts.parquet` is `accounts`). `created` comes out of it, the newest of the inputs', never the clock of the run.
-Rows land in one file per calendar month of event_timestamp, sorted by (key, event_timestamp, created). A rerun replaces the rows of its own range only,
-with the same bytes for the same input.
+Rows land in one file per calendar month of event_timestamp, bucketed and sorted (`point_in_time/layout.py`). A run has
+an identity made from all that its result depends on; months that it has published are not computed again.
 """
 
 from __future__ import annotations
 
-import re
+import hashlib
+import json
+import os
+import threading
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
+from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import duckdb
-import pyarrow as pa
 
-from feature_store.backfill_plan import Column, Plan, plan_of
-from feature_store.clock import to_micros
-from feature_store.errors import DataError, NotFoundError, UsageError
-from feature_store.point_in_time.engine import EngineSettings, connect, ident, reading, text
-from feature_store.point_in_time.publish import publish, serialised_size
+from feature_store.backfill_chunks import Table
+from feature_store.backfill_plan import Plan, plan_of
+from feature_store.backfill_raw import Month, Range, fingerprint, load, tables_of
+from feature_store.backfill_state import BackfillState, MemoryState, Published, Run
+from feature_store.durable import BusyError, locked
+from feature_store.erasure_list import ErasureList, not_erased
+from feature_store.errors import PredictFlowError, UsageError
+from feature_store.point_in_time.engine import EngineSettings, connect
 from feature_store.point_in_time.source import is_uri
+from feature_store.published import locks_of, table_lock
 
 if TYPE_CHECKING:
     from feast import FeatureView
 
-SAMPLE_ROWS = 20_000
-MONTH = re.compile(r"\d{4}-\d{2}")
+MOST_WORKERS = 4
+LOCK_SECONDS = 600.0
 
 
 @dataclass(frozen=True)
 class BackfillResult:
-    """What a backfill did (or, for a dry run, would do). `bytes` of a dry run is an estimate from a sample."""
+    """What a backfill did (or, for a dry run, would do). `bytes` of a dry run is an estimate from a sample.
+
+    `rows`: of the run, whether computed now or found done; `skipped`: chunks found done, of `chunks`.
+    """
 
     view: str
     table: str
     path: str
+    run_id: str
     rows: int
     files: int
     bytes: int
+    chunks: int
+    skipped: int
     seconds: float
-    start: datetime | None
-    end: datetime | None
-    known_by: datetime | None
+    range: Range
     dry_run: bool
     inputs: tuple[str, ...]
     """The raw columns that the table was made from, as `table.column`."""
@@ -59,8 +70,8 @@ class BackfillResult:
 
     def to_json(self) -> dict[str, object]:
         """As a JSON-able object; times are ISO 8601."""
-        plain = {k: v.isoformat() if isinstance(v, datetime) else v for k, v in asdict(self).items()}
-        return {**plain, "inputs": list(self.inputs), "seconds": round(self.seconds, 3)}
+        plain = {k: v for k, v in vars(self).items() if k != "range"}
+        return {**plain, **self.range.to_json(), "inputs": list(self.inputs), "seconds": round(self.seconds, 3)}
 
 
 def backfill(
@@ -71,54 +82,62 @@ def backfill(
     start: datetime | None = None,
     end: datetime | None = None,
     known_by: datetime | None = None,
+    known_after: datetime | None = None,
     dry_run: bool = False,
+    workers: int | None = None,
     progress: Callable[[int], object] | None = None,
+    planned: Callable[[int], object] | None = None,
+    state: BackfillState | None = None,
     engine: EngineSettings | None = None,
 ) -> BackfillResult:
-    """Writes the view's rows with `start <= event_timestamp < end` and `created <= known_by`; None: no bound.
+    """Writes the view's rows with `start <= event_timestamp < end` and `known_after < created <= known_by`; None: no bound.
 
-    Safe to run twice; files are published atomically, one calendar month after the other, so after an interruption
-    run it again. `progress` is told the rows of each month. Raises DataError naming file, table or column.
+    Stored rows in that range are replaced, others stay. Each month is published atomically and then recorded in `state`;
+    after an interruption the same call goes on where it was. Safe to run twice (same bytes) and at once. `workers` months
+    are written at a time (default: one per core, at most 4). `planned` is told the rows to write, `progress` those of each
+    month written. DataError names file, table or column; StorageError a file that could not be written; BusyError: again.
     """
     started = time.monotonic()
+    if workers is not None and workers < 1:
+        raise UsageError("workers must be at least 1", value=workers)
+    wanted = Range(start, end, known_by, known_after)
     plan = plan_of(view)
-    place = _place(plan, offline_path)
-    tables = raw_tables(raw_dir)
+    if known_after is not None and plan.created is None:
+        raise UsageError(f"{plan.view}: known_after needs a source with a created_timestamp_column")
+    erasures = ErasureList(offline_path)
+    listed = [(column, key, erasures.digests_of(key)) for column, key in plan.keys]
+    table = Table(plan, place_of(plan, offline_path), tables_of(plan, raw_dir), tuple(not_erased(listed)))
+    job = _Job(table, wanted, erasures, state or MemoryState(), _run(table, wanted))
     with ExitStack() as stack:
         con = stack.enter_context(connect(engine or EngineSettings()))
-        _load(con, plan, tables, start, end, known_by)
-        months = con.execute("SELECT _month, count(*) FROM _rows GROUP BY 1 ORDER BY 1").fetchall()
-        rows = sum(n for _, n in months)
         if dry_run:
-            files, size = len(months), _estimate(con, plan, rows)
+            months = load(con, plan, table.raw, wanted, list(table.not_erased), ())
+            rows = sum(m.rows for m in months)
+            done, skipped, size = dict.fromkeys((m.name for m in months), None), 0, table.estimate(con, rows)
         else:
-            files, size = _publish(con, plan, place, start, end, months, progress)
+            results, skipped = job.run(con, workers or min(os.cpu_count() or 1, MOST_WORKERS), progress, planned)
+            rows = sum(r.rows for r in results.values())
+            done = {name: None for name, r in results.items() if r.files}
+            size = sum((table.place / f).stat().st_size for r in results.values() for f in r.files)
     return BackfillResult(
         view=plan.view,
         table=plan.path,
-        path=str(place),
+        path=str(table.place),
+        run_id=job.record.run_id,
         rows=rows,
-        files=files,
+        files=len(done),
         bytes=size,
+        chunks=len(done) if dry_run else len(results),
+        skipped=skipped,
         seconds=time.monotonic() - started,
-        start=start,
-        end=end,
-        known_by=known_by,
+        range=wanted,
         dry_run=dry_run,
         inputs=plan.inputs,
     )
 
 
-def raw_tables(raw_dir: str | Path) -> dict[str, Path]:
-    """Table name to file for every `*.parquet` in the raw directory; NotFoundError when there is none."""
-    directory = Path(raw_dir)
-    tables = {p.stem: p for p in sorted(directory.glob("*.parquet")) if not p.name.startswith(".")}
-    if not tables:
-        raise NotFoundError("no raw tables (*.parquet) in", value=str(directory), next_step="predictflow data")
-    return tables
-
-
-def _place(plan: Plan, offline_path: str | Path) -> Path:
+def place_of(plan: Plan, offline_path: str | Path) -> Path:
+    """The local directory of the plan's table; UsageError for a URI or a single file."""
     path = plan.path if Path(plan.path).is_absolute() or is_uri(plan.path) else str(Path(offline_path) / plan.path)
     if is_uri(path) or is_uri(str(offline_path)):
         raise UsageError(f"{plan.view}: backfill writes to local directories only", value=path)
@@ -127,116 +146,125 @@ def _place(plan: Plan, offline_path: str | Path) -> Path:
     return Path(path)
 
 
-def _load(
-    con: duckdb.DuckDBPyConnection,
-    plan: Plan,
-    tables: Mapping[str, Path],
-    start: datetime | None,
-    end: datetime | None,
-    known_by: datetime | None,
-) -> None:
-    """Creates `_rows`: the wanted rows in the view's columns and types, with `_month`."""
-    used = _tables_of(plan, tables)
-    for name in used:
-        with reading(f"raw table {tables[name]}"):
-            con.execute(f"CREATE TEMP VIEW {ident(name)} AS SELECT * FROM read_parquet({text(str(tables[name]))})")
-    with reading(f"{plan.view}: SELECT of backfill"):
-        described = con.execute(f"DESCRIBE {plan.sql}").fetchall()
-    found = {str(r[0]): str(r[1]) for r in described}
-    selected = ", ".join(f"{_value(plan, c, found)} AS {ident(c.name)}" for c in plan.columns)
-    kept = [
-        f"{ident(column)} {operator} make_timestamptz({to_micros(bound)})"
-        for column, operator, bound in (
-            (plan.timestamp, ">=", start),
-            (plan.timestamp, "<", end),
-            (plan.created, "<=", known_by),
-        )
-        if bound is not None and column is not None
-    ]
-    with reading(f"{plan.view}: backfill from {', '.join(str(tables[n]) for n in used)}"):
-        con.execute(
-            f"CREATE TEMP TABLE _rows AS SELECT *, date_trunc('month', {ident(plan.timestamp)}) AS _month "
-            f"FROM ({plan.wrap(f'SELECT {selected} FROM ({plan.sql})')}) WHERE {' AND '.join(kept) or 'true'}"
-        )
-    for column in plan.required:
-        row = con.execute(f"SELECT count(*) FROM _rows WHERE {ident(column)} IS NULL").fetchone()
-        if row and row[0]:
-            raise DataError(f"{plan.view}: {row[0]} row(s) of {', '.join(used)} have no {column}")
+def _run(table: Table, wanted: Range) -> Run:
+    """The run's identity: definition, content of the raw files, range, erasures, place."""
+    plan = table.plan
+    depends = [plan.hash, fingerprint(table.raw), wanted.to_json(), table.not_erased, str(table.place.absolute())]
+    digest = hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()
+    return Run(f"backfill-{digest[:16]}", plan.view, plan.hash, wanted.start, wanted.end, wanted.known_by)
 
 
-def _tables_of(plan: Plan, tables: Mapping[str, Path]) -> list[str]:
-    for name in plan.tables:
-        if name not in tables:
-            raise DataError(
-                f"{plan.view}: no raw table of this name", value=name, valid=tables, next_step="predictflow data"
-            )
-    return list(plan.tables)
+@dataclass(frozen=True)
+class _Job:
+    table: Table
+    wanted: Range
+    erasures: ErasureList
+    state: BackfillState
+    record: Run
+
+    def run(
+        self,
+        con: duckdb.DuckDBPyConnection,
+        workers: int,
+        progress: Callable[[int], object] | None,
+        planned: Callable[[int], object] | None,
+    ) -> tuple[dict[str, Published], int]:
+        """All chunks: result by month, and how many were found done."""
+        before = self.state.open(self.record)
+        standing = {_month(n): result for n, result in before.chunks.items()}
+        standing = {m: r for m, r in standing.items() if self.table.stands(m, r)}
+        results = {m.name: r for m, r in standing.items()}
+        try:
+            if not (before.done and self._complete(before.chunks, results)):
+                months = self._months(con, standing)
+                if planned:
+                    planned(sum(m.rows for m in months))
+                if months:
+                    self.table.prepare()
+                results |= self._all(con, months, workers, progress)
+        except BaseException:
+            self.state.close(self.record, done=False)
+            raise
+        self.state.close(self.record, done=True)
+        return dict(sorted(results.items())), len(standing)
+
+    def _complete(self, recorded: Mapping[int, Published], standing: Mapping[str, Published]) -> bool:
+        """Whether all that a finished run recorded still stands, and no other run has added a month to its range."""
+        others = (Month(name) for name in self.table.stored() if name not in standing)
+        return len(standing) == len(recorded) and not any(m.overlaps(self.wanted) for m in others)
+
+    def _months(self, con: duckdb.DuckDBPyConnection, done: dict[Month, Published]) -> list[Month]:
+        """What is to be written: months with rows, and stored ones that may lose theirs."""
+        table, wanted = self.table, self.wanted
+        months = {m.name: m for m in load(con, table.plan, table.raw, wanted, list(table.not_erased), done)}
+        finished = {m.name for m in done}
+        for name in table.stored():
+            month = Month(name)
+            other = name not in months and name not in finished and month.overlaps(wanted)
+            if other and table.outdated(con, month, wanted):
+                months[name] = month
+        return [months[name] for name in sorted(months)]
+
+    def _all(
+        self,
+        con: duckdb.DuckDBPyConnection,
+        months: list[Month],
+        workers: int,
+        progress: Callable[[int], object] | None,
+    ) -> dict[str, Published]:
+        results: dict[str, Published] = {}
+        failed, reporting = threading.Event(), threading.Lock()
+
+        def one(month: Month) -> None:
+            if failed.is_set():
+                return
+            cursor = con.cursor()
+            try:
+                cursor.execute("SET TimeZone = 'UTC'")
+                results[month.name] = self._one(cursor, month)
+            except BaseException:
+                failed.set()
+                raise
+            finally:
+                cursor.close()
+            if progress:
+                with reporting:
+                    progress(month.rows)
+
+        with ThreadPoolExecutor(max_workers=workers, thread_name_prefix="backfill") as pool:
+            futures = [pool.submit(one, month) for month in months]
+            try:
+                wait(futures, return_when=FIRST_EXCEPTION)
+            finally:
+                pool.shutdown(wait=True, cancel_futures=True)
+            for future in futures:
+                if not future.cancelled():
+                    future.result()
+        return results
+
+    def _one(self, con: duckdb.DuckDBPyConnection, month: Month) -> Published:
+        place = self.table.place
+        with (
+            locked(table_lock(place), shared=True, seconds=LOCK_SECONDS),
+            locked(locks_of(place) / month.name, seconds=LOCK_SECONDS),
+        ):
+            meanwhile = self.state.finished(self.record, month.number)
+            if meanwhile and self.table.stands(month, meanwhile):
+                return meanwhile
+            listed = [(column, key, self.erasures.digests_of(key)) for column, key in self.table.plan.keys]
+            if tuple(not_erased(listed)) != self.table.not_erased:
+                raise BusyError(
+                    f"{self.record.view}: an entity was erased while this ran", next_step="run the same command again"
+                )
+            self.state.start(self.record, month.number, month.first, month.after)
+            try:
+                result = self.table.write(con, month, self.wanted)
+            except PredictFlowError as e:
+                self.state.fail(self.record, month.number, e.message)
+                raise
+            self.state.finish(self.record, month.number, result)
+            return result
 
 
-def _value(plan: Plan, column: Column, found: Mapping[str, str]) -> str:
-    if column.name not in found:
-        raise DataError(f"{plan.view}: the SELECT of backfill gives no column", value=column.name, valid=found)
-    return column.read(found[column.name], f"{plan.view}: column {column.name}")
-
-
-def _publish(
-    con: duckdb.DuckDBPyConnection,
-    plan: Plan,
-    place: Path,
-    start: datetime | None,
-    end: datetime | None,
-    months: list[tuple[Any, int]],
-    progress: Callable[[int], object] | None,
-) -> tuple[int, int]:
-    """Writes each month's file, keeping rows of an earlier run outside of [start, end); returns files and bytes."""
-    written = size = 0
-    names = {f"{m.astimezone(UTC):%Y-%m}": (m, n) for m, n in months}
-    # Only our own files: what offline_write_batch appended has another name and stays.
-    stale = {p.stem for p in place.joinpath(plan.directory).glob("*.parquet") if MONTH.fullmatch(p.stem)}
-    for name in sorted(names | dict.fromkeys(n for n in stale if _overlaps(n, start, end))):
-        month, count = names.get(name, (None, 0))
-        path = place / plan.directory / f"{name}.parquet"
-        table = _month_rows(con, plan, path, month, start, end)
-        if table.num_rows:
-            size += publish(table, path)
-            written += 1
-        else:
-            path.unlink(missing_ok=True)
-        if progress:
-            progress(count)
-    return written, size
-
-
-def _month_rows(
-    con: duckdb.DuckDBPyConnection,
-    plan: Plan,
-    path: Path,
-    month: object,
-    start: datetime | None,
-    end: datetime | None,
-) -> pa.Table:
-    columns = ", ".join(ident(c) for c in plan.stored)
-    parts = [f"SELECT {columns} FROM _rows WHERE _month = $month"]
-    outside = [
-        f"{ident(plan.timestamp)} {operator} make_timestamptz({to_micros(bound)})"
-        for operator, bound in (("<", start), (">=", end))
-        if bound is not None
-    ]
-    if path.is_file() and outside:
-        parts.append(f"SELECT {columns} FROM read_parquet({text(str(path))}) WHERE {' OR '.join(outside)}")
-    with reading(f"{plan.view}: {path}"):
-        query = f"SELECT * FROM ({' UNION ALL '.join(parts)}) ORDER BY {plan.order}"
-        return con.sql(query, params={"month": month}).to_arrow_table()
-
-
-def _overlaps(month: str, start: datetime | None, end: datetime | None) -> bool:
-    """Whether the calendar month `YYYY-MM` has a time in [start, end)."""
-    first = datetime.strptime(month + "-01", "%Y-%m-%d").replace(tzinfo=UTC)
-    after = first.replace(year=first.year + first.month // 12, month=first.month % 12 + 1)
-    return (end is None or first < end) and (start is None or after > start)
-
-
-def _estimate(con: duckdb.DuckDBPyConnection, plan: Plan, rows: int) -> int:
-    columns = ", ".join(ident(c) for c in plan.stored)
-    sample = con.sql(f"SELECT {columns} FROM _rows LIMIT {SAMPLE_ROWS}").to_arrow_table()
-    return serialised_size(sample) * rows // sample.num_rows if sample.num_rows else 0
+def _month(number: int) -> Month:
+    return Month(f"{number // 12:04}-{number % 12 + 1:02}")

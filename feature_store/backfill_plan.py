@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from feature_store.errors import DataError, DefinitionError
 from feature_store.point_in_time.engine import ident
+from feature_store.point_in_time.layout import Layout
 from feature_store.point_in_time.source import file_path
-from feature_store.point_in_time.types import as_declared, kind, ns_per_tick
+from feature_store.point_in_time.types import as_declared, kind, ns_per_tick, sql_type_of
 from feature_store.source_columns import columns_of
 from feature_store.windows.definition import SQL_TAG, STATE_FIELD, WindowedView, definition_of
 
 if TYPE_CHECKING:
     from feast import FeatureView
+
+VERSION = 2
+"""Of what backfill writes for the same plan; a new one makes runs of an older version count as other runs."""
 
 
 @dataclass(frozen=True)
@@ -22,6 +28,11 @@ class Column:
 
     name: str
     dtype: Any
+
+    @property
+    def null(self) -> str:
+        """SQL for no value, in the column's type."""
+        return f"CAST(NULL AS {'TIMESTAMPTZ' if self.dtype is None else sql_type_of(self.dtype) or 'VARCHAR'})"
 
     def read(self, stored: str, where: str) -> str:
         """SQL that reads the column, of DuckDB type `stored`, as its own type; DataError where it does not fit."""
@@ -55,6 +66,50 @@ class Plan:
     created: str | None
     order: str
     definition: WindowedView | None
+    keys: tuple[tuple[str, str], ...]
+    """Entity keys: (stored column, join key)."""
+
+    @property
+    def hash(self) -> str:
+        """Changes with everything that decides what is written, whatever the input."""
+        parts: list[object] = [
+            self.view,
+            self.sql,
+            [(c.name, str(c.dtype)) for c in self.columns],
+            self.stored,
+            self.order,
+        ]
+        if self.definition:
+            parts += [self.definition.event_id, self.definition.entity_key]
+        return hashlib.sha256(json.dumps([VERSION, *parts]).encode()).hexdigest()[:16]
+
+    @property
+    def layout(self) -> Layout | None:
+        """How a row view's files are laid out; None for the history of a windowed view, a log by time."""
+        if self.definition is not None:
+            return None
+        return Layout(tuple(column for column, _ in self.keys), self.timestamp, self.created)
+
+    @property
+    def row_by_row(self) -> bool:
+        """Whether each row of the SELECT comes from one raw row, so that a part of the range costs a part of the work."""
+        from sqlglot import exp, parse_one
+
+        if self.definition is not None:  # events are numbered over all of them
+            return False
+        tree = parse_one(self.sql, read="duckdb")
+        whole = (
+            exp.Join,
+            exp.AggFunc,
+            exp.Window,
+            exp.Group,
+            exp.Distinct,
+            exp.Order,
+            exp.Limit,
+            exp.Subquery,
+            exp.CTE,
+        )
+        return isinstance(tree, exp.Select) and tree.find(*whole, exp.Offset, exp.Unnest, exp.TableSample) is None
 
     @property
     def tables(self) -> list[str]:
@@ -93,11 +148,19 @@ def plan_of(view: FeatureView) -> Plan:
     return _row_plan(view, sql, inputs) if definition is None else _window_plan(view, sql, inputs, definition)
 
 
+def row_layout(view: FeatureView) -> Layout:
+    """How a row view's files are laid out, whether or not its source has a SELECT."""
+    layout = _row_plan(view, "", ()).layout
+    assert layout is not None
+    return layout
+
+
 def _row_plan(view: FeatureView, sql: str, inputs: tuple[str, ...]) -> Plan:
     source = view.batch_source
     assert source is not None
     to_source = {mapped: raw for raw, mapped in (source.field_mapping or {}).items()}
-    keys = [to_source.get(e.name, e.name) for e in view.entity_columns if e.name != "__dummy_id"]
+    joined = [e.name for e in view.entity_columns if e.name != "__dummy_id"]
+    keys = [to_source.get(name, name) for name in joined]
     timestamp = to_source.get(source.timestamp_field, source.timestamp_field)
     created = to_source.get(source.created_timestamp_column, source.created_timestamp_column) or None
     declared = {to_source.get(f.name, f.name): f.dtype for f in [*view.entity_columns, *view.features]}
@@ -120,6 +183,7 @@ def _row_plan(view: FeatureView, sql: str, inputs: tuple[str, ...]) -> Plan:
         created=created,
         order=", ".join(ident(n) for n in order),
         definition=None,
+        keys=tuple((k, e) for k, e in zip(keys, joined, strict=True)),
     )
 
 
@@ -149,4 +213,5 @@ def _window_plan(view: FeatureView, sql: str, inputs: tuple[str, ...], definitio
         created="created",
         order=", ".join(ident(c) for c in (*definition.entity_key, definition.timestamp, "_offset")),
         definition=definition,
+        keys=tuple((k, k) for k in definition.entity_key),
     )

@@ -7,8 +7,7 @@ times are compared without rounding, and writes append a file instead of rewriti
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -23,25 +22,20 @@ from pydantic import model_validator
 from feature_store.config_check import require_expanded
 from feature_store.errors import DataError, UsageError
 from feature_store.point_in_time import entities as entity_input
-from feature_store.point_in_time.append import append_rows, write_new
+from feature_store.point_in_time.append import append_rows
 from feature_store.point_in_time.engine import EngineSettings, connect
+from feature_store.point_in_time.job import BACKFILL, PredictFlowRetrievalJob, pull_job, pull_of
 from feature_store.point_in_time.latest import Pull, pull_all, pull_latest
 from feature_store.point_in_time.request import view_requests
-from feature_store.point_in_time.retrieval import known_keys, retrieve
+from feature_store.point_in_time.retrieval import known_keys, retrieve_slices
 from feature_store.point_in_time.source import file_path, open_source, resolve
-from feature_store.windows.definition import WindowedView, definition_of
+from feature_store.windows.definition import definition_of
 
 if TYPE_CHECKING:
     from feast import FeatureView
     from feast.data_source import DataSource
     from feast.feature_logging import LoggingConfig, LoggingSource
     from feast.infra.registry.base_registry import BaseRegistry
-    from feast.on_demand_feature_view import OnDemandFeatureView
-    from feast.saved_dataset import SavedDatasetStorage
-
-log = logging.getLogger(__name__)
-
-BACKFILL = "predictflow backfill --all"
 
 
 class PredictFlowOfflineStoreConfig(FeastConfigBaseModel):
@@ -53,7 +47,7 @@ class PredictFlowOfflineStoreConfig(FeastConfigBaseModel):
     path: str = ""
     """Directory below which relative source paths lie; itself relative to feature_store.yaml. Empty: its directory."""
     memory_limit: str | None = None
-    """What a query may hold in memory before it spills to disk, for example `4GB`; default: 80% of the machine."""
+    """What a query may hold in memory before it spills to disk, for example `4GB`; default: 40% of the machine."""
     threads: int | None = None
     """Threads per query; default: all cores."""
     temp_directory: str | None = None
@@ -69,51 +63,6 @@ class PredictFlowOfflineStoreConfig(FeastConfigBaseModel):
     @property
     def engine(self) -> EngineSettings:
         return EngineSettings(self.memory_limit, self.threads, self.temp_directory)
-
-
-class PredictFlowRetrievalJob(RetrievalJob):
-    """A retrieval that runs on each `to_arrow()`; `run` gives one table of one chunk per column."""
-
-    def __init__(
-        self,
-        run: Callable[[], pa.Table],
-        config: RepoConfig,
-        *,
-        metadata: RetrievalMetadata | None = None,
-        on_demand: list[OnDemandFeatureView] | None = None,
-        full_feature_names: bool = False,
-    ) -> None:
-        super().__init__()
-        self._run = run
-        self._config = config
-        self._metadata = metadata
-        self._on_demand = on_demand or []
-        self._full_feature_names = full_feature_names
-
-    def _to_arrow_internal(self, timeout: int | None = None) -> pa.Table:
-        # Feast's conversion to protobuf reads the first batch only: more than one chunk would lose rows.
-        return self._run().combine_chunks()
-
-    def _to_df_internal(self, timeout: int | None = None) -> pd.DataFrame:
-        return self._to_arrow_internal(timeout).to_pandas()
-
-    @property
-    def full_feature_names(self) -> bool:
-        return self._full_feature_names
-
-    @property
-    def on_demand_feature_views(self) -> list[OnDemandFeatureView]:
-        return self._on_demand
-
-    @property
-    def metadata(self) -> RetrievalMetadata | None:
-        return self._metadata
-
-    def persist(self, storage: SavedDatasetStorage, allow_overwrite: bool = False, timeout: int | None = None) -> None:
-        """Writes the result, on-demand features included, to the storage's path; an existing one is an error unless
-        `allow_overwrite`, and is then replaced."""
-        place = Path(resolve(self._config, file_path(storage.to_data_source())))
-        write_new(lambda: self.to_arrow(timeout=timeout), place, allow_overwrite)
 
 
 class PredictFlowOfflineStore(OfflineStore):
@@ -155,14 +104,14 @@ class PredictFlowOfflineStore(OfflineStore):
         rows = entity_input.entity_rows(table)
         wanted = requests(rows.table.column_names)
 
-        def run() -> pa.Table:
+        def slices(size: int | None) -> Iterator[pa.Table]:
             with connect(config.offline_store.engine) as con:
-                return retrieve(con, wanted, rows, filter_by_created_timestamp)
+                yield from retrieve_slices(con, wanted, rows, filter_by_created_timestamp, size)
 
         times = rows.table.column(rows.timestamp).cast(pa.timestamp("us", "UTC"), safe=False)
         span = pc.min_max(times).as_py()
         return PredictFlowRetrievalJob(
-            run,
+            slices,
             config,
             metadata=RetrievalMetadata(list(feature_refs), rows.keys, span["min"], span["max"]),
             on_demand=OnDemandFeatureView.get_requested_odfvs(feature_refs, project, registry),
@@ -182,7 +131,7 @@ class PredictFlowOfflineStore(OfflineStore):
     ) -> RetrievalJob:
         """The row with the greatest (event_timestamp, created) per key in [start_date, end_date]; none for a windowed
         source, whose online state is bootstrapped."""
-        pull = _pull(
+        pull = pull_of(
             config,
             data_source,
             join_key_columns,
@@ -192,7 +141,7 @@ class PredictFlowOfflineStore(OfflineStore):
             start_date,
             end_date,
         )
-        return _pull_job(config, data_source, pull, join_key_columns, pull_latest)
+        return pull_job(config, data_source, pull, join_key_columns, pull_latest)
 
     @staticmethod
     def pull_all_from_table_or_query(
@@ -206,7 +155,7 @@ class PredictFlowOfflineStore(OfflineStore):
         end_date: datetime | None = None,
     ) -> RetrievalJob:
         """Every row in [start_date, end_date]; none for a windowed source, whose online state is bootstrapped."""
-        pull = _pull(
+        pull = pull_of(
             config,
             data_source,
             join_key_columns,
@@ -216,7 +165,7 @@ class PredictFlowOfflineStore(OfflineStore):
             start_date,
             end_date,
         )
-        return _pull_job(config, data_source, pull, join_key_columns, pull_all)
+        return pull_job(config, data_source, pull, join_key_columns, pull_all)
 
     @staticmethod
     def offline_write_batch(
@@ -282,70 +231,6 @@ def _entity_table(con: Any, config: RepoConfig, entity_df: Any, registry: BaseRe
         value=type(entity_df).__name__,
         valid=["pandas.DataFrame", "pyarrow.Table", "Parquet path", "SQL text"],
     )
-
-
-def _pull(
-    config: RepoConfig,
-    source: DataSource,
-    keys: list[str],
-    features: list[str],
-    timestamp: str,
-    created: str | None,
-    start: datetime | None,
-    end: datetime | None,
-) -> Pull:
-    from feast.feature_view import DUMMY_ENTITY_ID
-
-    return Pull(
-        label=f"source {source.name}",
-        place=resolve(config, file_path(source)),
-        next_step=BACKFILL,
-        keys=tuple(k for k in keys if k != DUMMY_ENTITY_ID),
-        features=tuple(features),
-        timestamp=timestamp,
-        created=created or None,
-        start=start,
-        end=end,
-    )
-
-
-def _pull_job(
-    config: RepoConfig,
-    source: DataSource,
-    pull: Pull,
-    join_keys: list[str],
-    read: Callable[[Any, Pull], pa.Table],
-) -> RetrievalJob:
-    from feast.feature_view import DUMMY_ENTITY_ID, DUMMY_ENTITY_VAL
-
-    definition = definition_of(source)
-
-    def run() -> pa.Table:
-        if definition is not None:
-            log.info(
-                "%s is windowed: nothing to materialise; its online state comes from "
-                "`predictflow windows bootstrap %s` and the stream",
-                definition.name,
-                definition.name,
-            )
-            return _no_rows(pull, definition)
-        with connect(config.offline_store.engine) as con:
-            table = read(con, pull)
-        if (
-            not join_keys or DUMMY_ENTITY_ID in join_keys
-        ):  # a view without entities: Feast stores it under one made-up key
-            table = table.append_column(DUMMY_ENTITY_ID, pa.array([DUMMY_ENTITY_VAL] * table.num_rows, pa.string()))
-        return table
-
-    return PredictFlowRetrievalJob(run, config)
-
-
-def _no_rows(pull: Pull, definition: WindowedView) -> pa.Table:
-    time = pa.timestamp("us", "UTC")
-    types: dict[str, pa.DataType] = {a.name: pa.int64() for a in definition.aggregates}
-    types.update({key: pa.string() for key in pull.keys}, window_state=pa.binary())
-    types.update({name: time for name in (pull.timestamp, pull.created) if name})
-    return pa.table({c: pa.array([], types.get(c, pa.string())) for c in pull.columns})
 
 
 def _expected(view: FeatureView) -> dict[str, Any]:

@@ -20,6 +20,8 @@ MODULES = {
     "demo": "cli_demo",
     "data": "cli_data",
     "backfill": "cli_offline",
+    "compact": "cli_offline",
+    "erase": "cli_offline",
     "windows": "cli_stream",
     "sync": "cli_stream",
     "dlq": "cli_stream",

@@ -1,22 +1,29 @@
-"""Commands of the offline store: `backfill`."""
+"""Commands of the offline store: `backfill`, `compact`, `erase`.
+
+Exit codes, for a scheduler: 0 done, 1 failed (the data, the disk), 2 wrong usage, 75 try again (a server is away, or
+another process works on the same files), 130 interrupted.
+"""
 
 from __future__ import annotations
 
+import functools
 import json
 import os
-from contextlib import nullcontext
+from collections.abc import Callable
+from contextlib import ExitStack
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
-from feature_store.errors import DataError, NotFoundError, UsageError
+from feature_store.errors import DataError, NotFoundError, UnavailableError, UsageError
 
 if TYPE_CHECKING:
     from feast import FeatureView
 
     from feature_store.backfill import BackfillResult
+    from feature_store.backfill_state import PostgresState
     from predictflow.settings import Settings
 
 
@@ -26,6 +33,28 @@ class Bounds(NamedTuple):
     start: datetime | None = None
     end: datetime | None = None
     known_by: datetime | None = None
+    known_after: datetime | None = None
+
+
+class TryAgain(click.ClickException):
+    """An error that passes by itself; the exit code is EX_TEMPFAIL of sysexits.h."""
+
+    exit_code = 75
+
+
+def retryable(run: Callable[..., None]) -> Callable[..., None]:
+    """Turns errors that pass by themselves into TryAgain."""
+
+    @functools.wraps(run)
+    def wrapped(*args: Any, **kwargs: Any) -> None:
+        from feature_store.durable import BusyError
+
+        try:
+            run(*args, **kwargs)
+        except (UnavailableError, BusyError) as e:
+            raise TryAgain(e.message) from e
+
+    return wrapped
 
 
 @click.command()
@@ -38,8 +67,14 @@ class Bounds(NamedTuple):
     "--end", default=None, help="Event time where it stops, exclusive; default: just after the cut, else all."
 )
 @click.option("--known-by", default=None, help="Newest `created` let in; default: the cut of summary.json, else all.")
+@click.option("--known-after", default=None, help="Only rows with a newer `created`: what arrived late; default: all.")
+@click.option(
+    "--workers", type=click.IntRange(min=1), default=None, help="Months written at once; default: cores, <= 4."
+)
+@click.option("--memory", default=None, metavar="SIZE", help="What the engine may take before it spills, such as 2GB.")
 @click.option("--dry-run", is_flag=True, help="Count rows and estimate bytes; write nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object per line and view.")
+@retryable
 def backfill(
     views: tuple[str, ...],
     all_views: bool,
@@ -48,10 +83,17 @@ def backfill(
     start: str | None,
     end: str | None,
     known_by: str | None,
+    known_after: str | None,
+    workers: int | None,
+    memory: str | None,
     dry_run: bool,
     as_json: bool,
 ) -> None:
-    """Compute the history of views from raw tables into the offline store. Safe to run twice."""
+    """Compute the history of views from raw tables into the offline store.
+
+    Safe to run twice and at once. After an interruption the same command goes on where it was.
+    Exit codes: 0 done, 1 failed, 2 wrong usage, 75 try again.
+    """
     from predictflow.settings import Settings
 
     settings = Settings.from_environ(os.environ)
@@ -64,26 +106,52 @@ def backfill(
         start=_time("--start", start) or defaults.start,
         end=_time("--end", end) or defaults.end,
         known_by=_time("--known-by", known_by) or defaults.known_by,
+        known_after=_time("--known-after", known_after),
     )
     target = offline or settings.need("offline_path")
-    results = []
-    for view in _chosen(settings, views):
-        results.append(_run(view, raw, target, bounds, dry_run))
-        if as_json:
-            click.echo(json.dumps(results[-1].to_json()))
-    if not dry_run:
-        _record(settings, results)
-    if not as_json:
-        for r in results:
-            verb = "would write about" if dry_run else "wrote"
-            click.echo(f"{r.view}: {verb} {r.rows:,} rows, {r.files} files, {r.bytes:,} bytes to {r.path}")
+    chosen = _chosen(settings, views)
+    with ExitStack() as stack:
+        state = None if dry_run else stack.enter_context(_state(settings))
+        for view in chosen:
+            result = _run(view, raw, target, bounds, dry_run, workers, memory, state)
+            if not dry_run:
+                _record(settings, result)
+            click.echo(json.dumps(result.to_json()) if as_json else _line(result))
 
 
-def _run(view: FeatureView, raw: Path, target: str, bounds: Bounds, dry_run: bool) -> BackfillResult:
+def _line(r: BackfillResult) -> str:
+    if r.dry_run:
+        return f"{r.view}: would write about {r.rows:,} rows, {r.files} files, {r.bytes:,} bytes to {r.path}"
+    found = f"; {r.skipped} of {r.chunks} chunks were done before" if r.skipped else ""
+    return f"{r.view}: wrote {r.rows:,} rows, {r.files} files, {r.bytes:,} bytes to {r.path}{found}"
+
+
+def _state(settings: Settings) -> PostgresState:
+    from feature_store.backfill_state import PostgresState
+
+    return PostgresState(settings.need("postgres_url"), clock=lambda: datetime.now(UTC))
+
+
+def _run(
+    view: FeatureView,
+    raw: Path,
+    target: str,
+    bounds: Bounds,
+    dry_run: bool,
+    workers: int | None,
+    memory: str | None,
+    state: PostgresState | None,
+) -> BackfillResult:
     from feature_store.backfill import backfill as run
-    from predictflow.progress import no_progress, progress
+    from feature_store.point_in_time.engine import EngineSettings
+    from predictflow.progress import Advance, no_progress, progress
 
-    with nullcontext(no_progress) if dry_run else progress(f"backfill {view.name}") as advance:
+    with ExitStack() as stack:
+        shown: list[Advance] = [no_progress]
+
+        def planned(rows: int) -> None:
+            shown[0] = stack.enter_context(progress(f"backfill {view.name}", total=rows))
+
         return run(
             view,
             raw_dir=raw,
@@ -91,37 +159,35 @@ def _run(view: FeatureView, raw: Path, target: str, bounds: Bounds, dry_run: boo
             start=bounds.start,
             end=bounds.end,
             known_by=bounds.known_by,
+            known_after=bounds.known_after,
             dry_run=dry_run,
-            progress=advance,
+            workers=workers,
+            progress=lambda rows: shown[0](rows),
+            planned=planned,
+            state=state,
+            engine=EngineSettings(memory_limit=memory),
         )
 
 
 def _chosen(settings: Settings, names: tuple[str, ...]) -> list[FeatureView]:
     """The named views of the Feast registry, or every view whose source has a SELECT when none is named."""
     from feature_store.windows.definition import SQL_TAG
-    from predictflow.wiring import feast_store
 
-    known = {v.name: v for v in feast_store(settings).list_feature_views()}
-    for name in names:
-        if name not in known:
-            raise NotFoundError("no such feature view", value=name, valid=known, next_step="feast apply")
+    known = _views(settings)
     if names:
-        return [known[n] for n in dict.fromkeys(names)]
+        return _named(known, names)
     chosen = [v for v in known.values() if v.batch_source and SQL_TAG in (v.batch_source.tags or {})]
     if not chosen:
         raise NotFoundError(f"no view whose source has a tag {SQL_TAG}", valid=known, next_step="feast apply")
     return sorted(chosen, key=lambda v: v.name)
 
 
-def _record(settings: Settings, results: list[BackfillResult]) -> None:
-    """Records which raw columns each table was made of; the same backfill run again records the same run."""
-    from predictflow.wiring import feature_registry, run_id
+def _record(settings: Settings, result: BackfillResult) -> None:
+    """Records which raw columns the table was made of; the same backfill run again records the same run."""
+    from predictflow.wiring import feature_registry
 
-    at = datetime.now(UTC)
     with feature_registry(settings) as registry:
-        for r in results:
-            same = {k: v for k, v in r.to_json().items() if k not in ("seconds", "path")}
-            registry.record_lineage(r.edges, at=at, run_id=run_id("backfill", json.dumps(same, sort_keys=True)))
+        registry.record_lineage(result.edges, at=datetime.now(UTC), run_id=result.run_id)
 
 
 def _range_of(raw: Path) -> Bounds:
@@ -148,4 +214,98 @@ def _time(option: str, value: str | None) -> datetime | None:
     return parsed.replace(tzinfo=UTC) if parsed.tzinfo is None else parsed.astimezone(UTC)
 
 
-COMMANDS = [backfill]
+@click.command()
+@click.argument("views", nargs=-1, metavar="[VIEW ...]")
+@click.option("--all", "all_views", is_flag=True, help="Every view with rows of its own (not the windowed ones).")
+@click.option("--offline", default=None, help="Offline store directory; default: PREDICTFLOW_OFFLINE.")
+@click.option("--at-least", type=click.IntRange(min=1), default=2, show_default=True, help="Fewer small files stay.")
+@click.option("--dry-run", is_flag=True, help="Count files and rows; write nothing.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object per line and view.")
+@retryable
+def compact(
+    views: tuple[str, ...], all_views: bool, offline: str | None, at_least: int, dry_run: bool, as_json: bool
+) -> None:
+    """Merge the small files that appends leave into one sorted file per month; values stay the same.
+
+    Safe to run twice, at once, and beside readers and writers. Exit codes as `predictflow backfill`.
+    """
+    from feature_store.compaction import compact as run
+    from feature_store.windows.definition import definition_of
+    from predictflow.progress import no_progress, progress
+    from predictflow.settings import Settings
+
+    settings = Settings.from_environ(os.environ)
+    if bool(views) == all_views:
+        raise UsageError("name the views to compact, or pass --all", next_step="predictflow compact --all")
+    target = offline or settings.need("offline_path")
+    known = _views(settings)
+    chosen = _named(known, views) or [v for _, v in sorted(known.items()) if definition_of(v) is None]
+    for view in chosen:
+        with ExitStack() as stack:
+            advance = no_progress if dry_run else stack.enter_context(progress(f"compact {view.name}"))
+            r = run(view, offline_path=target, at_least=at_least, dry_run=dry_run, progress=advance)
+        if as_json:
+            click.echo(json.dumps(r.to_json()))
+            continue
+        verb = "would merge" if dry_run else "merged"
+        click.echo(f"{r.view}: {verb} {r.absorbed} files into {r.written}, {r.rows:,} rows; {r.shadowed} shadowed")
+        for name in r.skipped:
+            click.echo(f"{r.view}: left {name} alone: its column types differ", err=True)
+
+
+@click.command()
+@click.argument("entity")
+@click.argument("value")
+@click.option("--offline", default=None, help="Offline store directory; default: PREDICTFLOW_OFFLINE.")
+@click.option("--online", is_flag=True, help="Erase it from the online store too.")
+@click.option("--dry-run", is_flag=True, help="Show which files hold it; write nothing.")
+@click.option("--yes", is_flag=True, help="Do it: without this, or --dry-run, nothing happens.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@retryable
+def erase(entity: str, value: str, offline: str | None, online: bool, dry_run: bool, yes: bool, as_json: bool) -> None:
+    """Erase ENTITY with key VALUE from every file of the offline store, and keep it out of every later backfill.
+
+    For instance `predictflow erase customer C000123 --dry-run`. It cannot be undone. Safe to run twice.
+    Exit codes as `predictflow backfill`.
+    """
+    from feature_store.erasure import erase as run
+    from feature_store.erasure_online import erase_online
+    from predictflow.settings import Settings
+    from predictflow.wiring import feast_store
+
+    if dry_run == yes:
+        raise UsageError("erasing cannot be undone: pass --dry-run to see what it would do, or --yes to do it")
+    settings = Settings.from_environ(os.environ)
+    target = offline or settings.need("offline_path")
+    store = feast_store(settings)
+    entities = {e.name: e for e in store.list_entities()}
+    if entity not in entities:
+        raise NotFoundError("no such entity", value=entity, valid=entities, next_step="feast apply")
+    views = list(store.list_feature_views())
+    result = run(
+        entities[entity].join_key, value, offline_path=target, views=views, at=datetime.now(UTC), dry_run=dry_run
+    )
+    keys = erase_online(store, entities[entity], value, dry_run) if online else None
+    if as_json:
+        click.echo(json.dumps({**result.to_json(), "online_keys": keys}))
+        return
+    verb = "would rewrite" if dry_run else "rewrote"
+    for file in result.files:
+        click.echo(f"{verb} {file.path}: {file.rows:,} of {file.of:,} rows")
+    click.echo(f"{len(result.files)} files, {result.rows:,} rows" + (f", {keys} online keys" if online else ""))
+
+
+def _views(settings: Settings) -> dict[str, FeatureView]:
+    from predictflow.wiring import feast_store
+
+    return {v.name: v for v in feast_store(settings).list_feature_views()}
+
+
+def _named(known: dict[str, FeatureView], names: tuple[str, ...]) -> list[FeatureView]:
+    for name in names:
+        if name not in known:
+            raise NotFoundError("no such feature view", value=name, valid=known, next_step="feast apply")
+    return [known[n] for n in dict.fromkeys(names)]
+
+
+COMMANDS = [backfill, compact, erase]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from feature_store.errors import DataError, UsageError
-from feature_store.point_in_time.publish import content_name, publish
+from feature_store.point_in_time.publish import content_name, publish, publish_stream
 from feature_store.point_in_time.source import is_uri
 
 
@@ -45,16 +46,23 @@ def append_rows(place: str, table: pa.Table, label: str, expected: Mapping[str, 
     publish(table, path)
 
 
-def write_new(rows: Callable[[], pa.Table], place: Path, allow_overwrite: bool) -> None:
-    """Writes `rows()` to `place`, a `.parquet` file or a directory; Feast's own error when it is taken."""
+def write_new(tables: Callable[[], Iterable[pa.Table]], place: Path, allow_overwrite: bool) -> int:
+    """Writes `tables()`, one after the other, to `place`: a `.parquet` file or a directory; returns the rows.
+
+    Feast's own error when the place is taken. The place appears whole, or, after a failure, stays as it was.
+    """
     from feast.errors import SavedDatasetLocationAlreadyExists
 
     if place.exists() and not allow_overwrite:
         raise SavedDatasetLocationAlreadyExists(location=str(place))
-    table = rows()
     if place.suffix == ".parquet":
-        publish(table, place)
-        return
-    if place.is_dir():
-        shutil.rmtree(place)
-    publish(table, place / "data.parquet")
+        return publish_stream(tables(), place)
+    temporary = place.with_name(f".{place.name}.{os.getpid()}.tmp")
+    try:
+        rows = publish_stream(tables(), temporary / "data.parquet")
+        if place.is_dir():
+            shutil.rmtree(place)
+        temporary.rename(place)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return rows

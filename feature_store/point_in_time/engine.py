@@ -9,12 +9,16 @@ from dataclasses import dataclass
 
 import duckdb
 
-from feature_store.errors import DataError
+from feature_store.errors import DataError, UsageError
+
+_UNITS = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
+MEMORY_SHARE = 0.4
+"""Of the machine's (or container's) memory. The engine's own limit; rows on their way to the caller come on top."""
 
 
 @dataclass(frozen=True)
 class EngineSettings:
-    """How much of the machine a query may take. None: DuckDB's own default (80% of memory, all cores)."""
+    """How much of the machine a query may take. None: MEMORY_SHARE of the memory, all cores."""
 
     memory_limit: str | None = None
     threads: int | None = None
@@ -34,12 +38,26 @@ def connect(settings: EngineSettings) -> Iterator[duckdb.DuckDBPyConnection]:
             config["memory_limit"] = settings.memory_limit
         if settings.threads:
             config["threads"] = settings.threads
-        con = duckdb.connect(config=config)
         try:
+            con = duckdb.connect(config=config)
+        except duckdb.Error as e:
+            raise UsageError(
+                f"offline_store: settings of the engine are refused: {_first_line(e)}", value=config
+            ) from e
+        try:
+            if not settings.memory_limit:  # the engine's default, 80%, knows the container's limit
+                con.execute(f"SET memory_limit = '{int(memory_limit(con) / 0.8 * MEMORY_SHARE)}B'")
             con.execute("SET TimeZone = 'UTC'")
             yield con
         finally:
             con.close()
+
+
+def memory_limit(con: duckdb.DuckDBPyConnection) -> int:
+    """The connection's memory limit in bytes."""
+    shown = str(con.execute("SELECT current_setting('memory_limit')").fetchall()[0][0])
+    number, _, unit = shown.partition(" ")
+    return int(float(number) * _UNITS[unit])
 
 
 @contextmanager
@@ -53,7 +71,8 @@ def reading(what: str) -> Iterator[None]:
             next_step="raise offline_store.memory_limit in feature_store.yaml",
         ) from e
     except duckdb.Error as e:
-        raise DataError(f"{what}: {_first_line(e)}") from e
+        line = _first_line(e)
+        raise DataError(line[line.index(what) :] if what in line else f"{what}: {line}") from e
 
 
 def ident(name: str) -> str:

@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 
 from feature_store.errors import DataError, NotFoundError, UsageError
 from feature_store.point_in_time.engine import ident, reading, text
-from feature_store.point_in_time.source import is_uri, open_source, parquet_files
+from feature_store.point_in_time.source import is_uri, open_source, read_files
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -102,7 +102,7 @@ def from_sql(con: duckdb.DuckDBPyConnection, query: str, places: Mapping[str, st
     for name in _tables(query):
         if name not in places:
             raise NotFoundError("entity_df: no data source of this name", value=name, valid=places)
-        files = parquet_files(places[name])
+        files = read_files(con, places[name], f"entity_df: source {name}")
         if not files:
             raise NotFoundError(f"entity_df: source {name} has no Parquet files", value=places[name])
         listed = ", ".join(text(f) for f in files)

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Iterable
+from contextlib import ExitStack
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+from feature_store.errors import DataError
 
 ROW_GROUP_ROWS = 122_880
 
@@ -42,9 +46,37 @@ def publish(table: pa.Table, path: Path) -> int:
             os.fsync(f.fileno())
         size = temporary.stat().st_size
         temporary.replace(path)
+    except OSError as e:
+        raise DataError(f"{path} cannot be written: {e}", next_step="free some space, then run it again") from e
     finally:
         temporary.unlink(missing_ok=True)
     return size
+
+
+def publish_stream(tables: Iterable[pa.Table], path: Path) -> int:
+    """Writes tables of one schema to `path`, one at a time, atomically; returns the rows. At least one table is needed.
+
+    A failure leaves neither a file nor a part of one. DataError when the disk is full or the place cannot be written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    rows = 0
+    try:
+        with ExitStack() as stack:
+            writer = None
+            for table in tables:
+                if writer is None:
+                    writer = stack.enter_context(pq.ParquetWriter(temporary, table.schema, compression="zstd"))
+                writer.write_table(table.cast(writer.schema), row_group_size=ROW_GROUP_ROWS)
+                rows += table.num_rows
+        with temporary.open("rb") as f:
+            os.fsync(f.fileno())
+        temporary.replace(path)
+    except OSError as e:
+        raise DataError(f"{path} cannot be written: {e}", next_step="free some space, then run it again") from e
+    finally:
+        temporary.unlink(missing_ok=True)
+    return rows
 
 
 def content_name(table: pa.Table, prefix: str) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import datetime
 
 import duckdb
@@ -10,31 +10,73 @@ import pyarrow as pa
 
 from feature_store.clock import to_micros
 from feature_store.errors import UsageError
-from feature_store.point_in_time.engine import ident, reading
+from feature_store.point_in_time.engine import ident, memory_limit, reading
 from feature_store.point_in_time.entities import EVENT_TIMESTAMP, EntityRows
-from feature_store.point_in_time.join import join_view
+from feature_store.point_in_time.fetch import Column, feature_columns, fetch
+from feature_store.point_in_time.join import Strategy, match_view
 from feature_store.point_in_time.request import ViewRequest
-from feature_store.point_in_time.source import open_source
+from feature_store.point_in_time.slots import Ints
+from feature_store.point_in_time.source import ParquetSource, open_source
 from feature_store.point_in_time.types import ns_per_tick, ticks
 from feature_store.point_in_time.windowed import open_events, window_values
 
+MIN_SLICE_ROWS = 100_000
+
 
 def retrieve(
-    con: duckdb.DuckDBPyConnection, requests: Sequence[ViewRequest], entities: EntityRows, as_known: bool
+    con: duckdb.DuckDBPyConnection,
+    requests: Sequence[ViewRequest],
+    entities: EntityRows,
+    as_known: bool,
+    strategy: Strategy = "slots",
 ) -> pa.Table:
     """The entity rows, each exactly once, in their order and with their columns, followed by the features.
 
     Windowed values are always as known by t; `as_known` extends that to row views.
     """
-    result = entities.table.combine_chunks()
+    return next(iter(retrieve_slices(con, requests, entities, as_known, max(entities.table.num_rows, 1), strategy)))
+
+
+def retrieve_slices(
+    con: duckdb.DuckDBPyConnection,
+    requests: Sequence[ViewRequest],
+    entities: EntityRows,
+    as_known: bool,
+    slice_rows: int | None = None,
+    strategy: Strategy = "slots",
+) -> Iterator[pa.Table]:
+    """`retrieve` in tables of `slice_rows` entity rows (None: as many as fit in a part of the memory limit); at least one.
+
+    All views are matched first, which leaves 8 bytes per entity row and view; then only one slice of values is held.
+    Every slice reads the row groups that it needs again.
+    """
+    found: list[tuple[ViewRequest, ParquetSource, list[Column], Ints] | pa.Table] = []
     for request in requests:
         if request.definition is not None:
-            found = window_values(con, request, entities.table, entities.t_ns)
+            found.append(window_values(con, request, entities.table, entities.t_ns))
         else:
-            found = join_view(con, request, entities.table, entities.t_ns, as_known)
-        for name in found.column_names:
-            result = result.append_column(name, found.column(name))
-    return result
+            source, places = match_view(con, request, entities.table, entities.t_ns, as_known, strategy)
+            with reading(source.label):
+                columns = feature_columns(con, source, request.features)
+            found.append((request, source, columns, places))
+    if slice_rows is None:
+        slice_rows = _slice_rows(con, sum(len(r.features) for r in requests))
+    for start in range(0, max(entities.table.num_rows, 1), slice_rows):
+        result = entities.table.slice(start, slice_rows).combine_chunks()
+        for view in found:
+            if isinstance(view, pa.Table):
+                values = view.slice(start, slice_rows)
+            else:
+                values = fetch(con, view[1], view[3][start : start + slice_rows], view[2])
+            for name in values.column_names:
+                result = result.append_column(name, values.column(name))
+        yield result
+
+
+def _slice_rows(con: duckdb.DuckDBPyConnection, features: int) -> int:
+    """A quarter of the memory limit, at a guess of 16 bytes per value, of which three copies may exist at a time."""
+    limit = memory_limit(con)
+    return max(limit // 4 // (48 * max(features, 1)), MIN_SLICE_ROWS)
 
 
 def known_keys(

@@ -7,16 +7,21 @@ read. Columns are united by name, so a feature added later reads as null from ol
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlparse
 
 import duckdb
+import pyarrow as pa
+import pyarrow.parquet as pq
 
-from feature_store.errors import DataError, NotFoundError
+from feature_store.errors import DataError, NotFoundError, UsageError
 from feature_store.point_in_time.engine import ident, reading, text
+from feature_store.point_in_time.remote import copy_in
 from feature_store.point_in_time.types import kind
+from feature_store.published import counting
 
 if TYPE_CHECKING:
     from feast import RepoConfig
@@ -69,14 +74,13 @@ def is_uri(path: str) -> bool:
 
 
 def parquet_files(place: str) -> tuple[str, ...]:
-    """All finished Parquet files at `place` (a file, directory, glob or URI), sorted by name; empty when none."""
-    if is_uri(place):
-        return (place if place.endswith(".parquet") or "*" in place else f"{place.rstrip('/')}/**/*.parquet",)
+    """All finished Parquet files at `place` (a local file, directory or glob), sorted by name; empty when none."""
     path = Path(place)
     if path.is_file():
         return (str(path),)
     if path.is_dir():
-        return tuple(sorted(str(p) for p in path.rglob("*.parquet") if p.is_file() and not _hidden(p, path)))
+        below = counting(path, lambda: [p for p in path.rglob("*.parquet") if p.is_file() and not _hidden(p, path)])
+        return tuple(sorted(map(str, below)))
     if any(c in place for c in "*?["):
         root = Path(path.anchor) if path.is_absolute() else Path()
         found = root.glob(str(path.relative_to(path.anchor)))
@@ -84,14 +88,107 @@ def parquet_files(place: str) -> tuple[str, ...]:
     return ()
 
 
+def read_files(con: duckdb.DuckDBPyConnection, place: str, label: str) -> tuple[str, ...]:
+    """`parquet_files` of a local place, or of the local copy of a remote one, which lasts as long as the connection."""
+    if not is_uri(place):
+        return parquet_files(place)
+    if "*" in place or "?" in place:
+        raise UsageError(f"{label}: a remote place has no wildcards", value=place, next_step="name its directory")
+    spill = con.execute("SELECT current_setting('temp_directory')").fetchall()[0][0]
+    return parquet_files(str(copy_in(place, Path(spill), label)))
+
+
 def open_source(con: duckdb.DuckDBPyConnection, label: str, places: Sequence[str], next_step: str) -> ParquetSource:
     """The source over every file at `places`; NotFoundError naming `label`, the first place and `next_step` if none."""
-    files = tuple(f for place in places for f in parquet_files(place))
+    files = tuple(f for place in places for f in read_files(con, place, label))
     if not files:
         raise NotFoundError(f"{label}: no Parquet files", value=places[0], next_step=next_step)
     with reading(f"{label} ({places[0]})"):
         rows = con.execute(f"DESCRIBE SELECT * FROM {_read(files)}").fetchall()
     return ParquetSource(f"{label} ({places[0]})", files, {str(r[0]): str(r[1]) for r in rows})
+
+
+def open_parquet(file: str, label: str, metadata: pq.FileMetaData | None = None) -> pq.ParquetFile:
+    """The opened file; DataError naming it when it is missing, or no whole Parquet file."""
+    with reading_file(label, file):
+        return pq.ParquetFile(file, metadata=metadata, page_checksum_verification=True)
+
+
+@contextmanager
+def reading_file(label: str, what: str) -> Iterator[None]:
+    """Turns Arrow's errors into one DataError line that names the file (and whatever else `what` says)."""
+    try:
+        yield
+    except FileNotFoundError as e:
+        raise DataError(f"{label}: a file went missing while it was read", value=what, next_step="run it again") from e
+    except (pa.ArrowException, OSError) as e:
+        first = (str(e).splitlines() or [type(e).__name__])[0]
+        raise DataError(
+            f"{label}: {what} is damaged: {first}", next_step="delete the file and backfill its range again"
+        ) from e
+
+
+def require_same_kind(source: ParquetSource, columns: Sequence[str | None]) -> None:
+    """DataError naming file and column when a join key or time changes its kind from file to file.
+
+    Widths may differ. Between kinds there is no common type that keeps every value.
+    """
+    if len(source.files) < 2:
+        return
+    first: dict[str, tuple[str, str]] = {}
+    for file in source.files:
+        schema = open_parquet(file, source.label).schema_arrow
+        for column in columns:
+            if column is None or column not in schema.names:
+                continue
+            found = arrow_kind(schema.field(column).type)
+            known, where = first.setdefault(column, (found, file))
+            if found != known:
+                raise DataError(
+                    f"{source.label}: column {column} is {found} in {file}, but {known} in {where}",
+                    next_step="rewrite one of the files with the type of the other",
+                )
+
+
+def arrow_kind(arrow: pa.DataType) -> str:
+    """The family of an Arrow type, as `types.kind` gives it for DuckDB's."""
+    if pa.types.is_dictionary(arrow):
+        return arrow_kind(arrow.value_type)
+    return (
+        "integer" if pa.types.is_integer(arrow)
+        else "string" if pa.types.is_string(arrow) or pa.types.is_large_string(arrow) or pa.types.is_string_view(arrow)
+        else "bytes" if pa.types.is_binary(arrow) or pa.types.is_large_binary(arrow)
+        else "bool" if pa.types.is_boolean(arrow)
+        else "time" if pa.types.is_timestamp(arrow) or pa.types.is_date(arrow)
+        else "number" if pa.types.is_floating(arrow) or pa.types.is_decimal(arrow)
+        else str(arrow)
+    )  # fmt: skip
+
+
+@contextmanager
+def scanning(source: ParquetSource, columns: Sequence[str | None]) -> Iterator[None]:
+    """`reading` for a scan of these columns: after a failure the damaged file, row group and column are looked for."""
+    try:
+        with reading(source.label):
+            yield
+    except DataError as e:
+        if isinstance(e.__cause__, duckdb.Error) and not isinstance(e.__cause__, duckdb.OutOfMemoryException):
+            blame(source, [c for c in columns if c])
+        raise
+
+
+def blame(source: ParquetSource, columns: Sequence[str]) -> None:
+    """DataError naming the first file, row group and column that cannot be read; returns when all can.
+
+    Called after a scan failed: the engine's own message often leaves out where.
+    """
+    for file in source.files:
+        opened = open_parquet(file, source.label)
+        for group in range(opened.metadata.num_row_groups):
+            for column in columns:
+                if column in opened.schema_arrow.names:
+                    with reading_file(source.label, f"{file} (row group {group}, column {column})"):
+                        opened.read_row_group(group, columns=[column], use_threads=False)
 
 
 def file_path(source: Any) -> str:

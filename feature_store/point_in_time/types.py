@@ -15,6 +15,9 @@ _INTEGERS = {
     "TINYINT", "SMALLINT", "INTEGER", "BIGINT", "HUGEINT", "UTINYINT", "USMALLINT", "UINTEGER", "UBIGINT", "UHUGEINT",
 }  # fmt: skip
 _FLOATS = {"FLOAT", "DOUBLE"}
+_SMALL = {"TINYINT", "SMALLINT", "UTINYINT", "USMALLINT"}
+_EXACT = {"FLOAT": _SMALL, "DOUBLE": _SMALL | {"INTEGER", "UINTEGER"}}
+"""Integer types of which a floating-point type holds every value."""
 _TIMES_US = {"TIMESTAMP", "TIMESTAMP WITH TIME ZONE", "TIMESTAMP_S", "TIMESTAMP_MS", "DATE"}
 _TIMES_NS = {"TIMESTAMP_NS", "TIMESTAMPTZ_NS"}
 
@@ -94,6 +97,8 @@ def as_declared(column: str, stored: str, dtype: Any, where: str) -> str:
         return f"CAST(make_timestamp(({ticks(column, stored)} // {per_second}) * 1000000) AS {target})"
     if stored == target or stored == '"NULL"':
         return f"CAST({column} AS {target})"
+    if have == "integer" and want == "number":
+        return as_stored(column, stored, target, where)
     if have == "number" and want == "integer":
         message = text(f"{where}: not a whole number: ")
         return (
@@ -104,4 +109,25 @@ def as_declared(column: str, stored: str, dtype: Any, where: str) -> str:
     fits = have == want or (have == "integer" and want == "number") or (have == "uuid" and want == "string")
     if not fits and not (target.endswith("[]") and stored.endswith("]")):
         raise DataError(f"{where}: stored as {stored}, which does not fit the declared type", value=str(dtype))
+    return f"CAST({column} AS {target})"
+
+
+def as_stored(column: str, stored: str, target: str, where: str) -> str:
+    """SQL that brings `column` from one file's type to the common type of all files, without losing a digit.
+
+    DataError when the kinds differ: what the engine would make of both is text, or a rounded number.
+    """
+    if stored == target or stored == '"NULL"':
+        return f"CAST({column} AS {target})"
+    have, want = kind(stored), kind(target)
+    if have == "integer" and want == "number":
+        if stored in _EXACT.get(target, ()):
+            return f"CAST({column} AS {target})"
+        message = text(f"{where}: {target} would lose digits of ")
+        return (
+            f"CASE WHEN CAST(CAST({column} AS {target}) AS HUGEINT) <> {column} "
+            f"THEN error({message} || CAST({column} AS VARCHAR)) ELSE CAST({column} AS {target}) END"
+        )
+    if have != want and not (target.endswith("]") and stored.endswith("]")):
+        raise DataError(f"{where}: stored as {stored}, other files have {target}", value=stored)
     return f"CAST({column} AS {target})"

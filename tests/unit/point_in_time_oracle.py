@@ -52,7 +52,9 @@ def write_rows(
     pq.write_table(pa.table(table), path, row_group_size=7)
 
 
-def feast_store(directory: Path, objects: Sequence[Any], **offline: Any) -> Any:
+def feast_store(
+    directory: Path, objects: Sequence[Any], *, batch_engine: Mapping[str, Any] | None = None, **offline: Any
+) -> Any:
     """A FeatureStore with our offline store, a registry file and SQLite as online store, `objects` applied."""
     from feast import FeatureStore, RepoConfig
 
@@ -67,6 +69,7 @@ def feast_store(directory: Path, objects: Sequence[Any], **offline: Any) -> Any:
             "threads": 2,
             **offline,
         },
+        batch_engine=dict(batch_engine) if batch_engine else "local",
         entity_key_serialization_version=3,
         repo_path=directory,
     )

@@ -104,7 +104,8 @@ def test_rows_are_written_per_month_sorted_by_key_time_and_created(tmp_path: Pat
     write_accounts(tmp_path / "raw", rows)
     seen: list[int] = []
     result = backfill(account_view(), raw_dir=tmp_path / "raw", offline_path=tmp_path / "off", progress=seen.append)
-    assert [p.name for p in sorted((tmp_path / "off/account").iterdir())] == ["2024-01.parquet", "2024-02.parquet"]
+    names = ["2024-01.parquet", "2024-02.parquet", "_layout.json"]
+    assert [p.name for p in sorted((tmp_path / "off/account").iterdir())] == names
     assert [(r["customer"], r["charges"]) for r in read(tmp_path / "off")] == [
         ("a", None), ("b", 1.0), ("a", 3.0), ("a", 2.0),
     ]  # fmt: skip
@@ -251,7 +252,7 @@ def test_materialising_a_windowed_view_writes_nothing_and_says_what_to_do(
     view = behaviour_view()
     store = feast_store(tmp_path, [customer(), view])
     backfill(view, raw_dir=tmp_path / "raw", offline_path=tmp_path / "offline")
-    with caplog.at_level("INFO", logger="feature_store.offline_store"):
+    with caplog.at_level("INFO", logger="feature_store"):
         store.materialize(at(0), at(3))
     assert "predictflow windows bootstrap behaviour" in caplog.text
     online = store.get_online_features(features=["behaviour:n_7d"], entity_rows=[{"customer": "a"}])

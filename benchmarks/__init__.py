@@ -1,0 +1,1 @@
+"""Benchmarks: PredictFlow beside stock Feast and hand-written queries, in one run on the same data."""

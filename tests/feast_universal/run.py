@@ -1,0 +1,66 @@
+"""Runs Feast's universal historical-retrieval tests, from a Feast source checkout, against our offline store.
+
+`make feast-universal FEAST_SOURCE=/path/to/feast`. Only the checkout's tests are used, copied to a temporary directory:
+the Feast under test is the installed one. Deviations are named in `deviations.txt`, each with its reason.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+HERE = Path(__file__).parent
+SUITES = ("tests/integration/offline_store/test_universal_historical_retrieval.py",)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """pytest's exit code; 2 with one line when `source` is no Feast checkout."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    own, rest = (words[: words.index("--")], words[words.index("--") + 1 :]) if "--" in words else (words, [])
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0], epilog="Arguments after `--` are passed on to pytest."
+    )
+    parser.add_argument("source", type=Path, help="a Feast source checkout, of the installed version or the nearest")
+    parser.add_argument("--suite", action="append", help="a test file below sdk/python instead of the universal ones")
+    options = parser.parse_args(own)
+    tests = options.source / "sdk/python/tests"
+    if not (tests / SUITES[0].removeprefix("tests/")).is_file():
+        parser.error(f"no Feast source checkout: {options.source}")
+    with tempfile.TemporaryDirectory(prefix="predictflow-feast-") as place:
+        shutil.copytree(tests, Path(place) / "tests")
+        shutil.copy(HERE / "pytest.ini", place)
+        environment = {
+            **os.environ,
+            "FULL_REPO_CONFIGS_MODULE": "predictflow_repo_configuration",
+            "FEAST_IS_LOCAL_TEST": "True",
+            "FEAST_USAGE": "False",
+            "IS_TEST": "True",
+            "PYTHONPATH": f"{place}:{HERE}:{HERE.parents[1]}",
+        }
+        command = [sys.executable, "-m", "pytest", "-c", "pytest.ini", "--integration", *(options.suite or SUITES)]
+        for test, _reason in deviations():
+            command += ["--deselect", test]
+        return subprocess.run([*command, *rest], cwd=place, env=environment, check=False).returncode
+
+
+def deviations() -> list[tuple[str, str]]:
+    """(test, reason) of `deviations.txt`: lines `test # reason`; blank lines and lines of comment are left out."""
+    lines = (HERE / "deviations.txt").read_text().splitlines()
+    found = []
+    for line in lines:
+        if line.strip() and not line.startswith("#"):
+            test, _, reason = line.partition(" # ")
+            if not reason:
+                raise SystemExit(f"deviations.txt: no reason given: {line}")
+            found.append((test.strip(), reason.strip()))
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(main())

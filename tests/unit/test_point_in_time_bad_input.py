@@ -1,0 +1,206 @@
+"""Schema evolution and bad input: one clear line that names file, column and row group; nothing half-written stays."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from datetime import UTC, datetime, timedelta, timezone
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from feature_store.errors import DataError
+from feature_store.point_in_time.engine import EngineSettings, connect
+from feature_store.point_in_time.entities import entity_rows, from_pandas
+from feature_store.point_in_time.latest import Pull, pull_latest
+from feature_store.point_in_time.layout import Layout, write_chunk
+from feature_store.point_in_time.request import Feature, Key, ViewRequest
+from feature_store.point_in_time.retrieval import retrieve, retrieve_slices
+
+T0 = datetime(2025, 1, 1, tzinfo=UTC)
+TIME = pa.timestamp("us", "UTC")
+
+
+def _file(path: Path, keys: pa.Array, v: pa.Array | None, times: pa.Array | None = None, **options: Any) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    at = times if times is not None else pa.array([T0 + timedelta(hours=i) for i in range(len(keys))], TIME)
+    columns = {"k": keys, "event_timestamp": at, "created": at, **({"v": v} if v is not None else {})}
+    pq.write_table(pa.table(columns), path, **options)
+    return path
+
+
+def _request(place: Path, dtype: Any = None) -> ViewRequest:
+    from feast.types import Int64
+
+    feature = Feature("v", "v", dtype or Int64, "v")
+    return ViewRequest("view", str(place), (Key("k", "k"),), (feature,), "event_timestamp", "created", None, None)
+
+
+def _values(place: Path, keys: pa.Array, dtype: Any = None) -> list[Any]:
+    times = pa.array([T0 + timedelta(days=9)] * len(keys), TIME)
+    entities = entity_rows(pa.table({"k": keys, "event_timestamp": times}))
+    with connect(EngineSettings(threads=1)) as con:
+        return retrieve(con, [_request(place, dtype)], entities, False).column("v").to_pylist()
+
+
+def _latest(place: Path) -> list[Any]:
+    pull = Pull("s", str(place), "x", ("k",), ("v",), "event_timestamp", "created", None, None)
+    with connect(EngineSettings(threads=1)) as con:
+        return sorted(pull_latest(con, pull).to_pylist(), key=lambda r: r["k"])
+
+
+def _ints(*values: int | None) -> pa.Array:
+    return pa.array(values, pa.int64())
+
+
+def test_a_feature_added_later_is_null_in_old_files(tmp_path: Path) -> None:
+    _file(tmp_path / "a.parquet", _ints(1, 2), None)
+    _file(tmp_path / "b.parquet", _ints(3), _ints(30))
+    assert _values(tmp_path, _ints(1, 2, 3)) == [None, None, 30]
+    assert [r["v"] for r in _latest(tmp_path)] == [None, None, 30]
+
+
+def test_wider_types_in_newer_files_keep_every_digit(tmp_path: Path) -> None:
+    big = 2**53 + 1
+    _file(tmp_path / "a.parquet", pa.array([1], pa.int32()), pa.array([7], pa.int32()))
+    _file(tmp_path / "b.parquet", _ints(2), _ints(big))
+    _file(tmp_path / "c.parquet", _ints(3), pa.array([3.0]))  # pandas writes integers with nulls so
+    assert _values(tmp_path, _ints(1, 2, 3)) == [7, big, 3]
+
+
+def test_a_type_change_that_loses_values_is_refused_with_file_and_column(tmp_path: Path) -> None:
+    from feast.types import Float64, Int32
+
+    _file(tmp_path / "a.parquet", _ints(1), pa.array([1.5]))
+    _file(tmp_path / "b.parquet", _ints(2), _ints(2**53 + 1))
+    with pytest.raises(DataError, match=rf"b\.parquet: feature v: DOUBLE would lose digits of {2**53 + 1}"):
+        _values(tmp_path, _ints(1, 2), Float64)
+    with pytest.raises(DataError, match=r"a\.parquet: feature v: not a whole number: 1\.5"):
+        _values(tmp_path, _ints(1))
+    with pytest.raises(DataError, match=r"b\.parquet: column v: .*out of range"):
+        _values(tmp_path, _ints(2), Int32)
+    with pytest.raises(DataError, match=r"b\.parquet: column v: DOUBLE would lose digits"):
+        _latest(tmp_path)
+    _file(tmp_path / "c.parquet", _ints(3), pa.array(["x"]))
+    with pytest.raises(DataError, match=r"c\.parquet: feature v: stored as VARCHAR"):
+        _values(tmp_path, _ints(3))
+
+
+def test_a_key_that_changes_its_kind_is_refused_with_both_files(tmp_path: Path) -> None:
+    _file(tmp_path / "a.parquet", _ints(1), _ints(1))
+    _file(tmp_path / "b.parquet", pa.array(["1"]), _ints(1))
+    with pytest.raises(DataError, match=r"column k is string in .*b\.parquet, but integer in .*a\.parquet"):
+        _values(tmp_path, _ints(1))
+
+
+def test_naive_and_zoned_times_and_units_mix_between_files(tmp_path: Path) -> None:
+    zoned = pa.array([T0], pa.timestamp("ns", "America/New_York"))
+    naive = pa.array([T0.replace(tzinfo=None) + timedelta(hours=1)], pa.timestamp("ms"))
+    _file(tmp_path / "a.parquet", _ints(1), _ints(1), zoned)
+    _file(tmp_path / "b.parquet", _ints(1), _ints(2), naive)
+    with connect(EngineSettings(threads=1)) as con:
+        times = pa.array([T0, T0 + timedelta(hours=1)], TIME)
+        rows = entity_rows(pa.table({"k": _ints(1, 1), "event_timestamp": times}))
+        assert retrieve(con, [_request(tmp_path)], rows, True).column("v").to_pylist() == [1, 2]
+
+
+def test_entity_times_of_several_zones_are_one_instant_each_or_refused() -> None:
+    zones = [UTC, timezone(timedelta(hours=5))]
+    frame = pd.DataFrame({"k": [1, 2], "event_timestamp": [T0.astimezone(z) for z in zones]})
+    rows = entity_rows(from_pandas(frame))
+    assert rows.t_ns.to_pylist() == [int(T0.timestamp()) * 10**9] * 2
+
+
+def test_a_row_without_event_timestamp_is_named(tmp_path: Path) -> None:
+    times = pa.array([T0, None], TIME)
+    _file(tmp_path / "a.parquet", _ints(1, 1), _ints(1, 2), times)
+    with pytest.raises(DataError, match=r"a row without event timestamp, row 1 of: .*a\.parquet"):
+        _values(tmp_path, _ints(1))
+
+
+def test_times_of_the_far_past_and_future_are_compared_not_wrapped(tmp_path: Path) -> None:
+    times = pa.array([datetime(1, 1, 1, tzinfo=UTC), T0, datetime(9999, 1, 1, tzinfo=UTC)], TIME)
+    _file(tmp_path / "a.parquet", _ints(1, 2, 2), _ints(1, 2, 3), times)
+    assert _values(tmp_path, _ints(1, 2)) == [1, 2]
+
+
+def test_a_truncated_file_is_named(tmp_path: Path) -> None:
+    path = _file(tmp_path / "a.parquet", _ints(*range(1000)), _ints(*range(1000)))
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(DataError, match=r"a\.parquet"):
+        _values(tmp_path, _ints(1))
+
+
+@pytest.mark.parametrize("column", ["k", "v"])
+def test_damage_inside_a_file_is_found_by_file_and_row_group(tmp_path: Path, column: str) -> None:
+    place = tmp_path / "t"
+    with connect(EngineSettings(threads=1)) as con:
+        rows = (
+            "(SELECT i AS k, hash(i)::DOUBLE AS v, TIMESTAMPTZ '2025-01-01' + to_seconds(i) AS event_timestamp, "
+            "event_timestamp AS created FROM range(5000) t(i))"
+        )
+        path, _, _ = write_chunk(con, rows, place, "c", Layout(("k",), "event_timestamp", "created"))
+    group = pq.read_metadata(path).row_group(0)
+    chunk = next(group.column(i) for i in range(group.num_columns) if group.column(i).path_in_schema == column)
+    start = chunk.dictionary_page_offset or chunk.data_page_offset
+    data = bytearray(path.read_bytes())
+    middle = start + chunk.total_compressed_size // 2
+    data[middle : middle + 64] = bytes(b ^ 0xFF for b in data[middle : middle + 64])
+    path.write_bytes(data)
+    from feast.types import Float64
+
+    expected = r"c\.parquet \(row group 0" + (", column k" if column == "k" else "")
+    with pytest.raises(DataError, match=expected):
+        _values(place, _ints(*range(5000)), Float64)
+
+
+def test_an_unknown_column_names_the_known_ones(tmp_path: Path) -> None:
+    _file(tmp_path / "a.parquet", _ints(1), None)
+    with pytest.raises(
+        DataError, match="no file holds the column of feature v: 'v'; valid: created, event_timestamp, k"
+    ):
+        _values(tmp_path, _ints(1))
+
+
+def test_a_streamed_result_is_what_the_whole_one_is(tmp_path: Path) -> None:
+    _file(tmp_path / "a.parquet", _ints(*(i % 13 for i in range(200))), _ints(*range(200)), row_group_size=11)
+    times = pa.array([T0 + timedelta(hours=i % 190) for i in range(500)], TIME)
+    rows = entity_rows(pa.table({"k": _ints(*(i % 17 for i in range(500))), "event_timestamp": times}))
+    with connect(EngineSettings(threads=1)) as con:
+        whole = retrieve(con, [_request(tmp_path)], rows, False)
+        slices = list(retrieve_slices(con, [_request(tmp_path)], rows, False, 37))
+    assert [s.num_rows for s in slices] == [*([37] * 13), 500 - 13 * 37]
+    assert pa.concat_tables(slices).equals(whole)
+
+
+FULL_DISK = """
+import resource, signal, sys
+import feast.errors
+from pathlib import Path
+import pyarrow as pa
+from feature_store.errors import DataError
+from feature_store.point_in_time.append import write_new
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # a write beyond the limit then fails like one to a full disk
+resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+place = Path(sys.argv[1])
+try:
+    write_new(lambda: (pa.table({"v": pa.array(range(i, i + 50_000))}) for i in (0, 9)), place, False)
+except DataError as e:
+    print(e.message)
+print(sorted(str(p) for p in place.parent.rglob("*")))
+"""
+
+
+@pytest.mark.parametrize("name", ["out.parquet", "out"])
+def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path: Path, name: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", FULL_DISK, str(tmp_path / name)], capture_output=True, text=True, timeout=60
+    )  # fmt: skip
+    message, left = done.stdout.strip().splitlines()
+    assert "cannot be written" in message
+    assert "next: free some space" in message
+    assert left == "[]", done.stderr
