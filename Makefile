@@ -12,6 +12,8 @@ UV_VERSION := 0.13.8
 PF := .venv/bin/predictflow
 DATA ?=
 DEMO_ARGS ?=
+SIZE ?= small
+FEAST_SOURCE ?=
 PYTEST_ARGS ?=
 
 .PHONY: help
@@ -64,6 +66,18 @@ lint: .venv/.dev ## Run ruff, mypy and the import-direction check
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
 	.venv/bin/lint-imports
+
+.PHONY: bench-offline
+bench-offline: .venv/.dev ## Measure the offline store against stock Feast and hand-written queries (SIZE=small|full)
+	.venv/bin/python -m benchmarks.offline --size $(SIZE)
+
+.PHONY: prove-backfill
+prove-backfill: .venv/.dev ## Kill a backfill 50 times at random points; the result must be the same bytes
+	PREDICTFLOW_BACKFILL_KILLS=50 .venv/bin/python -m pytest tests/integration/test_backfill_kill.py
+
+.PHONY: feast-universal
+feast-universal: .venv/.dev ## Run Feast's own retrieval tests on our store (FEAST_SOURCE=path of a Feast source checkout)
+	.venv/bin/python -m tests.feast_universal.run "$(FEAST_SOURCE)"
 
 .PHONY: format
 format: .venv/.dev ## Format the code

@@ -6,7 +6,6 @@ import importlib
 import logging
 import os
 import sys
-import warnings
 
 import click
 
@@ -62,9 +61,6 @@ def cli(verbose: bool) -> None:
         format="%(asctime)s %(levelname)s %(name)s %(message)s",
         stream=sys.stderr,
     )
-    # MLflow's own use of SQLAlchemy; nothing a user of ours could mend.
-    warnings.filterwarnings("ignore", message="The ``noload`` loader strategy", module="mlflow")
-    warnings.filterwarnings("ignore", message="The ``noload`` loader strategy", module="sqlalchemy")
     for noisy in ("feast", "mlflow", "alembic", "urllib3", "sqlalchemy", "faker", "botocore"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
 

@@ -87,7 +87,9 @@ def run_training_pipeline(settings: Settings, workspace: Path, params: dict[str,
     environ = dict(os.environ)
     stages = run_pipeline(workspace, environ)
     metrics = read_json(workspace / "work" / "model" / "metrics.json")
-    if not restore(Tracker(settings.need("mlflow_tracking_uri"), settings.home / "mlartifacts"), metrics):
+    with _quiet():  # MLflow's own warnings about SQLAlchemy
+        present = restore(Tracker(settings.need("mlflow_tracking_uri"), settings.home / "mlartifacts"), metrics)
+    if not present:
         # The registry was emptied since (another Postgres, say): the files alone are not the model.
         say("the model registry lacks this model: training again")
         stages += run_pipeline(workspace, environ, force=True, stage="train")
@@ -166,7 +168,7 @@ def _answers(url: str) -> bool:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Feast prints tables and bars of its own to standard output; the demo's output is one story."""
+    """Feast and MLflow print tables, bars and warnings of their own; the demo's output is one story."""
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         yield
 
