@@ -141,8 +141,8 @@ def _held(
 ) -> list[Held]:
     """Every file with rows of the entity, also those that no reader counts any more, by path."""
     places = [root, *(t for t in tables if not t.is_relative_to(root))]
-    found = {f for place in places for f in ([place] if place.is_file() else place.rglob("*.parquet"))}
-    files = sorted(f for f in found if f.is_file())
+    below = {f for place in places for f in ([place] if place.is_file() else place.rglob("*.parquet"))}
+    files = sorted(f for f in below if f.is_file())
     held = []
     for path in files:
         table = next((t for t in tables if path == t or t in path.parents), None)
