@@ -24,7 +24,7 @@ from feature_store.point_in_time.engine import EngineSettings, connect, ident, r
 from feature_store.point_in_time.layout import FOOTER, read_layout, write_chunk
 from feature_store.point_in_time.publish import publish
 from feature_store.point_in_time.source import file_path, is_uri
-from feature_store.point_in_time.types import kind
+from feature_store.point_in_time.types import kind, sql_type_of
 from feature_store.published import FILE as LIST
 from feature_store.published import change, compacted, table_lock
 from feature_store.windows.definition import definition_of
@@ -82,14 +82,13 @@ def erase(
     """
     if is_uri(str(offline_path)):
         raise UsageError("only a local offline store can be erased from", value=str(offline_path))
-    root = Path(offline_path)
-    tables = _tables(join_key, root, views)
+    root, views = Path(offline_path), list(views)
+    tables, listed_as = _tables(join_key, root, views), _listed_as(join_key, value, views)
     with connect(engine or EngineSettings()) as con:
         held = _held(con, join_key, value, root, tables)
         if dry_run:
             return Erasure(join_key, tuple(held), True)
-        for spelling in _spellings(value):
-            ErasureList(root).add(join_key, spelling, at)
+        ErasureList(root).add(join_key, listed_as, at)
         erased: dict[Path, Held] = {}
         for _ in range(PASSES):
             with ExitStack() as stack:
@@ -106,12 +105,13 @@ def erase(
     return Erasure(join_key, tuple(erased[p] for p in sorted(erased)), False)
 
 
-def _spellings(value: str | int) -> list[str]:
-    """The value as given and, for a whole number, as an integer column would give it."""
+def _listed_as(join_key: str, value: str | int, views: Iterable[FeatureView]) -> str:
+    """The value as an entity's column spells it: `01` is 1 where keys are whole numbers, and itself where they are text."""
+    types = {sql_type_of(c.dtype) for v in views for c in v.entity_columns if c.name == join_key}
     try:
-        return list(dict.fromkeys([str(value), str(int(value))]))
-    except ValueError:
-        return [str(value)]
+        return str(int(value)) if types and types <= {"INTEGER", "BIGINT"} else str(value)
+    except ValueError as e:
+        raise UsageError(f"keys {join_key} are whole numbers", value=value) from e
 
 
 def _still(
@@ -141,7 +141,8 @@ def _held(
 ) -> list[Held]:
     """Every file with rows of the entity, also those that no reader counts any more, by path."""
     places = [root, *(t for t in tables if not t.is_relative_to(root))]
-    files = sorted({f for place in places for f in ([place] if place.is_file() else place.rglob("*.parquet"))})
+    below = {f for place in places for f in ([place] if place.is_file() else place.rglob("*.parquet"))}
+    files = sorted(f for f in below if f.is_file())
     held = []
     for path in files:
         table = next((t for t in tables if path == t or t in path.parents), None)

@@ -9,6 +9,8 @@ and memory for the entity rows alone.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 
@@ -28,9 +30,12 @@ class Slots:
         self._codes = codes[order]
         self._t = t_ns[order]
         count = int(self._codes[-1]) + 1 if len(order) else 0
-        self._starts = np.searchsorted(self._codes, np.arange(count + 1))
-        longest = int(np.diff(self._starts).max()) if count else 0
-        self._steps = longest.bit_length()
+        bounds = np.searchsorted(self._codes, np.arange(count + 1))
+        # half the bytes of int64: the search is bound by memory
+        self._narrow: Any = np.int32 if len(order) < 2**30 else np.int64
+        self._starts, self._ends = bounds[:-1].astype(self._narrow), bounds[1:].astype(self._narrow)
+        self._steps = int(np.diff(bounds).max()).bit_length() if count else 0
+        self._before = np.concatenate([np.array([LEAST]), self._t])  # [i]: the time of the slot before slot i
         self._event = np.full(len(order), LEAST, np.int64)
         self._created = np.full(len(order), LEAST, np.int64)
         self._place = np.full(len(order), -1, np.int64)
@@ -60,16 +65,18 @@ class Slots:
         if created:
             self._created[risen] = LEAST
 
-    def _first_slot(self, codes: Ints, visible_ns: Ints) -> tuple[Ints, Ints]:
+    def _first_slot(self, codes: Ints, visible_ns: Ints) -> tuple[Any, Any]:
         """For each row: the first slot of its key at or after its time, and the end of the key's slots."""
-        low, high = self._starts[codes], self._starts[codes + 1]
-        end = high
-        last = len(self._t) - 1
-        for _ in range(self._steps):
-            middle = (low + high) >> 1
-            before = (self._t[np.minimum(middle, last)] < visible_ns) & (low < high)
-            low = np.where(before, middle + 1, low)
-            high = np.where(before, high, middle)
+        low: Any = self._starts.take(codes)
+        end: Any = self._ends.take(codes)
+        step = 1 << max(self._steps - 1, 0)
+        while step:  # slots before `low` are known to be too early; take `step` more of them wherever that holds
+            probe = low + step
+            inside = probe <= end
+            np.minimum(probe, end, out=probe)
+            inside &= self._before.take(probe) < visible_ns
+            low += inside * self._narrow(step)
+            step >>= 1
         return low, end
 
     def places(self, lowest: Ints | None, seen_when_happened: bool) -> Ints:

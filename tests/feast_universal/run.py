@@ -1,4 +1,4 @@
-"""Runs Feast's universal historical-retrieval tests, from a Feast source checkout, against our offline store.
+"""Runs Feast's universal offline-store tests, historical retrieval first, from a Feast source checkout, against our offline store.
 
 `make feast-universal FEAST_SOURCE=/path/to/feast`. Only the checkout's tests are used, copied to a temporary directory:
 the Feast under test is the installed one. Deviations are named in `deviations.txt`, each with its reason.
@@ -16,7 +16,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 HERE = Path(__file__).parent
-SUITES = ("tests/integration/offline_store/test_universal_historical_retrieval.py",)
+FOLDER = "tests/integration/offline_store"
+SUITES = (
+    f"{FOLDER}/test_universal_historical_retrieval.py",
+    f"{FOLDER}/test_universal_materialization.py",
+    f"{FOLDER}/test_non_entity_mode.py",
+    f"{FOLDER}/test_offline_write.py",
+    f"{FOLDER}/test_persist.py",
+    f"{FOLDER}/test_push_features_to_offline_store.py",
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

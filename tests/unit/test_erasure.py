@@ -18,7 +18,7 @@ from feature_store.backfill import backfill
 from feature_store.compaction import compact
 from feature_store.erasure import erase
 from feature_store.erasure_list import ErasureList, digest_of
-from feature_store.errors import DataError
+from feature_store.errors import DataError, UsageError
 from feature_store.event_log import EventLog
 from feature_store.point_in_time.layout import FOOTER
 
@@ -151,13 +151,20 @@ def test_an_unknown_entity_changes_no_file_but_is_kept_out(offline: Path) -> Non
     assert ErasureList(offline).digests_of("customer") == {digest_of("customer", "nobody")}
 
 
-def test_integer_keys_are_matched_by_value(tmp_path: Path) -> None:
+def test_integer_keys_are_matched_and_listed_by_value(tmp_path: Path) -> None:
+    from feast import Entity, FeatureView, Field, FileSource, ValueType
+    from feast.types import Int64
+
+    number = Entity(name="customer", join_keys=["customer"], value_type=ValueType.INT64)
+    fields = [Field(name="v", dtype=Int64), Field(name="customer", dtype=Int64)]
+    view = FeatureView(name="t", entities=[number], schema=fields, source=FileSource(name="s", path="t.parquet"))
     pq.write_table(pa.table({"customer": [1, 11, 1], "v": [1, 2, 3]}), tmp_path / "t.parquet")
-    assert erase("customer", "01", offline_path=tmp_path, views=[], at=at(0)).rows == 2
+    assert erase("customer", "01", offline_path=tmp_path, views=[view], at=at(0)).rows == 2
     assert pq.read_table(tmp_path / "t.parquet").to_pydict() == {"customer": [11], "v": [2]}
-    assert digest_of("customer", 1) in ErasureList(tmp_path).digests_of("customer")
-    assert erase("customer", "C1", offline_path=tmp_path, views=[], at=at(0)).rows == 0
-    assert erase("customer", "11", offline_path=tmp_path, views=[], at=at(0)).rows == 1
+    assert ErasureList(tmp_path).digests_of("customer") == {digest_of("customer", 1)}
+    with pytest.raises(UsageError, match="keys customer are whole numbers: 'C1'"):
+        erase("customer", "C1", offline_path=tmp_path, views=[view], at=at(0))
+    assert erase("customer", "11", offline_path=tmp_path, views=[view], at=at(0)).rows == 1
     assert pq.read_table(tmp_path / "t.parquet").num_rows == 0
 
 
