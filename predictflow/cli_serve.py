@@ -114,12 +114,14 @@ def _check_host(host: str, allow_remote: bool) -> None:
 
 
 def _listen(host: str, port: int) -> socket.socket:
-    """The bound socket, before anything slow is imported: a busy port is told at once."""
+    """The listening socket, before anything slow is imported: a busy port is told at once."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(family, kind, protocol)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
+        # Now, not when the application is ready: two servers may both bind a port on which nobody listens yet.
+        listener.listen(2048)
     except OSError as e:
         raise PredictFlowError(
             f"cannot listen on {host}:{port} ({os.strerror(e.errno) if e.errno and e.errno > 0 else e})",

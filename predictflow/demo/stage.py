@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from feature_store.errors import DataError, NotFoundError
+from feature_store.errors import DataError, NotFoundError, UnavailableError
 from predictflow.settings import Settings
 
 if TYPE_CHECKING:
@@ -123,12 +123,21 @@ def start_server_and_sync(settings: Settings, say: Say) -> str:
 
 def start_server(settings: Settings) -> str:
     """The REST server as a process that outlives us; returns its URL once it answers. It becomes ready with the model."""
-    from predictflow.local import processes
-    from predictflow.local.ports import HOST, is_free
+    from predictflow.local.ports import is_free
 
-    port = API_PORT
-    if processes.find("serve", settings.home) is None and not is_free(port):
-        port = _any_free_port()
+    port = API_PORT if is_free(API_PORT) else _any_free_port()
+    try:
+        return _start_server_on(port, settings)
+    except UnavailableError:
+        if is_free(port):
+            raise
+        return _start_server_on(_any_free_port(), settings)  # another checkout's demo took it just now
+
+
+def _start_server_on(port: int, settings: Settings) -> str:
+    from predictflow.local import processes
+    from predictflow.local.ports import HOST
+
     argv = [sys.executable, "-m", "predictflow.cli", "serve", "--port", str(port)]
     url = f"http://{HOST}:{port}"
     processes.start("serve", argv, {}, settings.home, ready=lambda: _answers(f"{url}/readyz"))
