@@ -27,9 +27,10 @@ from feature_store.backfill_chunks import Table
 from feature_store.backfill_plan import Plan, plan_of
 from feature_store.backfill_raw import Month, Range, fingerprint, load, tables_of
 from feature_store.backfill_state import BackfillState, MemoryState, Published, Run
+from feature_store.clock import from_micros, to_micros
 from feature_store.durable import BusyError, locked
 from feature_store.erasure_list import ErasureList, not_erased
-from feature_store.errors import PredictFlowError, UsageError
+from feature_store.errors import DataError, PredictFlowError, UsageError
 from feature_store.point_in_time.engine import EngineSettings, connect
 from feature_store.point_in_time.source import is_uri
 from feature_store.published import locks_of, table_lock
@@ -107,6 +108,8 @@ def backfill(
     erasures = ErasureList(offline_path)
     listed = [(column, key, erasures.digests_of(key)) for column, key in plan.keys]
     table = Table(plan, place_of(plan, offline_path), tables_of(plan, raw_dir), tuple(not_erased(listed)))
+    if plan.definition is not None:
+        _refuse_what_the_stream_logged(table.place, plan.view, known_by)
     job = _Job(table, wanted, erasures, state or MemoryState(), _run(table, wanted))
     with ExitStack() as stack:
         con = stack.enter_context(connect(engine or EngineSettings()))
@@ -134,6 +137,24 @@ def backfill(
         dry_run=dry_run,
         inputs=plan.inputs,
     )
+
+
+def _refuse_what_the_stream_logged(table: Path, view: str, known_by: datetime | None) -> None:
+    """History that reaches into the stream's log would count its events twice: DataError."""
+    import duckdb
+
+    files = [str(p) for p in (table / "stream").rglob("*.parquet") if p.name[0] != "."]
+    if not files:
+        return
+    with duckdb.connect() as con:
+        found = con.execute("SELECT min(epoch_us(created)) FROM read_parquet(?, union_by_name => true)", [files])
+        first = found.fetchall()[0][0]
+    if first is not None and (known_by is None or to_micros(known_by) >= first):
+        raise DataError(
+            f"{view}: the stream has logged events since {from_micros(first).isoformat()}, which this history would count again",
+            value=None if known_by is None else known_by.isoformat(),
+            next_step="--known-by before that time, or `predictflow windows bootstrap --rewind` to forget the stream",
+        )
 
 
 def place_of(plan: Plan, offline_path: str | Path) -> Path:

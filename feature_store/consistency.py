@@ -150,12 +150,19 @@ def _check_windowed(
     aggregates = {a.name: a for a in definition.aggregates}
     keys = [_quoted(k) for k in definition.entity_key]
     with _connect() as con:
+        # Which of repeated events counts is decided here again, not taken from what sync wrote into `_dropped`.
+        counted = "WHERE _dropped IS NULL"
+        if definition.event_id is not None:
+            event = ", ".join([*keys, _quoted(definition.event_id)])
+            counted = f"""QUALIFY row_number() OVER (
+                PARTITION BY {event} ORDER BY _partition >= 0, _visible_at, _partition, _offset) = 1"""
         # Compaction may show a row of the stream in two files for a while.
         con.execute(
-            """CREATE TEMP TABLE log AS
-            WITH files AS (SELECT * FROM read_parquet($files, union_by_name => true) WHERE _dropped IS NULL)
-            SELECT * FROM files WHERE _partition < 0
-            UNION ALL (SELECT DISTINCT ON (_partition, _offset) * FROM files WHERE _partition >= 0)""",
+            f"""CREATE TEMP TABLE log AS
+            WITH files AS (SELECT * FROM read_parquet($files, union_by_name => true)),
+            rows AS (SELECT * FROM files WHERE _partition < 0
+                UNION ALL (SELECT DISTINCT ON (_partition, _offset) * FROM files WHERE _partition >= 0))
+            SELECT * FROM rows {counted}""",
             {"files": files},
         )
         _load_reads(con, view, definition.entity_key, features)

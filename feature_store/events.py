@@ -20,6 +20,8 @@ from feature_store.errors import DataError
 from feature_store.windows.definition import WindowedView
 
 KEY_SEPARATOR = "|"
+_EARLIEST_US, _LATEST_US = -9_214_560_000_000_000, 9_214_646_399_999_999
+"""Start of 1678 and end of 2261 in microseconds: Feast writes through pandas, whose nanoseconds end there."""
 _TIME = re.compile(r"\d{4}-\d{2}-\d{2}[T ]\d{2}:\d{2}:\d{2}(\.\d{1,6})?(Z|[+-]\d{2}:\d{2})?")
 
 
@@ -132,6 +134,9 @@ def _time(row: Mapping[str, Any], column: str) -> int | None:
             value=value,
         )
     try:
-        return to_micros(datetime.fromisoformat(value))
+        us = to_micros(datetime.fromisoformat(value))
     except (ValueError, OverflowError) as e:
         raise BadMessageError(f"{column} is not a time ({e})", value=value) from e
+    if not _EARLIEST_US <= us <= _LATEST_US:
+        raise BadMessageError(f"{column} is outside the years 1678 to 2261, which Feast's writes can hold", value=value)
+    return us

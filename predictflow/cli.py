@@ -68,7 +68,9 @@ def cli(verbose: bool) -> None:
 def main() -> None:
     """Entry point: usage errors exit 2, failures exit 1, Ctrl-C 130, each with one line."""
     try:
-        cli.main(standalone_mode=False)
+        # Without standalone mode click returns the code of `Exit` instead of leaving with it.
+        code = cli.main(standalone_mode=False)
+        sys.exit(code if isinstance(code, int) else 0)
     except click.exceptions.Exit as e:
         sys.exit(e.exit_code)
     except click.ClickException as e:

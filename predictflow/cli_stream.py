@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from feature_store.errors import UsageError
+from feature_store.errors import DataError, UsageError
 
 
 @click.command()
@@ -167,6 +167,8 @@ def check(served_file: Path | None, as_json: bool) -> None:
     else:
         records = consistency.read_served(settings.need("kafka_bootstrap_servers"), settings.served_topic)
     result = consistency.check(records, store.list_feature_views(), settings.need("offline_path"))
+    if result.checked == 0:
+        raise DataError("nothing was checked: the served log is empty", value=str(served_file or settings.served_topic))
     if as_json:
         click.echo(json.dumps(result.as_dict(), default=str))
     else:

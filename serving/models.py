@@ -49,7 +49,7 @@ class Model:
             )
 
     def predict(self, columns: Sequence[Column], rows: Sequence[dict[str, Any]]) -> list[float]:
-        """The probability of the positive class for each row of values by feature name; None counts as missing (NaN)."""
+        """The probability of the positive class for each row of values by feature name; None is missing: NaN for a number."""
         import numpy as np
         import pandas as pd
 
@@ -62,7 +62,7 @@ class Model:
             if by_name[name].numeric:
                 data[name] = np.array([np.nan if v is None else v for v in values], dtype=np.float64)
             else:
-                data[name] = np.array([np.nan if v is None else v for v in values], dtype=object)
+                data[name] = np.array(values, dtype=object)  # text stays None, as in training
         frame = pd.DataFrame(data, columns=list(wanted), copy=False)
         return [float(p) for p in self.pipeline.predict_proba(frame)[:, self.positive]]
 

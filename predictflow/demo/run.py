@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -20,6 +19,7 @@ from predictflow.demo import stage
 from predictflow.demo.live import Applied, EventProducer, Findings, Rest, live_events, run_live
 from predictflow.demo.proof import recompute
 from predictflow.demo.report import write_report
+from predictflow.local.external import masked
 from predictflow.settings import Settings
 from predictflow.wiring import feature_registry
 
@@ -212,16 +212,11 @@ def _addresses(settings: Settings, url: str) -> dict[str, str]:
     return {
         "REST": f"{url}/docs",
         "metrics": f"{url}/metrics",
-        "Postgres": hide_password(settings.need("postgres_url")),
-        "Redis": hide_password(settings.need("redis_url")),
+        "Postgres": masked(settings.need("postgres_url")),
+        "Redis": masked(settings.need("redis_url")),
         "Kafka": settings.need("kafka_bootstrap_servers"),
         "MLflow UI": ".venv/bin/mlflow ui --backend-store-uri $MLFLOW_TRACKING_URI  (after eval of `predictflow env`)",
     }
-
-
-def hide_password(url: str) -> str:
-    """The URL with its password, if any, replaced: what is printed ends in logs and screenshots."""
-    return re.sub(r"(://[^:/@]*:)[^@]*@", r"\1***@", url)
 
 
 def _print_end(summary: dict[str, Any], addresses: dict[str, str], page: Path) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import os
+import shutil
 import socket
 import sys
 import urllib.request
@@ -82,6 +83,8 @@ def run_training_pipeline(settings: Settings, workspace: Path, params: dict[str,
     from training.promote import restore
     from training.tracking import Tracker
 
+    # Events that an earlier demo streamed are not part of this one's history.
+    shutil.rmtree(Path(settings.need("offline_path")) / "customer_events" / "stream", ignore_errors=True)
     wait_for_mlflow(settings.home, settings.need("mlflow_tracking_uri"))
     prepare_workspace(workspace, params, settings.repo)
     environ = dict(os.environ)
@@ -107,6 +110,9 @@ def fill_online_store(settings: Settings, store: FeatureStore, cut: datetime, sa
     for done in bootstrap(store, offline, cut, clock="replay", stream=place, rewind=True):
         say(f"{done.view}: state of {done.entities:,} customers from {done.events:,} events known by {cut:%Y-%m-%d}")
     with _quiet():
+        # Rows of an earlier demo may be newer than this one's, and the newest would win.
+        online: Any = store._get_provider().online_store
+        online.delete_table(store.config, store.get_feature_view("churn_features"))
         store.materialize(cut - ACCOUNT_TTL, cut + timedelta(microseconds=1), feature_views=["churn_features"])
     say("churn_features: latest account statements materialised")
 

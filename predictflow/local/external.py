@@ -12,7 +12,7 @@ from predictflow.local import kafka, postgres
 
 def masked(url: str) -> str:
     """The URL without its password, for messages."""
-    return re.sub(r"(//[^/@:]*):[^/@]*@", r"\1:***@", re.sub(r"(password=)[^,]*", r"\1***", url))
+    return re.sub(r"(//[^/@:]*):[^/@]*@", r"\1:***@", re.sub(r"(password=)[^,&]*", r"\1***", url))
 
 
 def check_postgres(url: str) -> None:

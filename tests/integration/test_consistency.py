@@ -110,7 +110,7 @@ def offline(tmp_path):
     history.append(log_row(3, "C2", T - 40 * DAY, T - 40 * DAY, partition=-1))
     stream = [
         log_row(10, "C1", T - HOUR, T - HOUR, kind="it's"),
-        log_row(11, "C1", T - HOUR, T - HOUR, dropped="duplicate"),
+        {**log_row(11, "C1", T - HOUR, T - HOUR, dropped="duplicate"), "event_id": "e10"},
         log_row(12, "C1", T + HOUR, T, kind="ticket"),
         log_row(13, "C1", T - 2 * HOUR, T + 2 * HOUR),
     ]
@@ -222,6 +222,17 @@ def test_an_altered_event_is_seen(offline, views, part):
         row["n"] += 1
     write(path, pa.Table.from_pylist(rows, LOG))
     assert check(RIGHT[:1], views, offline).different == 1
+
+
+def test_an_event_that_sync_wrongly_took_for_a_duplicate_is_seen(offline, views):
+    """A consumer that ignores events logs them as dropped and serves values without them: both agree, and are wrong."""
+    path = offline / "events" / "stream" / "s.parquet"
+    rows = pq.read_table(path).to_pylist()
+    rows[0]["_dropped"] = "duplicate"
+    write(path, pa.Table.from_pylist(rows, LOG))
+    served_without_it = {**RIGHT[0], **record("C1", T, of_account(), of_behaviour(count=2, total=3))}
+    assert check([served_without_it], views, offline).different >= 1
+    assert check(RIGHT[:1], views, offline).different == 0
 
 
 def test_a_newer_row_that_was_known_is_stale_and_not_different(offline, views):

@@ -15,7 +15,7 @@ import pytest
 from point_in_time_oracle import feast_store
 
 from feature_store.backfill import backfill
-from feature_store.errors import PredictFlowError
+from feature_store.errors import DataError, PredictFlowError
 
 T0 = datetime(2024, 1, 30, tzinfo=UTC)
 TIME = pa.timestamp("us", "UTC")
@@ -208,6 +208,20 @@ def test_history_of_a_windowed_view_has_the_columns_of_the_event_log(tmp_path: P
     whole = contents(tmp_path / "off")
     backfill(behaviour_view(), raw_dir=tmp_path / "raw", offline_path=tmp_path / "off", start=at(2), known_by=at(9))
     assert contents(tmp_path / "off") == whole  # an event keeps its number, whatever the range
+
+
+def test_history_may_not_reach_into_what_the_stream_has_logged(tmp_path: Path) -> None:
+    """An event in both would count twice."""
+    event = {"event_id": "e1", "customer": "a", "kind": "ok", "quantity": 1}
+    write_events(tmp_path / "raw", [{**event, "event_timestamp": at(2), "created": at(2)}])
+    view = behaviour_view()
+    stream = tmp_path / "offline" / view.batch_source.path / "stream"
+    stream.mkdir(parents=True)
+    pq.write_table(pa.table({"created": pa.array([at(3)], pa.timestamp("us", "UTC"))}), stream / "s.parquet")
+    with pytest.raises(DataError, match=r"the stream has logged events since .*count again"):
+        backfill(view, raw_dir=tmp_path / "raw", offline_path=tmp_path / "offline", known_by=at(3))
+    assert not (stream.parent / "history").exists()
+    assert backfill(view, raw_dir=tmp_path / "raw", offline_path=tmp_path / "offline", known_by=at(2.5)).rows == 1
 
 
 def test_windowed_values_at_any_time_are_what_loops_over_the_events_give(tmp_path: Path) -> None:

@@ -32,7 +32,15 @@ def test_the_whole_platform_is_there() -> None:
     assert {"postgres", "redis", "kafka", "mlflow", "sync", "api"} <= set(SERVICES)
     assert SERVICES["kafka"]["environment"]["KAFKA_PROCESS_ROLES"] == "broker,controller"  # KRaft
     assert SERVICES["sync"]["command"][:2] == ["predictflow", "sync"]
-    assert SERVICES["api"]["command"] == ["predictflow", "serve", "--host", "0.0.0.0", "--port", "9094"]
+    assert SERVICES["api"]["command"] == [
+        "predictflow",
+        "serve",
+        "--host",
+        "0.0.0.0",
+        "--port",
+        "9094",
+        "--allow-remote",
+    ]
 
 
 @each_service

@@ -97,6 +97,8 @@ def test_a_time_without_offset_is_utc():
         ({"event_timestamp": "2024-02-30T00:00:00Z"}, "is not a time"),
         ({"event_timestamp": "2024-02-29T00:00:00.1234567Z"}, "at most microseconds"),
         ({"created": "soon"}, "created is not an ISO 8601 time"),
+        ({"event_timestamp": "0001-01-01T00:00:00Z"}, "outside the years 1678 to 2261"),
+        ({"created": "2262-01-01T00:00:00Z"}, "outside the years 1678 to 2261"),
     ],
 )
 def test_a_bad_message_is_refused_with_the_reason(changes, reason):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import click
 import pytest
 
 from feature_store.errors import UsageError
@@ -30,3 +31,15 @@ def test_given_values_are_kept() -> None:
     settings = Settings.from_environ({"POSTGRES_URL": "postgresql+psycopg2://u@h:1/d", "PREDICTFLOW_CLOCK": "replay"})
     assert settings.need("postgres_url") == "postgresql+psycopg2://u@h:1/d"
     assert settings.clock == "replay"
+
+
+def test_the_command_leaves_with_the_code_that_a_command_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`predictflow check` says by its exit code that values differ: through the entry point, not only in-process."""
+    from predictflow import cli
+
+    failing = click.Command("failing", callback=lambda: click.get_current_context().exit(1))
+    monkeypatch.setattr(cli.cli, "get_command", lambda ctx, name: failing)
+    monkeypatch.setattr("sys.argv", ["predictflow", "failing"])
+    with pytest.raises(SystemExit) as left:
+        cli.main()
+    assert left.value.code == 1
