@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +105,7 @@ def test_an_erased_table_equals_one_that_never_had_the_entity_and_a_rebuild_keep
 ) -> None:
     run(offline)
     erased = {n: d for n, d in contents(offline).items() if n.startswith(("account/2024", "events/history"))}
+    shutil.rmtree(offline / "events/stream")  # it repeats history here, and a backfill refuses to count events twice
     for view in (account_view(), behaviour_view()):
         backfill(view, raw_dir=tmp_path / "raw", offline_path=offline)
     assert erased.items() <= contents(offline).items()
