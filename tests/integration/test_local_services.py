@@ -28,14 +28,20 @@ SETTINGS = ("POSTGRES_URL", "REDIS_URL", "KAFKA_BOOTSTRAP_SERVERS", "MLFLOW_TRAC
 CLEAN = {k: v for k, v in os.environ.items() if k not in SETTINGS and not k.startswith("PREDICTFLOW_")}
 
 
+def hear_ctrl_c() -> None:
+    """A test run that was started in the background of a script ignores Ctrl-C, and its children would inherit that."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def predictflow(home: Path, *arguments: str, **more: str) -> subprocess.Popen[str]:
-    """The command line in a process of its own."""
+    """The command line in a process of its own, as a shell in the foreground starts it."""
     return subprocess.Popen(
         [sys.executable, "-m", "predictflow.cli", *arguments],
         env={**CLEAN, "PREDICTFLOW_HOME": str(home), **more},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        preexec_fn=hear_ctrl_c,
     )
 
 
