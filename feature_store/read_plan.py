@@ -180,7 +180,10 @@ class ReadPlan:
 
     def decode(self, entities: Sequence[Entity], replies: Sequence[Reply], t_us: int) -> OnlineRows:
         """What `replies` to `requests(entities)` say at `t_us` (microseconds since the epoch), or later: see `at`."""
-        t_us, answers = self.at(replies, t_us)
+        return self.rows(entities, *self.at(replies, t_us))
+
+    def rows(self, entities: Sequence[Entity], t_us: int, answers: Sequence[list[ViewRow]]) -> OnlineRows:
+        """What `at` answered, as Python values by name."""
         return OnlineRows(from_micros(t_us), [self._row(e, views) for e, views in zip(entities, answers)])
 
     def _row(self, entity: Entity, answers: list[ViewRow]) -> OnlineRow:

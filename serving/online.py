@@ -17,6 +17,7 @@ from serving.served_log import Served, ServedLog
 
 if TYPE_CHECKING:
     from feature_store.read_plan import OnlineRow, OnlineRows
+    from feature_store.view_plan import ViewRow
     from serving.metrics import Metrics
     from serving.models import Models
     from serving.plans import Asked, Plans, ServicePlan
@@ -29,6 +30,16 @@ class Limits:
     rows: int = 1000
     features: int = 500
     body_bytes: int = 4 * 1024 * 1024
+
+
+@dataclass(frozen=True)
+class CellRead:
+    """What was read, undecoded: per entity row one `ViewRow` per view of `plan.reader.plan.view_plans`, at `t_us`."""
+
+    plan: ServicePlan
+    entities: list[dict[str, object]]
+    t_us: int
+    rows: list[list[ViewRow]]
 
 
 def entity_rows(entities: Mapping[str, Sequence[object]], max_rows: int) -> list[dict[str, object]]:
@@ -94,6 +105,26 @@ class OnlineService:
             "feature_names": [c.name for c in plan.columns],
             "rows": [{**_row(row), "event_timestamps": row.event_timestamps} for row in read.rows],
         }
+
+    async def cells(
+        self,
+        entities: Mapping[str, Sequence[object]],
+        asked: Asked,
+        at: datetime | None,
+        full_names: bool,
+        request_id: str,
+    ) -> CellRead:
+        """As `features`, undecoded, for answers in Feast's own formats: a row view's cells are `Value` proto bytes."""
+        if not isinstance(asked, str) and len(asked) > self._limits.features:
+            raise TooManyError("features", len(asked), self._limits.features)
+        rows = entity_rows(entities, self._limits.rows)
+        plan = await self._plan(asked, full_names)
+        compiled = plan.reader.plan
+        t_us, answers = compiled.at(*await plan.reader.afetch(rows, at))
+        read = compiled.rows(rows, t_us, answers)
+        self._count(plan, read)
+        self._log.write(Served(request_id, self._wall(), self._plans.project), plan, read)
+        return CellRead(plan, rows, t_us, answers)
 
     async def predict(
         self, model_name: str, entities: Mapping[str, Sequence[object]], at: datetime | None, request_id: str

@@ -34,7 +34,13 @@ NUMERIC = ("INT32", "INT64", "FLOAT", "DOUBLE", "BOOL")
 class Reader(Protocol):
     """Reads one plan's features (feature_store.read_plan.OnlineReader)."""
 
+    plan: ReadPlan
+
     async def aread(self, entities: Sequence[Mapping[str, object]], at: datetime | None = None) -> OnlineRows: ...
+
+    async def afetch(
+        self, entities: Sequence[Mapping[str, object]], at: datetime | None = None
+    ) -> tuple[list[Sequence[bytes | None]], int]: ...
 
 
 @dataclass(frozen=True)
