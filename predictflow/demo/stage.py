@@ -107,7 +107,8 @@ def fill_online_store(settings: Settings, store: FeatureStore, cut: datetime, sa
 
     place = StreamPlace(settings.need("kafka_bootstrap_servers"), GROUP)
     offline = settings.need("offline_path")
-    for done in bootstrap(store, offline, cut, clock="replay", stream=place, rewind=True):
+    # From the topic's end: this run sends again what an earlier demo sent.
+    for done in bootstrap(store, offline, cut, clock="replay", stream=place, rewind=True, start="end"):
         say(f"{done.view}: state of {done.entities:,} customers from {done.events:,} events known by {cut:%Y-%m-%d}")
     with _quiet():
         # Rows of an earlier demo may be newer than this one's, and the newest would win.
