@@ -84,8 +84,9 @@ class StreamView:
         """Call when a partition was taken away."""
         self._logged.pop(partition, None)
 
-    def apply(self, batch: Sequence[Raw], now_us: int) -> BatchResult:
-        """Logs and applies messages (offsets ascending per partition). `now_us`: the clock, wall or replay.
+    def apply(self, batch: Sequence[Raw], now_us: int, wall_us: int) -> BatchResult:
+        """Logs and applies messages (offsets ascending per partition). `now_us`: the clock, wall or replay; `wall_us`: the
+        machine's, beyond which nothing can have happened or been known yet, whatever the clock.
 
         Safe to repeat after any error (UnavailableError: Redis; OSError: log not writable): nothing counts twice.
         """
@@ -101,7 +102,7 @@ class StreamView:
         floor = max([now_us if self._clock == "replay" else now_us - 1, self._visible_us, 0])
         if self._clock == "wall":
             floor = max([floor, *(s.visible_at for s in states.values())])
-        accepted = self._admit(parsed, floor, result)
+        accepted = self._admit(parsed, floor, wall_us, result)
         result.refused.sort(key=lambda refused: (refused[0].partition, refused[0].offset))
 
         by_key: dict[Key, list[Event]] = defaultdict(list)
@@ -135,7 +136,7 @@ class StreamView:
             self._logged[partition] = {o: t for o, t in logged.items() if o >= next_offset}
 
     def _admit(
-        self, parsed: Sequence[tuple[Raw, Message]], floor: int, result: BatchResult
+        self, parsed: Sequence[tuple[Raw, Message]], floor: int, wall_us: int, result: BatchResult
     ) -> list[tuple[Message, Event]]:
         """Gives every message the time at which it becomes visible; refuses those dated too far ahead of it."""
         accepted = []
@@ -144,16 +145,27 @@ class StreamView:
             if visible is None:
                 known = m.created if m.created is not None else m.timestamp
                 visible = max(floor + 1, known) if self._clock == "replay" else floor + 1
-                if m.timestamp > visible + _SKEW_US:
-                    reason = (
-                        f"{self.definition.timestamp} {from_micros(m.timestamp).isoformat()} is more than "
-                        f"{MAX_SKEW.total_seconds():g} s ahead of the clock, {from_micros(visible).isoformat()}"
-                    )
+                reason = self._too_far_ahead(m, visible, wall_us)
+                if reason is not None:
                     result.refused.append((raw, reason))
                     continue
             floor = max(floor, visible)
             accepted.append((m, Event(m.timestamp, raw.partition, raw.offset, visible, m.values, m.event_id)))
         return accepted
+
+    def _too_far_ahead(self, m: Message, visible: int, wall_us: int) -> str | None:
+        """Why a message is refused. One from the future would move the replay clock there, and it never goes back."""
+        for name, time, clock, limit in (
+            ("created", m.created, "the machine's clock", wall_us),
+            (self.definition.timestamp, m.timestamp, "the machine's clock", wall_us),
+            (self.definition.timestamp, m.timestamp, "the clock", visible),
+        ):
+            if time is not None and time > limit + _SKEW_US:
+                return (
+                    f"{name} {from_micros(time).isoformat()} is more than {MAX_SKEW.total_seconds():g} s ahead of "
+                    f"{clock}, {from_micros(limit).isoformat()}"
+                )
+        return None
 
     def _append(self, accepted: Sequence[tuple[Message, Event]], dropped: Mapping[tuple[int, int], str | None]) -> None:
         """Logs the rows that are not in the log yet, also those that only a lost log would lack."""

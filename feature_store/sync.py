@@ -253,8 +253,9 @@ class Sync:
     def _apply_once(self, raws: Sequence[Raw]) -> None:
         newest = 0
         for view in self.views:
-            now_us = to_micros(self._wall.now()) if self._options.clock == "wall" else view.online.clock_us() or 0
-            result = view.apply(raws, now_us)
+            wall_us = to_micros(self._wall.now())
+            now_us = wall_us if self._options.clock == "wall" else view.online.clock_us() or 0
+            result = view.apply(raws, now_us, wall_us)
             newest = max(newest, result.clock_us)
             self._count(view.name, result)
             for raw, reason in result.refused:

@@ -156,6 +156,25 @@ def test_bad_messages_become_dead_letters_and_never_stop_the_stream(project):
     assert json.loads(first)["value"] == "{not json"
 
 
+@pytest.mark.parametrize("column", ["event_timestamp", "created"])
+def test_an_event_of_the_future_cannot_move_the_replay_clock(project, column):
+    """The clock never goes back: everything after would look late, and every read would be decades away."""
+    key, value = message(event(2, "C1", T0 + HOUR))
+    row = json.loads(value)
+    if column == "event_timestamp":
+        del row["created"]
+    ahead = json.dumps({**row, column: "2199-01-01T00:00:00Z"}).encode()
+    events = [message(event(1, "C1", T0)), (key, ahead), message(event(3, "C1", T0 + HOUR))]
+    with project.syncing() as consumer:
+        produce(project.kafka, project.topic, events)
+        wait_until(lambda: handled(consumer) == 3)
+    assert outcomes(consumer)["dead_lettered"] == 1
+    (letter,) = read_dead_letters(client_config(project.kafka), project.topic)
+    assert f"{column} 2199-01-01T00:00:00+00:00 is more than 5 s ahead of the machine's clock" in letter.reason
+    assert clock_of(project) == T0 + HOUR
+    assert values(project, ["C1"])[0]["events_7d"] == 2
+
+
 def test_a_failure_after_any_step_neither_loses_nor_double_counts(project, monkeypatch):
     """The steps of a batch fail in turn, after they have taken effect; then a new consumer gets the batch again."""
     events = some_events(120, seed=3)
@@ -171,7 +190,7 @@ def test_a_failure_after_any_step_neither_loses_nor_double_counts(project, monke
         with monkeypatch.context() as m:
             break_after(m, broken)
             try:
-                result = view.apply(batch, view.online.clock_us() or 0)
+                result = view.apply(batch, view.online.clock_us() or 0, to_micros(T0 + 100 * DAY))
                 view.online.advance_clock(result.clock_us)
                 at += len(batch)
             except ConnectionAbortedError:
