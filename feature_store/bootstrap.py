@@ -16,6 +16,7 @@ import numpy as np
 
 from feature_store.bootstrap_plan import Start, StreamPlace, plan_bootstrap, refuse_running, views_together
 from feature_store.clock import ClockMode, from_micros, to_micros
+from feature_store.erasure_list import ErasureList, not_erased
 from feature_store.event_log import EventLog, log_files
 from feature_store.stream_view import log_directory
 from feature_store.window_store import Key, WindowStore
@@ -75,6 +76,7 @@ def bootstrap(
         store, offline_path, known_by, clock=clock, stream=stream, views=views, rewind=rewind, start=start
     )
     known_by_us = to_micros(known_by)
+    erasures = ErasureList(offline_path)
     done = []
     for (view, definition), plan in zip(chosen, plans, strict=True):
         event_log = EventLog(log_directory(offline_path, view), definition.topic)
@@ -82,7 +84,9 @@ def bootstrap(
         if rewind:
             online.delete()
             event_log.rewind(known_by_us, plan.topic_id)
-        states, events = states_of(definition, log_files(event_log.directory.parent), known_by_us)
+        listed = [(k, k, erasures.digests_of(k)) for k in definition.entity_key]
+        files = log_files(event_log.directory.parent)
+        states, events = states_of(definition, files, known_by_us, not_erased(listed))
         keys = list(states)
         for i in range(0, len(keys), _ROWS_PER_WRITE):
             part = keys[i : i + _ROWS_PER_WRITE]
@@ -99,9 +103,12 @@ def bootstrap(
     return done
 
 
-def states_of(definition: WindowedView, files: Sequence[str], known_by_us: int) -> tuple[dict[Key, EntityState], int]:
+def states_of(
+    definition: WindowedView, files: Sequence[str], known_by_us: int, conditions: Sequence[str] = ()
+) -> tuple[dict[Key, EntityState], int]:
     """The state of every entity from log files, and the number of events counted. Pure but for reading the files.
 
+    Only rows that meet all `conditions` (SQL) count.
     Trusts `_dropped` (duplicates are marked when they are logged). Entities silent for longer than ttl get a state too:
     they were seen, which is not the same as NOT_FOUND.
     """
@@ -118,7 +125,7 @@ def states_of(definition: WindowedView, files: Sequence[str], known_by_us: int) 
             f"""CREATE TEMP TABLE log AS
             SELECT {keys}, {listed}, {event_id} AS _id, _partition, _offset, _dropped,
                    epoch_us({_name(definition.timestamp)}) AS _us
-            FROM read_parquet($files, union_by_name => true) WHERE epoch_us(_visible_at) <= $known_by
+            FROM read_parquet($files, union_by_name => true) WHERE {" AND ".join(["epoch_us(_visible_at) <= $known_by", *conditions])}
             QUALIFY _partition < 0 OR row_number() OVER (PARTITION BY _partition, _offset ORDER BY _visible_at) = 1""",
             {"files": list(files), "known_by": known_by_us},
         )

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import pyarrow as pa
 
 from feature_store.clock import MAX_SKEW, MICROSECOND, ClockMode, from_micros
+from feature_store.erasure_list import ErasureList, digest_of
 from feature_store.errors import DefinitionError, UsageError
 from feature_store.event_log import LOG_FIELDS, STREAM, UTC_MICROS, EventLog
 from feature_store.events import BadMessageError, Message, parse_message
@@ -42,9 +43,13 @@ class Raw:
 
 @dataclass
 class BatchResult:
-    """What became of a batch. `clock_us`: the newest `_visible_at` given, 0 if none; `refused`: with the reason."""
+    """What became of a batch. `clock_us`: the newest `_visible_at` given, 0 if none; `refused`: with the reason.
+
+    `erased`: of entities on the erasure list, which go nowhere, not even to the dead letters.
+    """
 
     applied: int = 0
+    erased: int = 0
     duplicates: int = 0
     replayed: int = 0
     late: int = 0
@@ -73,6 +78,9 @@ class StreamView:
         self._logged: dict[int, dict[int, int]] = {}
         self._visible_us = 0
         self._newest: dict[int, int] = {}
+        self._erasures = ErasureList(offline_path)
+        self._erasures_read: tuple[int, ...] | None = None
+        self._erased: list[tuple[int, str, frozenset[str]]] = []  # place in the key, join key, digests
 
     def start_partition(self, partition: int, from_offset: int) -> None:
         """Call when a partition is assigned: rows logged beyond its committed offset will be delivered again."""
@@ -89,14 +97,21 @@ class StreamView:
         machine's, beyond which nothing can have happened or been known yet, whatever the clock.
 
         Safe to repeat after any error (UnavailableError: Redis; OSError: log not writable): nothing counts twice.
+        DataError: an erasure list that cannot be read.
         """
         result = BatchResult()
         parsed: list[tuple[Raw, Message]] = []
+        self._read_erasures()
         for raw in batch:
             try:
-                parsed.append((raw, parse_message(self.definition, raw.key, raw.value, self._integer_keys)))
+                message = parse_message(self.definition, raw.key, raw.value, self._integer_keys)
             except BadMessageError as e:
                 result.refused.append((raw, e.message))
+                continue
+            if self._is_erased(message):
+                result.erased += 1
+            else:
+                parsed.append((raw, message))
         states = self.online.load(sorted({m.key for _, m in parsed}, key=str))
         # Strictly after everything that a reader may have been told at the present clock.
         floor = max([now_us if self._clock == "replay" else now_us - 1, self._visible_us, 0])
@@ -134,6 +149,17 @@ class StreamView:
         logged = self._logged.get(partition)
         if logged:
             self._logged[partition] = {o: t for o, t in logged.items() if o >= next_offset}
+
+    def _read_erasures(self) -> None:
+        now = self._erasures.changed()
+        if now == self._erasures_read:
+            return
+        listed = [(i, k, self._erasures.digests_of(k)) for i, k in enumerate(self.definition.entity_key)]
+        self._erased = [of_key for of_key in listed if of_key[2]]
+        self._erasures_read = now
+
+    def _is_erased(self, message: Message) -> bool:
+        return any(digest_of(join_key, message.key[i]) in digests for i, join_key, digests in self._erased)
 
     def _admit(
         self, parsed: Sequence[tuple[Raw, Message]], floor: int, wall_us: int, result: BatchResult

@@ -309,6 +309,7 @@ class Sync:
             "duplicate": result.duplicates,
             "replayed": result.replayed,
             "dead_lettered": len(result.refused),
+            "erased": result.erased,
         }
         for outcome, n in outcomes.items():
             self.metrics.events.labels(view, outcome).inc(n)

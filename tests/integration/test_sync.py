@@ -141,7 +141,7 @@ def test_bad_messages_become_dead_letters_and_never_stop_the_stream(project):
     with project.syncing() as consumer:
         produce(project.kafka, project.topic, [*bad, (key, good), (key, pending)])
         wait_until(lambda: handled(consumer) >= len(bad) + 2)
-    assert outcomes(consumer) == {"applied": 2, "duplicate": 0, "replayed": 0, "dead_lettered": len(bad)}
+    assert outcomes(consumer) == {"applied": 2, "duplicate": 0, "replayed": 0, "dead_lettered": len(bad), "erased": 0}
     letters = list(read_dead_letters(client_config(project.kafka), project.topic))
     assert [(x.key, x.value) for x in letters] == bad
     assert [x.offset for x in letters] == list(range(len(bad)))
@@ -413,6 +413,33 @@ def test_offsets_that_the_topic_no_longer_holds_stop_the_stream(project):
     commit_group(config, "predictflow-sync", project.topic, {0: 1000})
     with pytest.raises(DataError, match="no longer holds"):
         Sync(project.store, SyncOptions(project.kafka, str(project.offline), "replay")).run()
+
+
+def test_an_erased_customer_does_not_come_back_with_the_topic(project):
+    """Neither from messages that the topic still holds, nor with new ones; others are not touched."""
+    write_history(project.offline, [event(i, c, T0 - HOUR) for i, c in enumerate(["C1", "C2"])])
+    project.bootstrap()
+    events = [event(10 + i, c, T0 + i * HOUR) for i, c in enumerate(["C1", "C2", "C1", "C2"])]
+    produce(project.kafka, project.topic, [message(e) for e in events])
+    with project.syncing() as consumer:
+        wait_until(lambda: handled(consumer) == 4)
+        command("erase", "customer", "C1", "--online", "--yes")  # beside a running sync
+        produce(project.kafka, project.topic, [message(event(20, "C1", T0 + DAY)), message(event(21, "C2", T0 + DAY))])
+        wait_until(lambda: handled(consumer) == 6)
+    assert outcomes(consumer)["erased"] == 1
+    project.bootstrap(rewind=True)
+    with project.syncing() as consumer:
+        wait_until(lambda: handled(consumer) == 6)
+    assert outcomes(consumer) == {"applied": 3, "duplicate": 0, "replayed": 0, "dead_lettered": 0, "erased": 3}
+    assert set(log_of(project).read()["customer_id"].to_pylist()) == {"C2"}
+    assert [r["features"]["events_7d"]["status"] for r in project.served(["C1", "C2"])] == ["NOT_FOUND", "PRESENT"]
+    assert values(project, ["C2"])[0]["events_7d"] == 4
+    assert list(read_dead_letters(client_config(project.kafka), project.topic)) == []
+
+    # A backup of the files brings nothing back either.
+    write_history(project.offline, [event(i, c, T0 - HOUR) for i, c in enumerate(["C1", "C2"])])
+    assert project.bootstrap(clock_of(project))[0].entities == 1
+    assert values(project, ["C1"])[0]["events_7d"] is None
 
 
 def test_a_topic_that_was_made_again_stops_the_stream(project):
