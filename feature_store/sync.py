@@ -19,7 +19,7 @@ from feature_store.dead_letters import DeadLetter, DeadLetterWriter, dead_letter
 from feature_store.errors import DataError, NotFoundError, UnavailableError
 from feature_store.stream_metrics import StreamMetrics
 from feature_store.stream_view import BatchResult, Raw, StreamView
-from feature_store.topic import client_config, ensure_topic, topic_id
+from feature_store.topic import client_config, default_group, ensure_topic, topic_id
 from feature_store.window_store import windowed_views
 
 if TYPE_CHECKING:
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-DEFAULT_GROUP = "predictflow-sync"
 _POLL_SECONDS = 0.25
 _LONGEST_BACKOFF = 5.0
 _COMPACT_EVERY = 256  # batches
@@ -37,12 +36,12 @@ _COMPACT_EVERY = 256  # batches
 
 @dataclass(frozen=True)
 class SyncOptions:
-    """How one consumer runs. `topic` None: the one topic of the registry's windowed views."""
+    """How one consumer runs. `group` None: the project's; `topic` None: the one topic of the registry's windowed views."""
 
     bootstrap_servers: str
     offline_path: str
     clock: ClockMode
-    group: str = DEFAULT_GROUP
+    group: str | None = None
     topic: str | None = None
     max_batch: int = 500
     report_seconds: float = 10.0
@@ -64,6 +63,7 @@ class Sync:
         self.assigned = threading.Event()
         self._store = store
         self._options = options
+        self._group = options.group or default_group(store.project)
         self._registry = registry
         self._wall = wall or WallClock()
         self._stop = threading.Event()
@@ -93,9 +93,7 @@ class Sync:
         consumer = self._consumer()
         try:
             consumer.subscribe([topic], on_assign=self._on_assign, on_revoke=self._on_revoke, on_lost=self._on_lost)
-            log.info(
-                "group %s reads topic %s into %s", self._options.group, topic, ", ".join(v.name for v in self.views)
-            )
+            log.info("group %s reads topic %s into %s", self._group, topic, ", ".join(v.name for v in self.views))
             self._consume(consumer)
         finally:
             consumer.close()
@@ -134,7 +132,7 @@ class Sync:
             edges = [
                 (("topic", topic), ("feature_view", v.name), "windows", v.definition.to_json()) for v in self.views
             ]
-            self._registry.record_lineage(edges, at=self._wall.now(), run_id=f"sync-{self._options.group}")
+            self._registry.record_lineage(edges, at=self._wall.now(), run_id=f"sync-{self._group}")
 
     def _consumer(self) -> Any:
         from confluent_kafka import Consumer
@@ -142,7 +140,7 @@ class Sync:
         return Consumer(
             {
                 **self._config,
-                "group.id": self._options.group,
+                "group.id": self._group,
                 "enable.auto.commit": False,
                 "auto.offset.reset": "error",  # offsets that are gone are lost events: say so
                 "partition.assignment.strategy": "cooperative-sticky",

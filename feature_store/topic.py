@@ -17,6 +17,11 @@ def client_config(bootstrap_servers: str) -> dict[str, Any]:
     return {"bootstrap.servers": bootstrap_servers, "log_level": 3, "socket.keepalive.enable": True}
 
 
+def default_group(project: str) -> str:
+    """The consumer group of a Feast project's sync: projects that share a broker must not share partitions."""
+    return f"predictflow-sync-{project}"
+
+
 def partitions_of(config: dict[str, Any], topic: str, seconds: float = 5.0) -> list[int]:
     """The partitions of a topic, empty where it does not exist. UnavailableError when no broker answers."""
     from confluent_kafka import KafkaException

@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.option("--group", default="predictflow-sync", show_default=True, help="Consumer group.")
+@click.option("--group", default=None, help="Consumer group; default: predictflow-sync-PROJECT.")
 @click.option("--topic", default=None, help="Event topic; default: the one of the registry's windowed views.")
 @click.option("--max-batch", type=click.IntRange(min=1), default=500, show_default=True, help="Messages per batch.")
 @click.option("--metrics-port", type=click.IntRange(1, 65535), default=None, help="Serve Prometheus metrics here.")
-def sync(group: str, topic: str | None, max_batch: int, metrics_port: int | None) -> None:
+def sync(group: str | None, topic: str | None, max_batch: int, metrics_port: int | None) -> None:
     """Keep windowed features current from Kafka, until SIGTERM or Ctrl-C."""
     from feature_store.stream_metrics import StreamMetrics
     from feature_store.sync import Sync, SyncOptions
@@ -59,16 +59,19 @@ def windows() -> None:
 @windows.command()
 @click.argument("views", nargs=-1, metavar="[VIEW ...]")
 @click.option("--known-by", default=None, help="ISO 8601; default: now under the wall clock, required under replay.")
-@click.option("--group", default="predictflow-sync", show_default=True, help="Consumer group whose start is set.")
+@click.option("--group", default=None, help="Consumer group whose start is set; default: predictflow-sync-PROJECT.")
 @click.option("--rewind", is_flag=True, help="Forget what the stream logged later, and the views' online rows.")
 @click.option(
     "--dry-run", is_flag=True, help="Show what would be forgotten and where sync would start; change nothing."
 )
 @click.option("--yes", is_flag=True, help="With --rewind: do it. Without this, or --dry-run, nothing is forgotten.")
-def bootstrap(views: tuple[str, ...], known_by: str | None, group: str, rewind: bool, dry_run: bool, yes: bool) -> None:
+def bootstrap(
+    views: tuple[str, ...], known_by: str | None, group: str | None, rewind: bool, dry_run: bool, yes: bool
+) -> None:
     """Write the online state of windowed views from their history. Stop sync first; safe to run twice."""
     from feature_store.bootstrap import bootstrap as run
     from feature_store.bootstrap_plan import StreamPlace, plan_bootstrap
+    from feature_store.topic import default_group
     from predictflow.progress import progress
     from predictflow.settings import Settings
     from predictflow.wiring import feast_store
@@ -81,8 +84,9 @@ def bootstrap(views: tuple[str, ...], known_by: str | None, group: str, rewind: 
     if known_by is None and settings.clock == "replay":
         raise UsageError("under the replay clock, say until when history is known", next_step="pass --known-by TIME")
     at = datetime.now(UTC) if known_by is None else _time("--known-by", known_by)
-    place = StreamPlace(settings.need("kafka_bootstrap_servers"), group)
     store, offline = feast_store(settings), settings.need("offline_path")
+    group = group or default_group(store.project)
+    place = StreamPlace(settings.need("kafka_bootstrap_servers"), group)
     if rewind or dry_run:
         plans = plan_bootstrap(store, offline, at, clock=settings.clock, stream=place, views=views, rewind=rewind)
         for plan in plans:

@@ -256,7 +256,7 @@ def test_killed_consumers_lose_nothing_and_count_nothing_twice(project):
     committed = client_config(project.kafka)
     from confluent_kafka import Consumer, TopicPartition
 
-    group = Consumer({**committed, "group.id": "predictflow-sync"})
+    group = Consumer({**committed, "group.id": project.group})
     assert group.committed([TopicPartition(project.topic, 0)], timeout=10)[0].offset == len(events)
     group.close()
 
@@ -281,6 +281,26 @@ def test_two_consumers_share_the_partitions_and_one_takes_over(project):
     for customer, got in zip(CUSTOMERS, values(project)):
         mine = [e for e in unique if e["customer_id"] == customer and e["event_timestamp"] >= now - 7 * DAY]
         assert got["events_7d"] == len(mine)
+
+
+def test_two_projects_on_one_topic_both_get_every_event(project, tmp_path, monkeypatch):
+    """As the demo and a project of `predictflow init` do: one group would give each of them half."""
+    other = make_project(
+        tmp_path / "other",
+        project.environ["POSTGRES_URL"],
+        project.environ["REDIS_URL"],
+        project.kafka,
+        project.topic,
+        monkeypatch,
+        name="other",
+    )
+    ensure_topic(client_config(project.kafka), project.topic, partitions=2)
+    events = some_events(20, seed=8)
+    with project.syncing() as first, other.syncing() as second:
+        produce(project.kafka, project.topic, [message(e) for e in events])
+        wait_until(lambda: handled(first) == handled(second) == len(events))
+    assert (project.group, other.group) == ("predictflow-sync-predictflow", "predictflow-sync-other")
+    assert values(project) == values(other)
 
 
 def test_a_server_that_is_away_is_waited_for(project, monkeypatch):
@@ -410,7 +430,7 @@ def test_offsets_that_the_topic_no_longer_holds_stop_the_stream(project):
     config = client_config(project.kafka)
     ensure_topic(config, project.topic)
     assert end_offsets(config, project.topic) == {0: 0}
-    commit_group(config, "predictflow-sync", project.topic, {0: 1000})
+    commit_group(config, project.group, project.topic, {0: 1000})
     with pytest.raises(DataError, match="no longer holds"):
         Sync(project.store, SyncOptions(project.kafka, str(project.offline), "replay")).run()
 
