@@ -19,6 +19,7 @@ from feature_store.clock import ClockMode, from_micros, to_micros
 from feature_store.erasure_list import ErasureList, not_erased
 from feature_store.event_log import EventLog, log_files
 from feature_store.stream_view import log_directory
+from feature_store.topic_record import TopicRecord, write_record
 from feature_store.window_store import Key, WindowStore
 from feature_store.windows.definition import WindowedView
 from feature_store.windows.state import NEVER, RETENTION_SLACK, EntityState, event_id_hash, masks_of, summed_columns
@@ -95,6 +96,8 @@ def bootstrap(
                 advance(len(part))
         if clock == "replay":
             (online.set_clock if rewind else online.advance_clock)(known_by_us)
+        if stream:
+            write_record(event_log, TopicRecord(definition.topic, plan.topic_id, len(plan.starts)))
         done.append(Bootstrapped(view.name, known_by, len(states), events, plan.forgotten, dict(plan.starts)))
     if stream:
         for topic in {d.topic for _, d in chosen}:

@@ -16,6 +16,7 @@ from feature_store.errors import DataError, UnavailableError
 from feature_store.event_log import HISTORY, EventLog, log_files, split
 from feature_store.stream_view import log_directory, log_schema
 from feature_store.topic import client_config, group_members, offset_ranges, topic_id
+from feature_store.topic_record import refuse_other_topic
 from feature_store.window_store import windowed_views
 from feature_store.windows.definition import WindowedView
 
@@ -89,8 +90,8 @@ def plan_bootstrap(
         event_log = EventLog(log_directory(offline_path, view), d.topic)
         rows = event_log.read(["_topic_id", "_partition", "_offset", "_visible_at"])
         kept, forgotten = split(rows, known_by_us, now) if rewind and rows is not None else (rows, None)
-        if not rewind and now:
-            _refuse_other_topic(view.name, d.topic, event_log, now)
+        if not rewind:
+            refuse_other_topic(view.name, event_log, now)
         ends = {p: last for p, (_, last) in _extent(kept).items()}
         starts = {p: min(ends[p] + 1, high) for p, (_, high) in held.items() if p in ends}
         rest = {p: bounds for p, bounds in held.items() if p not in ends}
@@ -132,16 +133,6 @@ def refuse_running(stream: StreamPlace) -> None:
             f"consumer group {stream.group} has {len(members)} running member(s); nothing was changed",
             value=members[0],
             next_step="stop `predictflow sync` of this group (one that was killed is gone after 6 s), then try again",
-        )
-
-
-def _refuse_other_topic(view: str, topic: str, event_log: EventLog, now: str) -> None:
-    before = event_log.topic_id()
-    if before and before != now:
-        raise DataError(
-            f"topic {topic} was deleted and made again since its events were logged",
-            value=f"id {now}, logged {before}",
-            next_step=f"`predictflow windows bootstrap {view} --rewind --dry-run` shows what starting over forgets",
         )
 
 

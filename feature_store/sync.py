@@ -20,6 +20,13 @@ from feature_store.errors import DataError, NotFoundError, UnavailableError
 from feature_store.stream_metrics import StreamMetrics
 from feature_store.stream_view import BatchResult, Raw, StreamView
 from feature_store.topic import client_config, default_group, ensure_topic, topic_id
+from feature_store.topic_record import (
+    TopicRecord,
+    read_record,
+    refuse_other_partitions,
+    refuse_other_topic,
+    write_record,
+)
 from feature_store.window_store import windowed_views
 
 if TYPE_CHECKING:
@@ -80,11 +87,11 @@ class Sync:
     def run(self) -> None:
         """Consumes until stopped. Safe to start again after any end, and several times in one group.
 
-        NotFoundError: no such topic or view; DataError: the topic was made anew, or offsets are gone, since the states
-        were written; UnavailableError: no broker at the start. Later a missing server is waited for, and logged.
+        NotFoundError: no such topic or view; DataError: the topic was made anew or got partitions, or offsets are gone,
+        since the states were written; UnavailableError: no broker at the start. Later a missing server is waited for, and logged.
         """
         topic, views = self._views_of_topic()
-        ensure_topic(self._config, topic)
+        self._partitions = len(ensure_topic(self._config, topic))
         ensure_topic(self._config, dead_letter_topic(topic))
         self._open_views(topic, views)
         self._record_lineage(topic)
@@ -119,13 +126,12 @@ class Sync:
         for view in self.views:
             if paths.count(view.log.directory) > 1:
                 raise DataError("two windowed views share one source path", value=str(view.log.directory))
-            before = view.log.topic_id()
-            if before and now and before != now:
-                raise DataError(
-                    f"topic {topic} was deleted and made again since its events were logged",
-                    value=f"id {now}, logged {before}",
-                    next_step=f"`predictflow windows bootstrap {view.name} --rewind`",
-                )
+            refuse_other_topic(view.name, view.log, now)
+            record = read_record(view.log)
+            if record is None:
+                write_record(view.log, TopicRecord(topic, now, self._partitions))
+            else:
+                refuse_other_partitions(view.name, record, self._partitions)
 
     def _record_lineage(self, topic: str) -> None:
         if self._registry is not None:
@@ -156,6 +162,10 @@ class Sync:
     def _on_assign(self, consumer: Any, partitions: list[Any]) -> None:
         from confluent_kafka import OFFSET_BEGINNING
 
+        grown = max((p.partition + 1 for p in partitions), default=0)
+        if grown > self._partitions:  # while we ran
+            for view in self.views:
+                refuse_other_partitions(view.name, TopicRecord(self._topic, "", self._partitions), grown)
         for p in consumer.committed(partitions, timeout=30) if partitions else []:
             if p.error is not None:
                 raise UnavailableError(f"no committed offset of partition {p.partition} ({p.error.str()})")

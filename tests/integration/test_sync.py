@@ -21,7 +21,7 @@ from feature_store.errors import DataError, NotFoundError, PredictFlowError, Una
 from feature_store.event_log import EventLog
 from feature_store.stream_view import Raw, StreamView
 from feature_store.sync import Sync, SyncOptions
-from feature_store.topic import client_config, commit_group, end_offsets, ensure_topic
+from feature_store.topic import client_config, commit_group, end_offsets, ensure_topic, partitions_of
 from feature_store.window_store import WindowStore
 from predictflow.cli import cli
 
@@ -462,17 +462,68 @@ def test_an_erased_customer_does_not_come_back_with_the_topic(project):
     assert values(project, ["C1"])[0]["events_7d"] is None
 
 
-def test_a_topic_that_was_made_again_stops_the_stream(project):
+def make_again(project) -> None:
     from confluent_kafka.admin import AdminClient
 
+    admin = AdminClient(client_config(project.kafka))
+    admin.delete_topics([project.topic])[project.topic].result(30)
+    wait_until(lambda: not partitions_of(client_config(project.kafka), project.topic))
+
+
+def test_a_topic_that_was_made_again_stops_the_stream_until_it_is_started_over(project):
     with project.syncing() as consumer:
         produce(project.kafka, project.topic, [message(event(1, "C1", T0))])
         wait_until(lambda: handled(consumer) == 1)
-    admin = AdminClient(client_config(project.kafka))
-    admin.delete_topics([project.topic])[project.topic].result(30)
-    time.sleep(1)
+    make_again(project)
     with pytest.raises(DataError, match="deleted and made again"), project.syncing():
         pass
+    write_history(project.offline, [event(1, "C1", T0)])  # what the old topic held comes by backfill
+    with pytest.raises(DataError, match="deleted and made again"):
+        project.bootstrap()
+    shown = command("windows", "bootstrap", "--known-by", T0.isoformat(), "--rewind", "--dry-run").output
+    assert "1 log rows in 1 files" in shown
+    assert "1 of them are no longer in the topic" in shown
+    project.bootstrap(rewind=True)
+    with project.syncing() as consumer:
+        produce(project.kafka, project.topic, [message(event(2, "C1", T0 + HOUR))])
+        wait_until(lambda: handled(consumer) == 1)
+    assert values(project, ["C1"])[0]["events_7d"] == 2
+
+
+def test_a_topic_made_again_is_noticed_also_where_nothing_was_logged(project):
+    """The states came from history, and the group's offsets are of the old topic."""
+    write_history(project.offline, [event(1, "C1", T0)])
+    project.bootstrap()
+    make_again(project)
+    with pytest.raises(DataError, match="deleted and made again"), project.syncing():
+        pass
+
+
+def test_a_topic_that_got_partitions_stops_the_stream_until_states_are_rebuilt(project):
+    """Keys move to other partitions: two consumers could write one entity's state at once."""
+    from confluent_kafka.admin import AdminClient, NewPartitions
+
+    write_history(project.offline, [event(i, c, T0 - HOUR) for i, c in enumerate(CUSTOMERS)])
+    project.bootstrap()
+    events = some_events(30, seed=6)
+    with project.syncing() as consumer:
+        produce(project.kafka, project.topic, [message(e) for e in events[:15]])
+        wait_until(lambda: handled(consumer) == 15)
+    admin = AdminClient(client_config(project.kafka))
+    admin.create_partitions([NewPartitions(project.topic, 3)])[project.topic].result(30)
+    wait_until(lambda: len(partitions_of(client_config(project.kafka), project.topic)) == 3)
+    produce(project.kafka, project.topic, [message(e) for e in events[15:]])
+    with pytest.raises(DataError, match="another number of partitions") as e, project.syncing():
+        pass
+    assert "predictflow windows bootstrap customer_behavior" in e.value.message
+    assert log_of(project).read().num_rows == 15
+
+    project.bootstrap(clock_of(project))
+    with project.syncing() as consumer:
+        wait_until(lambda: handled(consumer) == 15)
+    assert values(project) == project.history(CUSTOMERS, clock_of(project))
+    assert project.check(project.served(CUSTOMERS)).different == 0
+    assert sum(v["events_7d"] for v in values(project)) > 0
 
 
 def test_errors_at_the_start_are_one_line(project):
