@@ -58,7 +58,7 @@ def bootstrap(
     """Writes the state of every entity as known by `known_by` (UTC, inclusive), for `views` (default: all).
 
     All views of a topic go together, since one consumer group feeds them. The group starts where the stream's log ends;
-    without one, at the first message known after history's newest event, or at the topic's end (`start`). `rewind` first
+    without one, at the first message known after history's newest event; or (`start`) at the topic's end. `rewind` first
     forgets what the stream logged after `known_by` and deletes the views' online rows; without it, such rows are a
     DataError. Under `replay` the clock is set to `known_by` (rewind) or moved on to it. Safe to repeat, also after a kill.
     `plan_bootstrap` tells beforehand. `advance` is told of entities written.

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 Start = Literal["known_by", "end"]
-"""Where the group starts in what the topic holds and the log does not: at the first message that history may lack, or
-after all of them (only where a producer sends them again, as the demo does)."""
+"""Where the group starts: at the first message that log and history may lack, or after all that the topic holds (only
+where a producer sends them again, as the demo does)."""
 
 
 @dataclass(frozen=True)
@@ -93,11 +93,11 @@ def plan_bootstrap(
         if not rewind:
             refuse_other_topic(view.name, event_log, now)
         ends = {p: last for p, (_, last) in _extent(kept).items()}
-        starts = {p: min(ends[p] + 1, high) for p, (_, high) in held.items() if p in ends}
-        rest = {p: bounds for p, bounds in held.items() if p not in ends}
         if start == "end":
-            starts |= {p: high for p, (_, high) in rest.items()}
+            starts = {p: high for p, (_, high) in held.items()}
         else:
+            starts = {p: min(ends[p] + 1, high) for p, (_, high) in held.items() if p in ends}
+            rest = {p: bounds for p, bounds in held.items() if p not in ends}
             starts |= _first_newer(config, view, d, rest, until[view.name], clock)
         offsets = _extent(forgotten)
         gone = 0

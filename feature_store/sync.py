@@ -223,7 +223,8 @@ class Sync:
         if error.code() == KafkaError._AUTO_OFFSET_RESET:
             raise DataError(
                 f"topic {self._topic} no longer holds the next event of a partition ({error.str()})",
-                next_step="backfill the history, then `predictflow windows bootstrap`",
+                next_step="`predictflow windows bootstrap --rewind` to forget the stream's log, backfill the history "
+                "up to now, then `predictflow windows bootstrap`",
             )
         if error.code() in (KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError.TOPIC_AUTHORIZATION_FAILED):
             raise NotFoundError(f"topic cannot be read ({error.str()})", value=self._topic)

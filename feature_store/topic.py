@@ -97,23 +97,37 @@ def offset_ranges(config: dict[str, Any], topic: str, seconds: float = 10.0) -> 
         consumer.close()
 
 
-def group_members(config: dict[str, Any], group: str, seconds: float = 10.0) -> list[str]:
-    """The client ids and hosts of a consumer group's running members; none where the broker cannot tell (no admin calls)."""
+def group_members(config: dict[str, Any], group: str, seconds: float = 30.0) -> list[str]:
+    """The client ids and hosts of a consumer group's running members; none where the broker cannot tell (no admin calls).
+
+    A fresh broker has no coordinator yet and is asked again for `seconds`; then UnavailableError.
+    """
     from confluent_kafka import KafkaError, KafkaException
     from confluent_kafka.admin import AdminClient
 
+    not_yet = (
+        KafkaError.COORDINATOR_NOT_AVAILABLE,
+        KafkaError.COORDINATOR_LOAD_IN_PROGRESS,
+        KafkaError.NOT_COORDINATOR,
+        KafkaError._TIMED_OUT,
+        KafkaError._TRANSPORT,
+    )
     admin = AdminClient(config)  # must outlive its futures
-    try:
-        described = admin.describe_consumer_groups([group], request_timeout=seconds)[group].result(seconds + 5)
-    except KafkaException as e:
-        code = e.args[0].code()
-        if code == KafkaError.GROUP_ID_NOT_FOUND:
-            return []
-        if code in (KafkaError._UNSUPPORTED_FEATURE, KafkaError.UNSUPPORTED_VERSION):
-            log.debug("no members of group %s: %s", group, e)
-            return []
-        raise _unavailable(config, e) from e
-    return [f"{m.client_id} at {m.host}" for m in described.members]
+    until = time.monotonic() + seconds
+    while True:
+        try:
+            described = admin.describe_consumer_groups([group], request_timeout=10)[group].result(20)
+            return [f"{m.client_id} at {m.host}" for m in described.members]
+        except KafkaException as e:
+            code = e.args[0].code()
+            if code == KafkaError.GROUP_ID_NOT_FOUND:
+                return []
+            if code in (KafkaError._UNSUPPORTED_FEATURE, KafkaError.UNSUPPORTED_VERSION):
+                log.debug("no members of group %s: %s", group, e)
+                return []
+            if code not in not_yet or time.monotonic() > until:
+                raise _unavailable(config, e) from e
+        time.sleep(0.2)
 
 
 def commit_group(config: dict[str, Any], group: str, topic: str, offsets: dict[int, int]) -> None:
@@ -198,7 +212,9 @@ def _read(
 
 
 def _unavailable(config: dict[str, Any], error: Exception) -> UnavailableError:
-    reason = error.args[0].str() if error.args and hasattr(error.args[0], "str") else str(error)
+    reason = str(error)
+    if error.args and hasattr(error.args[0], "str"):
+        reason = error.args[0].str().rstrip(": ") + f", {error.args[0].name()}"
     return UnavailableError(
         f"Kafka at {config['bootstrap.servers']} (KAFKA_BOOTSTRAP_SERVERS) does not answer ({reason})",
         next_step="start it, or `predictflow up`, and check KAFKA_BOOTSTRAP_SERVERS",
