@@ -147,7 +147,10 @@ def _refuse_what_the_stream_logged(table: Path, view: str, known_by: datetime | 
     if not files:
         return
     with duckdb.connect() as con:
-        found = con.execute("SELECT min(epoch_us(created)) FROM read_parquet(?, union_by_name => true)", [files])
+        # What sync recognised as history's own (`duplicate`) is not counted by it.
+        found = con.execute(
+            "SELECT min(epoch_us(created)) FROM read_parquet(?, union_by_name => true) WHERE _dropped IS NULL", [files]
+        )
         first = found.fetchall()[0][0]
     if first is not None and (known_by is None or to_micros(known_by) >= first):
         raise DataError(

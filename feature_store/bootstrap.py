@@ -10,16 +10,17 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from feature_store.bootstrap_plan import Start, StreamPlace, plan_bootstrap, refuse_running, views_together
 from feature_store.clock import ClockMode, from_micros, to_micros
-from feature_store.errors import DataError
-from feature_store.event_log import HISTORY, EventLog, log_files
+from feature_store.erasure_list import ErasureList, not_erased
+from feature_store.event_log import EventLog, log_files
 from feature_store.stream_view import log_directory
-from feature_store.window_store import Key, WindowStore, windowed_views
+from feature_store.topic_record import TopicRecord, write_record
+from feature_store.window_store import Key, WindowStore
 from feature_store.windows.definition import WindowedView
 from feature_store.windows.state import NEVER, RETENTION_SLACK, EntityState, event_id_hash, masks_of, summed_columns
 
@@ -28,14 +29,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 _ROWS_PER_WRITE = 2_000
-
-
-@dataclass(frozen=True)
-class StreamPlace:
-    """Where the stream takes over: a broker and a consumer group."""
-
-    bootstrap_servers: str
-    group: str
 
 
 @dataclass(frozen=True)
@@ -59,65 +52,66 @@ def bootstrap(
     stream: StreamPlace | None = None,
     views: Sequence[str] = (),
     rewind: bool = False,
+    start: Start = "known_by",
     advance: Callable[[int], None] | None = None,
 ) -> list[Bootstrapped]:
     """Writes the state of every entity as known by `known_by` (UTC, inclusive), for `views` (default: all).
 
-    All views of a topic go together, since one consumer group feeds them. The group starts at the topic's end, or where
-    the stream's log ends. `rewind` first forgets what the stream logged after `known_by` and deletes the views' online
-    rows; without it, such rows are a DataError. Under `replay` the clock is set to `known_by` (rewind) or moved on to it.
-    Stop sync first. Safe to repeat, also after a kill. `advance` is told of entities written.
+    All views of a topic go together, since one consumer group feeds them. The group starts where the stream's log ends;
+    without one, at the first message known after history's newest event; or (`start`) at the topic's end. `rewind` first
+    forgets what the stream logged after `known_by` and deletes the views' online rows; without it, such rows are a
+    DataError. Under `replay` the clock is set to `known_by` (rewind) or moved on to it. Safe to repeat, also after a kill.
+    `plan_bootstrap` tells beforehand. `advance` is told of entities written.
 
-    Raises DataError: no history, or rows later than `known_by`; NotFoundError: unknown view; UnavailableError: servers.
+    Raises what `plan_bootstrap` raises, before anything is changed; UnavailableError: servers.
     """
-    from feature_store.topic import client_config, commit_group, end_offsets, ensure_topic
+    from feature_store.topic import client_config, commit_group, ensure_topic
 
-    named = windowed_views(store, views)
-    topics = {d.topic for _, d in named}
-    chosen = [(v, d) for v, d in windowed_views(store) if d.topic in topics]
-    known_by_us = to_micros(known_by)
-    directories = {v.name: log_directory(offline_path, v).parent for v, _ in chosen}
-    for view, _ in chosen:
-        _check_log(view.name, directories[view.name], known_by_us, rewind)
+    chosen = views_together(store, views)
     config = client_config(stream.bootstrap_servers) if stream else {}
-    ends: dict[str, dict[int, int]] = {}
-    for topic in topics if stream else ():
-        ensure_topic(config, topic)
-        ends[topic] = end_offsets(config, topic)
-
+    if stream:
+        refuse_running(stream)
+        for topic in {d.topic for _, d in chosen}:
+            ensure_topic(config, topic)
+    plans = plan_bootstrap(
+        store, offline_path, known_by, clock=clock, stream=stream, views=views, rewind=rewind, start=start
+    )
+    known_by_us = to_micros(known_by)
+    erasures = ErasureList(offline_path)
     done = []
-    for view, definition in chosen:
-        directory = directories[view.name]
+    for (view, definition), plan in zip(chosen, plans, strict=True):
         event_log = EventLog(log_directory(offline_path, view), definition.topic)
         online = WindowStore(store, view)
-        forgotten = 0
         if rewind:
             online.delete()
-            forgotten = event_log.rewind(known_by_us)
-        states, events = states_of(definition, log_files(directory), known_by_us)
+            event_log.rewind(known_by_us, plan.topic_id)
+        listed = [(k, k, erasures.digests_of(k)) for k in definition.entity_key]
+        files = log_files(event_log.directory.parent)
+        states, events = states_of(definition, files, known_by_us, not_erased(listed))
         keys = list(states)
         for i in range(0, len(keys), _ROWS_PER_WRITE):
             part = keys[i : i + _ROWS_PER_WRITE]
             online.write({k: states[k] for k in part})
             if advance is not None:
                 advance(len(part))
-        starts = dict(ends.get(definition.topic, {}))
-        if not rewind:
-            for file in event_log.files():
-                if file.partition in starts:
-                    starts[file.partition] = min(starts[file.partition], file.last + 1)
         if clock == "replay":
             (online.set_clock if rewind else online.advance_clock)(known_by_us)
-        done.append(Bootstrapped(view.name, known_by, len(states), events, forgotten, starts))
-    for topic in ends:
-        of_topic = [b.starts for b, (_, d) in zip(done, chosen) if d.topic == topic]
-        commit_group(config, stream.group, topic, {p: min(s[p] for s in of_topic) for p in ends[topic]})  # type: ignore[union-attr]
+        if stream:
+            write_record(event_log, TopicRecord(definition.topic, plan.topic_id, len(plan.starts)))
+        done.append(Bootstrapped(view.name, known_by, len(states), events, plan.forgotten, dict(plan.starts)))
+    if stream:
+        for topic in {d.topic for _, d in chosen}:
+            of_topic = [b.starts for b, (_, d) in zip(done, chosen) if d.topic == topic]
+            commit_group(config, stream.group, topic, {p: min(s[p] for s in of_topic) for p in of_topic[0]})
     return done
 
 
-def states_of(definition: WindowedView, files: Sequence[str], known_by_us: int) -> tuple[dict[Key, EntityState], int]:
+def states_of(
+    definition: WindowedView, files: Sequence[str], known_by_us: int, conditions: Sequence[str] = ()
+) -> tuple[dict[Key, EntityState], int]:
     """The state of every entity from log files, and the number of events counted. Pure but for reading the files.
 
+    Only rows that meet all `conditions` (SQL) count.
     Trusts `_dropped` (duplicates are marked when they are logged). Entities silent for longer than ttl get a state too:
     they were seen, which is not the same as NOT_FOUND.
     """
@@ -134,7 +128,7 @@ def states_of(definition: WindowedView, files: Sequence[str], known_by_us: int) 
             f"""CREATE TEMP TABLE log AS
             SELECT {keys}, {listed}, {event_id} AS _id, _partition, _offset, _dropped,
                    epoch_us({_name(definition.timestamp)}) AS _us
-            FROM read_parquet($files, union_by_name => true) WHERE epoch_us(_visible_at) <= $known_by
+            FROM read_parquet($files, union_by_name => true) WHERE {" AND ".join(["epoch_us(_visible_at) <= $known_by", *conditions])}
             QUALIFY _partition < 0 OR row_number() OVER (PARTITION BY _partition, _offset ORDER BY _visible_at) = 1""",
             {"files": list(files), "known_by": known_by_us},
         )
@@ -182,28 +176,6 @@ def states_of(definition: WindowedView, files: Sequence[str], known_by_us: int) 
 
 
 _US = from_micros(1) - from_micros(0)
-
-
-def _check_log(view: str, directory: Path, known_by_us: int, rewind: bool) -> None:
-    import duckdb
-
-    files = log_files(directory)
-    if not files:
-        raise DataError(
-            f"{view}: no event history", value=str(directory / HISTORY), next_step=f"`predictflow backfill {view}`"
-        )
-    with duckdb.connect() as con:
-        later, newest = con.execute(
-            """SELECT count(*) FILTER (WHERE _partition >= 0), max(epoch_us(_visible_at))
-            FROM read_parquet($files, union_by_name => true) WHERE epoch_us(_visible_at) > $known_by""",
-            {"files": files, "known_by": known_by_us},
-        ).fetchall()[0]
-    if later and not rewind:
-        raise DataError(
-            f"{view}: the stream has logged {later} events known after known_by",
-            value=from_micros(known_by_us).isoformat(),
-            next_step=f"bootstrap at {from_micros(newest).isoformat()} or later, or pass --rewind to forget them",
-        )
 
 
 def _name(identifier: str) -> str:

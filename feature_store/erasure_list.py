@@ -2,7 +2,7 @@
 
 It stands beside the data it guards, so that whoever copies or rebuilds the data has it too, and holds digests instead of
 keys. (A digest of a guessable key can be guessed: the file is as private as the data.) Backfill leaves listed entities
-out; replay and other readers ask `digests_of`.
+out, whenever their rows were created: a key that was listed stays out. Sync and bootstrap leave out the same.
 """
 
 from __future__ import annotations
@@ -56,6 +56,14 @@ class ErasureList:
     def digests_of(self, join_key: str) -> frozenset[str]:
         """The digests listed for one join key; compare with `digest_of`."""
         return frozenset(e.sha256 for e in self.entries() if e.join_key == join_key)
+
+    def changed(self) -> tuple[int, ...] | None:
+        """What differs when the file was written anew since, None where there is no file: cheaper than reading it."""
+        try:
+            found = self.path.stat()
+        except FileNotFoundError:
+            return None
+        return (found.st_ino, found.st_mtime_ns, found.st_size)
 
     def add(self, join_key: str, value: object, at: datetime) -> None:
         """Lists an entity as erased at `at`; one that is listed keeps its first time."""

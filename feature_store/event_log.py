@@ -100,9 +100,12 @@ class EventLog:
                 return str(ids[-1])
         return None
 
-    def read(self) -> pa.Table | None:
-        """All rows, each (partition, offset) once, by partition and offset; None for an empty log."""
-        tables = [self._read(f, None) for f in self.files()]
+    def read(self, columns: list[str] | None = None) -> pa.Table | None:
+        """All rows, each (partition, offset) once, by partition and offset; None for an empty log.
+
+        `columns`: of these, with `_partition`, `_offset` and `_visible_at` among them; default all.
+        """
+        tables = [self._read(f, columns) for f in self.files()]
         return _once(pa.concat_tables(tables, promote_options="default")) if tables else None
 
     def compact(self, partition: int, at_least: int = 64) -> None:
@@ -119,12 +122,12 @@ class EventLog:
             tables = [self._read(f, None) for f in small]
             self._write(_once(pa.concat_tables(tables, promote_options="default")), partition)
 
-    def rewind(self, known_by_us: int) -> int:
-        """Forgets every row that became visible after a time; the number of rows forgotten. Stop sync first."""
+    def rewind(self, known_by_us: int, topic_id: str = "") -> int:
+        """Forgets the rows that `split` finds; the number of rows forgotten. Stop sync first."""
         rows = self.read()
         if rows is None:
             return 0
-        keep = rows.filter(pc.less_equal(pc.cast(rows["_visible_at"], pa.int64()), known_by_us))
+        keep, _ = split(rows, known_by_us, topic_id)
         forgotten = rows.num_rows - keep.num_rows
         if forgotten:
             old = self.files()
@@ -187,6 +190,14 @@ def _once(rows: pa.Table) -> pa.Table:
     partitions, offsets = rows["_partition"].combine_chunks(), rows["_offset"].combine_chunks()
     same = pc.and_(pc.equal(partitions[1:], partitions[:-1]), pc.equal(offsets[1:], offsets[:-1]))
     return rows.filter(pa.concat_arrays([pa.array([True]), pc.invert(same)]))
+
+
+def split(rows: pa.Table, known_by_us: int, topic_id: str) -> tuple[pa.Table, pa.Table]:
+    """Rows that a rewind keeps, and those it forgets: visible after a time, or of another topic than this id ('': any)."""
+    keep = pc.less_equal(pc.cast(rows["_visible_at"], pa.int64()), known_by_us)
+    if topic_id:
+        keep = pc.and_(keep, pc.fill_null(pc.is_in(rows["_topic_id"], pa.array([topic_id, ""])), True))
+    return rows.filter(keep), rows.filter(pc.invert(keep))
 
 
 def log_files(directory: Path) -> list[str]:

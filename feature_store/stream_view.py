@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import pyarrow as pa
 
 from feature_store.clock import MAX_SKEW, MICROSECOND, ClockMode, from_micros
+from feature_store.erasure_list import ErasureList, digest_of
 from feature_store.errors import DefinitionError, UsageError
 from feature_store.event_log import LOG_FIELDS, STREAM, UTC_MICROS, EventLog
 from feature_store.events import BadMessageError, Message, parse_message
@@ -42,9 +43,13 @@ class Raw:
 
 @dataclass
 class BatchResult:
-    """What became of a batch. `clock_us`: the newest `_visible_at` given, 0 if none; `refused`: with the reason."""
+    """What became of a batch. `clock_us`: the newest `_visible_at` given, 0 if none; `refused`: with the reason.
+
+    `erased`: of entities on the erasure list, which go nowhere, not even to the dead letters.
+    """
 
     applied: int = 0
+    erased: int = 0
     duplicates: int = 0
     replayed: int = 0
     late: int = 0
@@ -73,6 +78,9 @@ class StreamView:
         self._logged: dict[int, dict[int, int]] = {}
         self._visible_us = 0
         self._newest: dict[int, int] = {}
+        self._erasures = ErasureList(offline_path)
+        self._erasures_read: tuple[int, ...] | None = None
+        self._erased: list[tuple[int, str, frozenset[str]]] = []  # place in the key, join key, digests
 
     def start_partition(self, partition: int, from_offset: int) -> None:
         """Call when a partition is assigned: rows logged beyond its committed offset will be delivered again."""
@@ -84,24 +92,32 @@ class StreamView:
         """Call when a partition was taken away."""
         self._logged.pop(partition, None)
 
-    def apply(self, batch: Sequence[Raw], now_us: int) -> BatchResult:
-        """Logs and applies messages (offsets ascending per partition). `now_us`: the clock, wall or replay.
+    def apply(self, batch: Sequence[Raw], now_us: int, wall_us: int) -> BatchResult:
+        """Logs and applies messages (offsets ascending per partition). `now_us`: the clock, wall or replay; `wall_us`: the
+        machine's, beyond which nothing can have happened or been known yet, whatever the clock.
 
         Safe to repeat after any error (UnavailableError: Redis; OSError: log not writable): nothing counts twice.
+        DataError: an erasure list that cannot be read.
         """
         result = BatchResult()
         parsed: list[tuple[Raw, Message]] = []
+        self._read_erasures()
         for raw in batch:
             try:
-                parsed.append((raw, parse_message(self.definition, raw.key, raw.value, self._integer_keys)))
+                message = parse_message(self.definition, raw.key, raw.value, self._integer_keys)
             except BadMessageError as e:
                 result.refused.append((raw, e.message))
+                continue
+            if self._is_erased(message):
+                result.erased += 1
+            else:
+                parsed.append((raw, message))
         states = self.online.load(sorted({m.key for _, m in parsed}, key=str))
         # Strictly after everything that a reader may have been told at the present clock.
         floor = max([now_us if self._clock == "replay" else now_us - 1, self._visible_us, 0])
         if self._clock == "wall":
             floor = max([floor, *(s.visible_at for s in states.values())])
-        accepted = self._admit(parsed, floor, result)
+        accepted = self._admit(parsed, floor, wall_us, result)
         result.refused.sort(key=lambda refused: (refused[0].partition, refused[0].offset))
 
         by_key: dict[Key, list[Event]] = defaultdict(list)
@@ -134,8 +150,19 @@ class StreamView:
         if logged:
             self._logged[partition] = {o: t for o, t in logged.items() if o >= next_offset}
 
+    def _read_erasures(self) -> None:
+        now = self._erasures.changed()
+        if now == self._erasures_read:
+            return
+        listed = [(i, k, self._erasures.digests_of(k)) for i, k in enumerate(self.definition.entity_key)]
+        self._erased = [of_key for of_key in listed if of_key[2]]
+        self._erasures_read = now
+
+    def _is_erased(self, message: Message) -> bool:
+        return any(digest_of(join_key, message.key[i]) in digests for i, join_key, digests in self._erased)
+
     def _admit(
-        self, parsed: Sequence[tuple[Raw, Message]], floor: int, result: BatchResult
+        self, parsed: Sequence[tuple[Raw, Message]], floor: int, wall_us: int, result: BatchResult
     ) -> list[tuple[Message, Event]]:
         """Gives every message the time at which it becomes visible; refuses those dated too far ahead of it."""
         accepted = []
@@ -144,16 +171,27 @@ class StreamView:
             if visible is None:
                 known = m.created if m.created is not None else m.timestamp
                 visible = max(floor + 1, known) if self._clock == "replay" else floor + 1
-                if m.timestamp > visible + _SKEW_US:
-                    reason = (
-                        f"{self.definition.timestamp} {from_micros(m.timestamp).isoformat()} is more than "
-                        f"{MAX_SKEW.total_seconds():g} s ahead of the clock, {from_micros(visible).isoformat()}"
-                    )
+                reason = self._too_far_ahead(m, visible, wall_us)
+                if reason is not None:
                     result.refused.append((raw, reason))
                     continue
             floor = max(floor, visible)
             accepted.append((m, Event(m.timestamp, raw.partition, raw.offset, visible, m.values, m.event_id)))
         return accepted
+
+    def _too_far_ahead(self, m: Message, visible: int, wall_us: int) -> str | None:
+        """Why a message is refused. One from the future would move the replay clock there, and it never goes back."""
+        for name, time, clock, limit in (
+            ("created", m.created, "the machine's clock", wall_us),
+            (self.definition.timestamp, m.timestamp, "the machine's clock", wall_us),
+            (self.definition.timestamp, m.timestamp, "the clock", visible),
+        ):
+            if time is not None and time > limit + _SKEW_US:
+                return (
+                    f"{name} {from_micros(time).isoformat()} is more than {MAX_SKEW.total_seconds():g} s ahead of "
+                    f"{clock}, {from_micros(limit).isoformat()}"
+                )
+        return None
 
     def _append(self, accepted: Sequence[tuple[Message, Event]], dropped: Mapping[tuple[int, int], str | None]) -> None:
         """Logs the rows that are not in the log yet, also those that only a lost log would lack."""

@@ -19,7 +19,14 @@ from feature_store.dead_letters import DeadLetter, DeadLetterWriter, dead_letter
 from feature_store.errors import DataError, NotFoundError, UnavailableError
 from feature_store.stream_metrics import StreamMetrics
 from feature_store.stream_view import BatchResult, Raw, StreamView
-from feature_store.topic import client_config, ensure_topic, topic_id
+from feature_store.topic import client_config, default_group, ensure_topic, topic_id
+from feature_store.topic_record import (
+    TopicRecord,
+    read_record,
+    refuse_other_partitions,
+    refuse_other_topic,
+    write_record,
+)
 from feature_store.window_store import windowed_views
 
 if TYPE_CHECKING:
@@ -29,7 +36,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-DEFAULT_GROUP = "predictflow-sync"
 _POLL_SECONDS = 0.25
 _LONGEST_BACKOFF = 5.0
 _COMPACT_EVERY = 256  # batches
@@ -37,12 +43,12 @@ _COMPACT_EVERY = 256  # batches
 
 @dataclass(frozen=True)
 class SyncOptions:
-    """How one consumer runs. `topic` None: the one topic of the registry's windowed views."""
+    """How one consumer runs. `group` None: the project's; `topic` None: the one topic of the registry's windowed views."""
 
     bootstrap_servers: str
     offline_path: str
     clock: ClockMode
-    group: str = DEFAULT_GROUP
+    group: str | None = None
     topic: str | None = None
     max_batch: int = 500
     report_seconds: float = 10.0
@@ -64,6 +70,7 @@ class Sync:
         self.assigned = threading.Event()
         self._store = store
         self._options = options
+        self._group = options.group or default_group(store.project)
         self._registry = registry
         self._wall = wall or WallClock()
         self._stop = threading.Event()
@@ -80,11 +87,11 @@ class Sync:
     def run(self) -> None:
         """Consumes until stopped. Safe to start again after any end, and several times in one group.
 
-        NotFoundError: no such topic or view; DataError: the topic was made anew, or offsets are gone, since the states
-        were written; UnavailableError: no broker at the start. Later a missing server is waited for, and logged.
+        NotFoundError: no such topic or view; DataError: the topic was made anew or got partitions, or offsets are gone,
+        since the states were written; UnavailableError: no broker at the start. Later a missing server is waited for, and logged.
         """
         topic, views = self._views_of_topic()
-        ensure_topic(self._config, topic)
+        self._partitions = len(ensure_topic(self._config, topic))
         ensure_topic(self._config, dead_letter_topic(topic))
         self._open_views(topic, views)
         self._record_lineage(topic)
@@ -93,9 +100,7 @@ class Sync:
         consumer = self._consumer()
         try:
             consumer.subscribe([topic], on_assign=self._on_assign, on_revoke=self._on_revoke, on_lost=self._on_lost)
-            log.info(
-                "group %s reads topic %s into %s", self._options.group, topic, ", ".join(v.name for v in self.views)
-            )
+            log.info("group %s reads topic %s into %s", self._group, topic, ", ".join(v.name for v in self.views))
             self._consume(consumer)
         finally:
             consumer.close()
@@ -121,20 +126,19 @@ class Sync:
         for view in self.views:
             if paths.count(view.log.directory) > 1:
                 raise DataError("two windowed views share one source path", value=str(view.log.directory))
-            before = view.log.topic_id()
-            if before and now and before != now:
-                raise DataError(
-                    f"topic {topic} was deleted and made again since its events were logged",
-                    value=f"id {now}, logged {before}",
-                    next_step=f"`predictflow windows bootstrap {view.name} --rewind`",
-                )
+            refuse_other_topic(view.name, view.log, now)
+            record = read_record(view.log)
+            if record is None:
+                write_record(view.log, TopicRecord(topic, now, self._partitions))
+            else:
+                refuse_other_partitions(view.name, record, self._partitions)
 
     def _record_lineage(self, topic: str) -> None:
         if self._registry is not None:
             edges = [
                 (("topic", topic), ("feature_view", v.name), "windows", v.definition.to_json()) for v in self.views
             ]
-            self._registry.record_lineage(edges, at=self._wall.now(), run_id=f"sync-{self._options.group}")
+            self._registry.record_lineage(edges, at=self._wall.now(), run_id=f"sync-{self._group}")
 
     def _consumer(self) -> Any:
         from confluent_kafka import Consumer
@@ -142,7 +146,7 @@ class Sync:
         return Consumer(
             {
                 **self._config,
-                "group.id": self._options.group,
+                "group.id": self._group,
                 "enable.auto.commit": False,
                 "auto.offset.reset": "error",  # offsets that are gone are lost events: say so
                 "partition.assignment.strategy": "cooperative-sticky",
@@ -158,6 +162,10 @@ class Sync:
     def _on_assign(self, consumer: Any, partitions: list[Any]) -> None:
         from confluent_kafka import OFFSET_BEGINNING
 
+        grown = max((p.partition + 1 for p in partitions), default=0)
+        if grown > self._partitions:  # while we ran
+            for view in self.views:
+                refuse_other_partitions(view.name, TopicRecord(self._topic, "", self._partitions), grown)
         for p in consumer.committed(partitions, timeout=30) if partitions else []:
             if p.error is not None:
                 raise UnavailableError(f"no committed offset of partition {p.partition} ({p.error.str()})")
@@ -215,7 +223,8 @@ class Sync:
         if error.code() == KafkaError._AUTO_OFFSET_RESET:
             raise DataError(
                 f"topic {self._topic} no longer holds the next event of a partition ({error.str()})",
-                next_step="backfill the history, then `predictflow windows bootstrap`",
+                next_step="`predictflow windows bootstrap --rewind` to forget the stream's log, backfill the history "
+                "up to now, then `predictflow windows bootstrap`",
             )
         if error.code() in (KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError.TOPIC_AUTHORIZATION_FAILED):
             raise NotFoundError(f"topic cannot be read ({error.str()})", value=self._topic)
@@ -253,8 +262,9 @@ class Sync:
     def _apply_once(self, raws: Sequence[Raw]) -> None:
         newest = 0
         for view in self.views:
-            now_us = to_micros(self._wall.now()) if self._options.clock == "wall" else view.online.clock_us() or 0
-            result = view.apply(raws, now_us)
+            wall_us = to_micros(self._wall.now())
+            now_us = wall_us if self._options.clock == "wall" else view.online.clock_us() or 0
+            result = view.apply(raws, now_us, wall_us)
             newest = max(newest, result.clock_us)
             self._count(view.name, result)
             for raw, reason in result.refused:
@@ -308,6 +318,7 @@ class Sync:
             "duplicate": result.duplicates,
             "replayed": result.replayed,
             "dead_lettered": len(result.refused),
+            "erased": result.erased,
         }
         for outcome, n in outcomes.items():
             self.metrics.events.labels(view, outcome).inc(n)

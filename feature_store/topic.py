@@ -1,10 +1,10 @@
-"""What we ask of a Kafka topic beside streaming it: that it exists, its id, its ends, and all it holds now."""
+"""What we ask of a Kafka topic beside streaming it: that it exists, its id, its ends, all it holds now, and a group's place in it."""
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from feature_store.errors import NotFoundError, UnavailableError
@@ -15,6 +15,11 @@ log = logging.getLogger(__name__)
 def client_config(bootstrap_servers: str) -> dict[str, Any]:
     """Settings that every Kafka client of ours shares."""
     return {"bootstrap.servers": bootstrap_servers, "log_level": 3, "socket.keepalive.enable": True}
+
+
+def default_group(project: str) -> str:
+    """The consumer group of a Feast project's sync: projects that share a broker must not share partitions."""
+    return f"predictflow-sync-{project}"
 
 
 def partitions_of(config: dict[str, Any], topic: str, seconds: float = 5.0) -> list[int]:
@@ -75,16 +80,54 @@ def topic_id(config: dict[str, Any], topic: str, seconds: float = 10.0) -> str:
 
 def end_offsets(config: dict[str, Any], topic: str, seconds: float = 10.0) -> dict[int, int]:
     """partition -> the offset that the next message will get."""
+    return {p: high for p, (_, high) in offset_ranges(config, topic, seconds).items()}
+
+
+def offset_ranges(config: dict[str, Any], topic: str, seconds: float = 10.0) -> dict[int, tuple[int, int]]:
+    """partition -> (the oldest offset it holds, the offset that the next message will get); empty without a topic."""
     from confluent_kafka import Consumer, KafkaException, TopicPartition
 
     partitions = partitions_of(config, topic, seconds)
     consumer = Consumer({**config, "group.id": "predictflow-offsets", "enable.auto.commit": False})
     try:
-        return {p: consumer.get_watermark_offsets(TopicPartition(topic, p), timeout=seconds)[1] for p in partitions}
+        return {p: consumer.get_watermark_offsets(TopicPartition(topic, p), timeout=seconds) for p in partitions}
     except KafkaException as e:
         raise _unavailable(config, e) from e
     finally:
         consumer.close()
+
+
+def group_members(config: dict[str, Any], group: str, seconds: float = 30.0) -> list[str]:
+    """The client ids and hosts of a consumer group's running members; none where the broker cannot tell (no admin calls).
+
+    A fresh broker has no coordinator yet and is asked again for `seconds`; then UnavailableError.
+    """
+    from confluent_kafka import KafkaError, KafkaException
+    from confluent_kafka.admin import AdminClient
+
+    not_yet = (
+        KafkaError.COORDINATOR_NOT_AVAILABLE,
+        KafkaError.COORDINATOR_LOAD_IN_PROGRESS,
+        KafkaError.NOT_COORDINATOR,
+        KafkaError._TIMED_OUT,
+        KafkaError._TRANSPORT,
+    )
+    admin = AdminClient(config)  # must outlive its futures
+    until = time.monotonic() + seconds
+    while True:
+        try:
+            described = admin.describe_consumer_groups([group], request_timeout=10)[group].result(20)
+            return [f"{m.client_id} at {m.host}" for m in described.members]
+        except KafkaException as e:
+            code = e.args[0].code()
+            if code == KafkaError.GROUP_ID_NOT_FOUND:
+                return []
+            if code in (KafkaError._UNSUPPORTED_FEATURE, KafkaError.UNSUPPORTED_VERSION):
+                log.debug("no members of group %s: %s", group, e)
+                return []
+            if code not in not_yet or time.monotonic() > until:
+                raise _unavailable(config, e) from e
+        time.sleep(0.2)
 
 
 def commit_group(config: dict[str, Any], group: str, topic: str, offsets: dict[int, int]) -> None:
@@ -108,17 +151,43 @@ def read_topic(config: dict[str, Any], topic: str, seconds: float = 10.0) -> Ite
 
     UnavailableError when the broker gives nothing for `seconds`.
     """
-    from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaError, TopicPartition
+    yield from _read(config, topic, offset_ranges(config, topic, seconds), set(), seconds)
 
-    ends = {p: end for p, end in end_offsets(config, topic, seconds).items() if end > 0}
-    if not ends:
+
+def read_until(
+    config: dict[str, Any],
+    topic: str,
+    ranges: dict[int, tuple[int, int]],
+    enough: Callable[[Any], bool],
+    seconds: float = 10.0,
+) -> None:
+    """Reads each partition's range of offsets [first, end) until `enough(message)`; errors as `read_topic`."""
+    done: set[int] = set()
+    for message in _read(config, topic, ranges, done, seconds):
+        if enough(message):
+            done.add(message.partition())
+
+
+def _read(
+    config: dict[str, Any], topic: str, ranges: dict[int, tuple[int, int]], done: set[int], seconds: float
+) -> Iterator[Any]:
+    """Messages of the ranges; of a partition that the caller puts into `done`, no more."""
+    from confluent_kafka import Consumer, KafkaError, TopicPartition
+
+    left = {p: end for p, (first, end) in ranges.items() if end > first}
+    if not left:
         return
     consumer = Consumer(
-        {**config, "group.id": "predictflow-read", "enable.auto.commit": False, "enable.partition.eof": True}
+        {
+            **config,
+            "group.id": "predictflow-read",
+            "enable.auto.commit": False,
+            "enable.partition.eof": True,
+            "auto.offset.reset": "earliest",
+        }
     )
     try:
-        consumer.assign([TopicPartition(topic, p, OFFSET_BEGINNING) for p in ends])
-        left = set(ends)
+        consumer.assign([TopicPartition(topic, p, ranges[p][0]) for p in left])
         while left:
             first = consumer.poll(seconds)
             if first is None:
@@ -128,20 +197,24 @@ def read_topic(config: dict[str, Any], topic: str, seconds: float = 10.0) -> Ite
                 )
             messages: list[Any] = [first, *consumer.consume(500, timeout=0)]
             for m in messages:
+                p = m.partition()
                 if m.error() is not None:
                     if m.error().code() != KafkaError._PARTITION_EOF:
                         raise UnavailableError(f"topic {topic} cannot be read ({m.error().str()})")
-                    left.discard(m.partition())  # also where compaction or transactions leave no last message
-                elif m.offset() < ends[m.partition()]:
+                    left.pop(p, None)  # also where compaction or transactions leave no last message
+                elif p in left and m.offset() < left[p]:
                     yield m
-                    if m.offset() + 1 >= ends[m.partition()]:
-                        left.discard(m.partition())
+                    if p in done or m.offset() + 1 >= left[p]:
+                        del left[p]
+                        consumer.pause([TopicPartition(topic, p)])
     finally:
         consumer.close()
 
 
 def _unavailable(config: dict[str, Any], error: Exception) -> UnavailableError:
-    reason = error.args[0].str() if error.args and hasattr(error.args[0], "str") else str(error)
+    reason = str(error)
+    if error.args and hasattr(error.args[0], "str"):
+        reason = error.args[0].str().rstrip(": ") + f", {error.args[0].name()}"
     return UnavailableError(
         f"Kafka at {config['bootstrap.servers']} (KAFKA_BOOTSTRAP_SERVERS) does not answer ({reason})",
         next_step="start it, or `predictflow up`, and check KAFKA_BOOTSTRAP_SERVERS",

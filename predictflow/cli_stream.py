@@ -5,21 +5,25 @@ from __future__ import annotations
 import json
 import os
 import signal
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from feature_store.errors import DataError, UsageError
 
+if TYPE_CHECKING:
+    from feature_store.bootstrap_plan import BootstrapPlan
+
 
 @click.command()
-@click.option("--group", default="predictflow-sync", show_default=True, help="Consumer group.")
+@click.option("--group", default=None, help="Consumer group; default: predictflow-sync-PROJECT.")
 @click.option("--topic", default=None, help="Event topic; default: the one of the registry's windowed views.")
 @click.option("--max-batch", type=click.IntRange(min=1), default=500, show_default=True, help="Messages per batch.")
 @click.option("--metrics-port", type=click.IntRange(1, 65535), default=None, help="Serve Prometheus metrics here.")
-def sync(group: str, topic: str | None, max_batch: int, metrics_port: int | None) -> None:
+def sync(group: str | None, topic: str | None, max_batch: int, metrics_port: int | None) -> None:
     """Keep windowed features current from Kafka, until SIGTERM or Ctrl-C."""
     from feature_store.stream_metrics import StreamMetrics
     from feature_store.sync import Sync, SyncOptions
@@ -55,25 +59,44 @@ def windows() -> None:
 @windows.command()
 @click.argument("views", nargs=-1, metavar="[VIEW ...]")
 @click.option("--known-by", default=None, help="ISO 8601; default: now under the wall clock, required under replay.")
-@click.option("--group", default="predictflow-sync", show_default=True, help="Consumer group whose start is set.")
+@click.option("--group", default=None, help="Consumer group whose start is set; default: predictflow-sync-PROJECT.")
 @click.option("--rewind", is_flag=True, help="Forget what the stream logged later, and the views' online rows.")
-def bootstrap(views: tuple[str, ...], known_by: str | None, group: str, rewind: bool) -> None:
+@click.option(
+    "--dry-run", is_flag=True, help="Show what would be forgotten and where sync would start; change nothing."
+)
+@click.option("--yes", is_flag=True, help="With --rewind: do it. Without this, or --dry-run, nothing is forgotten.")
+def bootstrap(
+    views: tuple[str, ...], known_by: str | None, group: str | None, rewind: bool, dry_run: bool, yes: bool
+) -> None:
     """Write the online state of windowed views from their history. Stop sync first; safe to run twice."""
-    from feature_store.bootstrap import StreamPlace
     from feature_store.bootstrap import bootstrap as run
+    from feature_store.bootstrap_plan import StreamPlace, plan_bootstrap
+    from feature_store.topic import default_group
     from predictflow.progress import progress
     from predictflow.settings import Settings
     from predictflow.wiring import feast_store
 
+    if rewind and dry_run == yes:
+        raise UsageError(
+            "forgetting cannot be undone: pass --dry-run to see what --rewind would forget, or --yes to do it"
+        )
     settings = Settings.from_environ(os.environ)
     if known_by is None and settings.clock == "replay":
         raise UsageError("under the replay clock, say until when history is known", next_step="pass --known-by TIME")
     at = datetime.now(UTC) if known_by is None else _time("--known-by", known_by)
+    store, offline = feast_store(settings), settings.need("offline_path")
+    group = group or default_group(store.project)
     place = StreamPlace(settings.need("kafka_bootstrap_servers"), group)
+    if rewind or dry_run:
+        plans = plan_bootstrap(store, offline, at, clock=settings.clock, stream=place, views=views, rewind=rewind)
+        for plan in plans:
+            click.echo(_described(plan, group, rewind))
+    if dry_run:
+        return
     with progress("bootstrap", unit="entities") as advance:
         done = run(
-            feast_store(settings),
-            settings.need("offline_path"),
+            store,
+            offline,
             at,
             clock=settings.clock,
             stream=place,
@@ -82,12 +105,28 @@ def bootstrap(views: tuple[str, ...], known_by: str | None, group: str, rewind: 
             advance=advance,
         )
     for b in done:
-        starts = ", ".join(f"{p}: {o}" for p, o in sorted(b.starts.items()))
         forgotten = f", {b.forgotten:,} later events forgotten" if b.forgotten else ""
         click.echo(
             f"{b.view}: {b.entities:,} entities, {b.events:,} events known by {b.known_by.isoformat()}{forgotten}; "
-            f"group {group} starts at offsets {{{starts}}}"
+            f"group {group} starts at offsets {_offsets(b.starts)}"
         )
+
+
+def _described(plan: BootstrapPlan, group: str, rewind: bool) -> str:
+    parts = [f"{plan.view}: known by {plan.known_by.isoformat()}"]
+    if rewind:
+        ranges = ", ".join(f"partition {p}: {a} to {b}" for p, (a, b) in plan.offsets.items())
+        parts.append(
+            f"forgets all online rows and {plan.forgotten:,} log rows in {plan.files:,} files"
+            + (f" (offsets of {ranges})" if ranges else "")
+        )
+    if plan.gone:
+        parts.append(f"{plan.gone:,} of them are no longer in the topic: only a backfill brings them back")
+    return "; ".join([*parts, f"group {group} would start at offsets {_offsets(plan.starts)}"])
+
+
+def _offsets(starts: Mapping[int, int]) -> str:
+    return "{" + ", ".join(f"{p}: {o}" for p, o in sorted(starts.items())) + "}"
 
 
 @windows.command()

@@ -148,7 +148,7 @@ def _live(settings: Settings, workspace: Path, cut: datetime, url: str, limit: i
     ensure_topic(config, letters)
     before = sum(end_offsets(config, letters).values())
     rest = Rest(url, f"demo-{uuid.uuid4().hex[:8]}")
-    applied = Applied(kafka, stage.TOPIC, stage.GROUP)
+    applied = Applied(kafka, stage.TOPIC, stage.group_of(settings))
     try:
         events = live_events(workspace / "work" / "raw", cut, limit)
         found = run_live(rest, EventProducer(kafka, stage.TOPIC), applied, events)

@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
 Say = Callable[[str], None]
 TOPIC = "customer-events"
-GROUP = "predictflow-sync"
 SERVICE = "churn_v1"
 MODEL = "churn-predictor"
 API_PORT = 9094
@@ -105,9 +104,10 @@ def fill_online_store(settings: Settings, store: FeatureStore, cut: datetime, sa
     """Start the story at the cut: what an earlier demo streamed is forgotten, history's state comes. Sync must be stopped."""
     from feature_store.bootstrap import StreamPlace, bootstrap
 
-    place = StreamPlace(settings.need("kafka_bootstrap_servers"), GROUP)
+    place = StreamPlace(settings.need("kafka_bootstrap_servers"), group_of(settings))
     offline = settings.need("offline_path")
-    for done in bootstrap(store, offline, cut, clock="replay", stream=place, rewind=True):
+    # From the topic's end: this run sends again what an earlier demo sent.
+    for done in bootstrap(store, offline, cut, clock="replay", stream=place, rewind=True, start="end"):
         say(f"{done.view}: state of {done.entities:,} customers from {done.events:,} events known by {cut:%Y-%m-%d}")
     with _quiet():
         # Rows of an earlier demo may be newer than this one's, and the newest would win.
@@ -123,7 +123,7 @@ def start_server_and_sync(settings: Settings, say: Say) -> str:
         sync, server = pool.submit(start_sync, settings), pool.submit(start_server, settings)
         sync.result()
         url = server.result()
-    say(f"REST server ready at {url}, consumer group {GROUP} started")
+    say(f"REST server ready at {url}, consumer group {group_of(settings)} started")
     return url
 
 
@@ -150,11 +150,19 @@ def _start_server_on(port: int, settings: Settings) -> str:
     return url
 
 
+def group_of(settings: Settings) -> str:
+    """The consumer group of the demo's project."""
+    from feature_store.topic import default_group
+    from predictflow.project import project_name
+
+    return default_group(project_name(settings.repo))
+
+
 def start_sync(settings: Settings) -> None:
     """The consumer as a process that outlives us."""
     from predictflow.local import processes
 
-    argv = [sys.executable, "-m", "predictflow.cli", "sync", "--group", GROUP]
+    argv = [sys.executable, "-m", "predictflow.cli", "sync", "--group", group_of(settings)]
     processes.start("sync", argv, {}, settings.home)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 import time
@@ -26,6 +25,7 @@ from feature_store.event_log import log_files
 from feature_store.read_plan import OnlineReader, ReadPlan
 from feature_store.redis_connection import connect
 from feature_store.sync import Sync, SyncOptions
+from feature_store.topic import default_group
 from feature_store.windows import Aggregate, Where, definition_of, windowed_feature_view
 from feature_store.windows.history import history_sql
 
@@ -71,6 +71,10 @@ class Project:
         return self.environ["KAFKA_BOOTSTRAP_SERVERS"]
 
     @property
+    def group(self) -> str:
+        return default_group(self.store.project)
+
+    @property
     def view(self):
         return self.store.get_feature_view("customer_behavior")
 
@@ -86,7 +90,7 @@ class Project:
         )
 
     def bootstrap(self, known_by: datetime = T0, **options):
-        place = StreamPlace(self.kafka, "predictflow-sync")
+        place = StreamPlace(self.kafka, self.group)
         return bootstrap(self.store, str(self.offline), known_by, clock="replay", stream=place, **options)
 
     @contextmanager
@@ -162,13 +166,16 @@ class Project:
         return [{f: r[f] for f in FEATURES} for r in sorted(rows, key=lambda r: r["_row"])]
 
 
-def make_project(tmp_path: Path, postgres_url: str, redis_url: str, kafka: str, topic: str, monkeypatch) -> Project:
+def make_project(
+    tmp_path: Path, postgres_url: str, redis_url: str, kafka: str, topic: str, monkeypatch, name: str = "predictflow"
+) -> Project:
     """A project with one windowed view of `topic`, applied to a registry of the test's own."""
     from feast import Entity, FeatureStore, ValueType
 
     repo = tmp_path / "repo"
-    repo.mkdir()
-    shutil.copy(ROOT / "feature_store.yaml", repo)
+    repo.mkdir(parents=True)
+    settings = (ROOT / "feature_store.yaml").read_text()
+    (repo / "feature_store.yaml").write_text(settings.replace("project: predictflow\n", f"project: {name}\n"))
     environ = {
         "POSTGRES_URL": postgres_url,
         "REDIS_URL": redis_url,

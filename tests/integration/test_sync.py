@@ -21,7 +21,7 @@ from feature_store.errors import DataError, NotFoundError, PredictFlowError, Una
 from feature_store.event_log import EventLog
 from feature_store.stream_view import Raw, StreamView
 from feature_store.sync import Sync, SyncOptions
-from feature_store.topic import client_config, commit_group, end_offsets, ensure_topic
+from feature_store.topic import client_config, commit_group, end_offsets, ensure_topic, partitions_of
 from feature_store.window_store import WindowStore
 from predictflow.cli import cli
 
@@ -141,7 +141,7 @@ def test_bad_messages_become_dead_letters_and_never_stop_the_stream(project):
     with project.syncing() as consumer:
         produce(project.kafka, project.topic, [*bad, (key, good), (key, pending)])
         wait_until(lambda: handled(consumer) >= len(bad) + 2)
-    assert outcomes(consumer) == {"applied": 2, "duplicate": 0, "replayed": 0, "dead_lettered": len(bad)}
+    assert outcomes(consumer) == {"applied": 2, "duplicate": 0, "replayed": 0, "dead_lettered": len(bad), "erased": 0}
     letters = list(read_dead_letters(client_config(project.kafka), project.topic))
     assert [(x.key, x.value) for x in letters] == bad
     assert [x.offset for x in letters] == list(range(len(bad)))
@@ -154,6 +154,25 @@ def test_bad_messages_become_dead_letters_and_never_stop_the_stream(project):
     assert f"{len(bad)} dead letter(s)" in shown.output
     (first, *_) = command("dlq", "list", "--json").output.splitlines()
     assert json.loads(first)["value"] == "{not json"
+
+
+@pytest.mark.parametrize("column", ["event_timestamp", "created"])
+def test_an_event_of_the_future_cannot_move_the_replay_clock(project, column):
+    """The clock never goes back: everything after would look late, and every read would be decades away."""
+    key, value = message(event(2, "C1", T0 + HOUR))
+    row = json.loads(value)
+    if column == "event_timestamp":
+        del row["created"]
+    ahead = json.dumps({**row, column: "2199-01-01T00:00:00Z"}).encode()
+    events = [message(event(1, "C1", T0)), (key, ahead), message(event(3, "C1", T0 + HOUR))]
+    with project.syncing() as consumer:
+        produce(project.kafka, project.topic, events)
+        wait_until(lambda: handled(consumer) == 3)
+    assert outcomes(consumer)["dead_lettered"] == 1
+    (letter,) = read_dead_letters(client_config(project.kafka), project.topic)
+    assert f"{column} 2199-01-01T00:00:00+00:00 is more than 5 s ahead of the machine's clock" in letter.reason
+    assert clock_of(project) == T0 + HOUR
+    assert values(project, ["C1"])[0]["events_7d"] == 2
 
 
 def test_a_failure_after_any_step_neither_loses_nor_double_counts(project, monkeypatch):
@@ -171,7 +190,7 @@ def test_a_failure_after_any_step_neither_loses_nor_double_counts(project, monke
         with monkeypatch.context() as m:
             break_after(m, broken)
             try:
-                result = view.apply(batch, view.online.clock_us() or 0)
+                result = view.apply(batch, view.online.clock_us() or 0, to_micros(T0 + 100 * DAY))
                 view.online.advance_clock(result.clock_us)
                 at += len(batch)
             except ConnectionAbortedError:
@@ -237,7 +256,7 @@ def test_killed_consumers_lose_nothing_and_count_nothing_twice(project):
     committed = client_config(project.kafka)
     from confluent_kafka import Consumer, TopicPartition
 
-    group = Consumer({**committed, "group.id": "predictflow-sync"})
+    group = Consumer({**committed, "group.id": project.group})
     assert group.committed([TopicPartition(project.topic, 0)], timeout=10)[0].offset == len(events)
     group.close()
 
@@ -262,6 +281,26 @@ def test_two_consumers_share_the_partitions_and_one_takes_over(project):
     for customer, got in zip(CUSTOMERS, values(project)):
         mine = [e for e in unique if e["customer_id"] == customer and e["event_timestamp"] >= now - 7 * DAY]
         assert got["events_7d"] == len(mine)
+
+
+def test_two_projects_on_one_topic_both_get_every_event(project, tmp_path, monkeypatch):
+    """As the demo and a project of `predictflow init` do: one group would give each of them half."""
+    other = make_project(
+        tmp_path / "other",
+        project.environ["POSTGRES_URL"],
+        project.environ["REDIS_URL"],
+        project.kafka,
+        project.topic,
+        monkeypatch,
+        name="other",
+    )
+    ensure_topic(client_config(project.kafka), project.topic, partitions=2)
+    events = some_events(20, seed=8)
+    with project.syncing() as first, other.syncing() as second:
+        produce(project.kafka, project.topic, [message(e) for e in events])
+        wait_until(lambda: handled(first) == handled(second) == len(events))
+    assert (project.group, other.group) == ("predictflow-sync-predictflow", "predictflow-sync-other")
+    assert values(project) == values(other)
 
 
 def test_a_server_that_is_away_is_waited_for(project, monkeypatch):
@@ -299,22 +338,87 @@ def test_bootstrap_refuses_to_forget_the_stream_unless_told_to_rewind(project):
     assert again.starts == {0: len(events)}
     assert values(project) == after
 
+    plan = ["windows", "bootstrap", "--known-by", T0.isoformat(), "--rewind"]
+    assert "--dry-run" in command(*plan, exit_code=2).output
+    shown = command(*plan, "--dry-run").output
+    assert f"{len(events)} log rows in" in shown
+    assert f"(offsets of partition 0: 0 to {len(events) - 1})" in shown
+    assert values(project) == after
+    assert log_of(project).read().num_rows == len(events)
+
     (rewound,) = project.bootstrap(rewind=True)
-    assert (rewound.entities, rewound.forgotten, rewound.starts) == (3, len(events), {0: len(events)})
+    assert (rewound.entities, rewound.forgotten, rewound.starts) == (3, len(events), {0: 0})
     assert clock_of(project) == T0
     assert log_of(project).read() is None
     assert [v["events_7d"] for v in values(project)] == [1, 1, 1, None, None, None]
-    with project.syncing() as consumer:
-        produce(project.kafka, project.topic, [message(e) for e in events])
+    with project.syncing() as consumer:  # the topic still holds them
         wait_until(lambda: handled(consumer) == len(events))
     assert values(project) == after
     assert project.check(project.served(CUSTOMERS)).different == 0
 
 
-def test_the_group_cannot_be_moved_while_it_runs(project):
-    write_history(project.offline, [event(1, "C1", T0)])
-    with project.syncing(), pytest.raises(UnavailableError, match="stop `predictflow sync`"):
-        project.bootstrap()
+def test_a_running_group_is_left_alone_before_anything_changes(project):
+    write_history(project.offline, [event(i, CUSTOMERS[i], T0 - HOUR) for i in range(3)])
+    project.bootstrap()
+    with project.syncing() as consumer:
+        produce(project.kafka, project.topic, [message(event(100, "C1", T0 + HOUR))])
+        wait_until(lambda: handled(consumer) == 1)
+        after = values(project)
+        for options in ({"rewind": True}, {"known_by": T0 + DAY}):
+            with pytest.raises(UnavailableError, match="stop `predictflow sync`"):
+                project.bootstrap(**options)
+        assert values(project) == after
+        assert log_of(project).read().num_rows == 1
+        assert clock_of(project) == T0 + HOUR
+
+
+def test_bootstrap_starts_at_the_first_message_that_history_may_lack(project):
+    """History and topic overlap, as they do when the producer ran before the first bootstrap."""
+    produced = [
+        event(0, "C0", T0 - 50 * DAY),
+        event(1, "C1", T0 - 2 * DAY),
+        event(2, "C2", T0 - 2 * HOUR),
+        event(3, "C3", T0 - 3 * DAY, T0 - HOUR),  # the newest of history
+        event(4, "C1", T0 - 3 * HOUR, T0 - HOUR / 2),  # late: the first that history lacks, though before known_by
+        event(5, "C0", T0 - 40 * DAY),  # of history, but behind newer ones: recognised by its id, or too old to count
+        event(6, "C2", T0 - 2 * DAY),
+        event(7, "C2", T0 + HOUR),
+    ]
+    write_history(project.offline, [e for e in produced if e["created"] <= T0 - HOUR])
+    bad = (b"C1", b"{not json")
+    messages = [message(e) for e in produced]
+    produce(project.kafka, project.topic, [messages[0], bad, *messages[1:4], bad, *messages[4:]])
+    (done,) = project.bootstrap(start="known_by")
+    assert done.starts == {0: 5}
+    records = project.served(CUSTOMERS)
+    with project.syncing() as consumer:
+        wait_until(lambda: handled(consumer) == 5)
+    assert outcomes(consumer)["dead_lettered"] == 1
+    assert [v["events_7d"] for v in values(project)] == [0, 2, 3, 1, None, None]
+    for days in (0, 5, 8, 31):
+        at = clock_of(project) + days * DAY
+        served = project.served(CUSTOMERS, at)
+        records += served
+        assert [{f: r["features"][f]["value"] for f in FEATURES} for r in served] == project.history(CUSTOMERS, at)
+    result = project.check(records)
+    assert (result.checked, result.different) == (len(records) * len(FEATURES), 0), result.examples
+    (again,) = project.bootstrap(clock_of(project))
+    assert again.starts == {0: 10}
+    assert values(project) == project.history(CUSTOMERS, clock_of(project))
+
+
+def test_bootstrap_at_the_end_skips_what_the_topic_holds(project):
+    write_history(project.offline, [event(0, "C0", T0 - HOUR)])
+    produce(project.kafka, project.topic, [message(event(n, "C1", T0 + n * HOUR)) for n in range(1, 4)])
+    assert project.bootstrap(start="end")[0].starts == {0: 3}
+    assert project.bootstrap()[0].starts == {0: 0}
+
+
+def test_bootstrap_before_the_end_of_history_is_refused(project):
+    """Its later events would be in history and not in the states."""
+    write_history(project.offline, [event(i, "C1", T0 - i * HOUR) for i in range(3)])
+    with pytest.raises(DataError, match="history holds events known after known_by"):
+        project.bootstrap(T0 - HOUR)
 
 
 def test_bootstrap_without_history_says_how_to_get_it(project):
@@ -326,22 +430,100 @@ def test_offsets_that_the_topic_no_longer_holds_stop_the_stream(project):
     config = client_config(project.kafka)
     ensure_topic(config, project.topic)
     assert end_offsets(config, project.topic) == {0: 0}
-    commit_group(config, "predictflow-sync", project.topic, {0: 1000})
+    commit_group(config, project.group, project.topic, {0: 1000})
     with pytest.raises(DataError, match="no longer holds"):
         Sync(project.store, SyncOptions(project.kafka, str(project.offline), "replay")).run()
 
 
-def test_a_topic_that_was_made_again_stops_the_stream(project):
+def test_an_erased_customer_does_not_come_back_with_the_topic(project):
+    """Neither from messages that the topic still holds, nor with new ones; others are not touched."""
+    write_history(project.offline, [event(i, c, T0 - HOUR) for i, c in enumerate(["C1", "C2"])])
+    project.bootstrap()
+    events = [event(10 + i, c, T0 + i * HOUR) for i, c in enumerate(["C1", "C2", "C1", "C2"])]
+    produce(project.kafka, project.topic, [message(e) for e in events])
+    with project.syncing() as consumer:
+        wait_until(lambda: handled(consumer) == 4)
+        command("erase", "customer", "C1", "--online", "--yes")  # beside a running sync
+        produce(project.kafka, project.topic, [message(event(20, "C1", T0 + DAY)), message(event(21, "C2", T0 + DAY))])
+        wait_until(lambda: handled(consumer) == 6)
+    assert outcomes(consumer)["erased"] == 1
+    project.bootstrap(rewind=True)
+    with project.syncing() as consumer:
+        wait_until(lambda: handled(consumer) == 6)
+    assert outcomes(consumer) == {"applied": 3, "duplicate": 0, "replayed": 0, "dead_lettered": 0, "erased": 3}
+    assert set(log_of(project).read()["customer_id"].to_pylist()) == {"C2"}
+    assert [r["features"]["events_7d"]["status"] for r in project.served(["C1", "C2"])] == ["NOT_FOUND", "PRESENT"]
+    assert values(project, ["C2"])[0]["events_7d"] == 4
+    assert list(read_dead_letters(client_config(project.kafka), project.topic)) == []
+
+    # A backup of the files brings nothing back either.
+    write_history(project.offline, [event(i, c, T0 - HOUR) for i, c in enumerate(["C1", "C2"])])
+    assert project.bootstrap(clock_of(project))[0].entities == 1
+    assert values(project, ["C1"])[0]["events_7d"] is None
+
+
+def make_again(project) -> None:
     from confluent_kafka.admin import AdminClient
 
+    admin = AdminClient(client_config(project.kafka))
+    admin.delete_topics([project.topic])[project.topic].result(30)
+    wait_until(lambda: not partitions_of(client_config(project.kafka), project.topic))
+
+
+def test_a_topic_that_was_made_again_stops_the_stream_until_it_is_started_over(project):
     with project.syncing() as consumer:
         produce(project.kafka, project.topic, [message(event(1, "C1", T0))])
         wait_until(lambda: handled(consumer) == 1)
-    admin = AdminClient(client_config(project.kafka))
-    admin.delete_topics([project.topic])[project.topic].result(30)
-    time.sleep(1)
+    make_again(project)
     with pytest.raises(DataError, match="deleted and made again"), project.syncing():
         pass
+    write_history(project.offline, [event(1, "C1", T0)])  # what the old topic held comes by backfill
+    with pytest.raises(DataError, match="deleted and made again"):
+        project.bootstrap()
+    shown = command("windows", "bootstrap", "--known-by", T0.isoformat(), "--rewind", "--dry-run").output
+    assert "1 log rows in 1 files" in shown
+    assert "1 of them are no longer in the topic" in shown
+    project.bootstrap(rewind=True)
+    with project.syncing() as consumer:
+        produce(project.kafka, project.topic, [message(event(2, "C1", T0 + HOUR))])
+        wait_until(lambda: handled(consumer) == 1)
+    assert values(project, ["C1"])[0]["events_7d"] == 2
+
+
+def test_a_topic_made_again_is_noticed_also_where_nothing_was_logged(project):
+    """The states came from history, and the group's offsets are of the old topic."""
+    write_history(project.offline, [event(1, "C1", T0)])
+    project.bootstrap()
+    make_again(project)
+    with pytest.raises(DataError, match="deleted and made again"), project.syncing():
+        pass
+
+
+def test_a_topic_that_got_partitions_stops_the_stream_until_states_are_rebuilt(project):
+    """Keys move to other partitions: two consumers could write one entity's state at once."""
+    from confluent_kafka.admin import AdminClient, NewPartitions
+
+    write_history(project.offline, [event(i, c, T0 - HOUR) for i, c in enumerate(CUSTOMERS)])
+    project.bootstrap()
+    events = some_events(30, seed=6)
+    with project.syncing() as consumer:
+        produce(project.kafka, project.topic, [message(e) for e in events[:15]])
+        wait_until(lambda: handled(consumer) == 15)
+    admin = AdminClient(client_config(project.kafka))
+    admin.create_partitions([NewPartitions(project.topic, 3)])[project.topic].result(30)
+    wait_until(lambda: len(partitions_of(client_config(project.kafka), project.topic)) == 3)
+    produce(project.kafka, project.topic, [message(e) for e in events[15:]])
+    with pytest.raises(DataError, match="another number of partitions") as e, project.syncing():
+        pass
+    assert "predictflow windows bootstrap customer_behavior" in e.value.message
+    assert log_of(project).read().num_rows == 15
+
+    project.bootstrap(clock_of(project))
+    with project.syncing() as consumer:
+        wait_until(lambda: handled(consumer) == 15)
+    assert values(project) == project.history(CUSTOMERS, clock_of(project))
+    assert project.check(project.served(CUSTOMERS)).different == 0
+    assert sum(v["events_7d"] for v in values(project)) > 0
 
 
 def test_errors_at_the_start_are_one_line(project):

@@ -217,7 +217,8 @@ def test_history_may_not_reach_into_what_the_stream_has_logged(tmp_path: Path) -
     view = behaviour_view()
     stream = tmp_path / "offline" / view.batch_source.path / "stream"
     stream.mkdir(parents=True)
-    pq.write_table(pa.table({"created": pa.array([at(3)], pa.timestamp("us", "UTC"))}), stream / "s.parquet")
+    created = pa.array([at(2), at(3)], pa.timestamp("us", "UTC"))  # the first is history's, met again in the topic
+    pq.write_table(pa.table({"created": created, "_dropped": ["duplicate", None]}), stream / "s.parquet")
     with pytest.raises(DataError, match=r"the stream has logged events since .*count again"):
         backfill(view, raw_dir=tmp_path / "raw", offline_path=tmp_path / "offline", known_by=at(3))
     assert not (stream.parent / "history").exists()
