@@ -281,3 +281,67 @@ def test_the_served_log_is_read_from_its_topic_up_to_its_end(kafka_bootstrap, to
         producer.produce(topic, key=str(i), value=json.dumps(r))
     assert producer.flush(30) == 0
     assert list(read_served(kafka_bootstrap, topic)) == RIGHT
+
+
+@pytest.mark.parametrize("view", ["account", "events/history", "events/stream"])
+@pytest.mark.parametrize("unit", ["s", "ms", "ns"])
+def test_times_of_any_unit_are_compared_exactly(offline, views, view, unit):
+    (path,) = (offline / view).glob("[ahs].parquet")
+    table = pq.read_table(path)
+    for i, field in enumerate(table.schema):
+        if pa.types.is_timestamp(field.type):
+            to = pa.timestamp(unit, "UTC") if unit != "ns" else pa.timestamp("ns")
+            table = table.set_column(i, field.name, table[field.name].cast(to))
+    write(path, table)
+    result = check(RIGHT, views, offline)
+    assert (result.checked, result.different, result.stale) == (len(RIGHT) * 6, 0, 0), result.examples
+
+
+def test_a_nanosecond_after_t_is_not_known_at_t(offline, views):
+    after = (T - HOUR).timestamp() * 10**9
+    row = {"customer_id": "C1", "charges": 9.0, "months": 1, "plan": "later"}
+    times = {c: pa.array([int(after) + 1], pa.timestamp("ns")) for c in ("event_timestamp", "created")}
+    write(offline / "account" / "b.parquet", pa.table({**{k: [v] for k, v in row.items()}, **times}))
+    early = record("C1", T - HOUR, of_account(), of_behaviour(count=3, total=13, offsets={"-1": 2, "0": 11}))
+    early["features"] = {k: v for k, v in early["features"].items() if v["view"] == "account"}
+    assert (check([early], views, offline).different, check([early], views, offline).stale) == (0, 0)
+    assert check(RIGHT[:1], views, offline).stale == 3
+
+
+@pytest.mark.parametrize("view", ["account", "events"])
+@pytest.mark.parametrize("fault", ["truncated", "no Parquet", "damaged page", "column missing", "time is text"])
+def test_parquet_that_cannot_be_read_is_one_error_that_names_it(offline, views, view, fault):
+    path = next((offline / view).rglob("[as].parquet"))
+    data = path.read_bytes()
+    if fault == "truncated":
+        path.write_bytes(data[: len(data) // 2])
+    elif fault == "no Parquet":
+        path.write_bytes(b"hello")
+    elif fault == "damaged page":
+        pq.write_table(pq.read_table(path), path, compression="zstd", write_page_checksum=True)
+        path.write_bytes(b"PAR1" + b"\xff" * 200 + path.read_bytes()[204:])
+    else:
+        for other in (offline / view).rglob("*.parquet"):
+            table = pq.read_table(other)
+            if fault == "column missing":
+                table = table.drop_columns("customer_id")
+            else:
+                i = table.schema.get_field_index("event_timestamp")
+                table = table.set_column(i, "event_timestamp", table["event_timestamp"].cast(pa.string()))
+            write(other, table)
+    with pytest.raises(DataError) as e:
+        check(RIGHT, views, offline)
+    named = str(path) if fault in ("truncated", "no Parquet", "damaged page") else str(offline / view)
+    assert named in e.value.format_message()
+    assert "\n" not in e.value.format_message()
+
+
+def test_files_that_a_compaction_replaced_are_not_read(offline, views):
+    """What was absorbed stays on disk for readers that listed it before: here it holds another value for the same row."""
+    replaced = f"append-{'0' * 24}.parquet"
+    wrong = account_row("C1", T - DAY, T - HOUR, charges=99.0)
+    write(offline / "account" / replaced, pa.Table.from_pylist([wrong]))
+    (offline / "account" / "_compacted.json").write_text(json.dumps({"files": [], "replaced": [replaced]}))
+    served = record("C1", T, of_account(charges=99.0), of_behaviour(offsets={"-1": 2, "0": 12}))
+    assert check([served], views, offline).different == 1
+    assert check(RIGHT[:1], views, offline).different == 0
