@@ -20,38 +20,56 @@ _NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 @dataclass(frozen=True)
 class Difference:
-    """One served value that history does not give. `served` and `recomputed` are `status value` pairs."""
+    """One served value that history does not give. `served` and `recomputed` are `status value` pairs.
+
+    `reason` says why where equal values are wrong all the same; else it is empty.
+    """
 
     entity: dict[str, Any]
     feature: str
     t: str
     served: tuple[str, Any]
     recomputed: tuple[str, Any]
+    reason: str = ""
 
 
 @dataclass
 class Consistency:
-    """Counts of served values. `not_checked`: served with an error status, or under a view that is gone."""
+    """Counts of served values.
+
+    `stale`: right for what had been written, while more was known by t. `not_checked`: what could not be recomputed,
+    and `why_not` how many for which reason.
+    """
 
     checked: int = 0
     different: int = 0
     stale: int = 0
     not_checked: int = 0
+    why_not: dict[str, int] = field(default_factory=dict)
     examples: list[Difference] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
         """As a JSON-able object."""
         return asdict(self)
 
-    def compare(self, s: Served, recomputed: tuple[str, Any]) -> None:
-        """Counts one value, and keeps it as an example when it is among the first that differ."""
+    def skip(self, reason: str, count: int = 1) -> None:
+        """Counts values that cannot be recomputed."""
+        if count:
+            self.not_checked += count
+            self.why_not[reason] = self.why_not.get(reason, 0) + count
+
+    def compare(self, s: Served, recomputed: tuple[str, Any], reason: str = "") -> None:
+        """Counts one value, and keeps it as an example when it is among the first that differ.
+
+        With a `reason` it is different whatever was recomputed.
+        """
         self.checked += 1
-        if s.status == recomputed[0] and same(s.value, recomputed[1]):
+        if not reason and s.status == recomputed[0] and same(s.value, recomputed[1]):
             return
         self.different += 1
         if len(self.examples) < _EXAMPLES:
             t = (EPOCH + s.t_us * MICROSECOND).isoformat()
-            self.examples.append(Difference(s.entity, s.feature, t, (s.status, s.value), recomputed))
+            self.examples.append(Difference(s.entity, s.feature, t, (s.status, s.value), recomputed, reason))
 
 
 def status_at(seen_us: int | None, t_us: int, ttl: timedelta) -> str:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from feature_store.consistency.parquet import in_micros, load_reads, not_after, place_of
 from feature_store.consistency.result import NULL_VALUE, OUTSIDE_MAX_AGE, PRESENT, Consistency, same, status_at
-from feature_store.consistency.served_log import Served, micros
+from feature_store.consistency.served_log import Served, after_t, micros
 from feature_store.point_in_time.engine import EngineSettings, connect, ident, reading
 from feature_store.point_in_time.source import file_path, open_source, require_same_kind, scanning
 from feature_store.point_in_time.types import as_declared
@@ -80,20 +80,21 @@ def check_rows(view: FeatureView, features: Mapping[str, list[Served]], offline_
     missing = ("NO SUCH ROW", None)
     for name, served in features.items():
         if name not in dtypes:
-            result.not_checked += len(served)
+            result.skip(f"no feature {view.name}:{name}", len(served))
             continue
         for s in served:
             event_us = micros(s.read["event_timestamp"]) if s.read.get("event_timestamp") else None
             status = status_at(event_us, s.t_us, ttl)
+            leak = after_t(s, "event_timestamp", "created")
             if status == PRESENT:
                 if s.record not in rows:
-                    result.compare(s, missing)
+                    result.compare(s, missing, leak)
                     continue
                 # Twins with the same times may differ: the served one must be among them.
                 values = [r[name] for r in rows[s.record]]
                 value = next((v for v in values if same(s.value, v)), values[0])
-                result.compare(s, (PRESENT if value is not None else NULL_VALUE, value))
+                result.compare(s, (PRESENT if value is not None else NULL_VALUE, value), leak)
             elif status == OUTSIDE_MAX_AGE and s.record not in rows:
-                result.compare(s, missing)
+                result.compare(s, missing, leak)
             else:
-                result.compare(s, (status, None))
+                result.compare(s, (status, None), leak)

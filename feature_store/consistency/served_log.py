@@ -56,6 +56,12 @@ def values_of(number: int, record: Mapping[str, Any]) -> Iterator[tuple[str, Ser
         raise not_served(record, e) from e
 
 
+def after_t(served: Served, *times: str) -> str:
+    """Which of the times that were read of the value's view is after t, in words; empty when none is."""
+    late = [name for name in times if served.read.get(name) and micros(served.read[name]) > served.t_us]
+    return ", ".join(f"{name} {served.read[name]} is after t" for name in late)
+
+
 def not_served(record: Mapping[str, Any], reason: Exception) -> DataError:
     """The error for a record that lacks something."""
     return DataError(f"not a record of the served log ({reason!r})", value=str(record)[:200])

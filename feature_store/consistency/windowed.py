@@ -1,14 +1,14 @@
-"""Windowed values recomputed from the event log by (t, offsets)."""
+"""Windowed values recomputed from the event log by (t, offsets); `stale` where the log had more by t than was served."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from feature_store.clock import MICROSECOND
+from feature_store.clock import MICROSECOND, from_micros
 from feature_store.consistency.parquet import in_micros, load_reads, place_of
 from feature_store.consistency.result import NULL_VALUE, PRESENT, Consistency, status_at
-from feature_store.consistency.served_log import Served
+from feature_store.consistency.served_log import Served, after_t
 from feature_store.event_log import HISTORY, STREAM
 from feature_store.point_in_time.engine import EngineSettings, connect, ident, reading
 from feature_store.point_in_time.source import ParquetSource, open_source, require_same_kind, scanning
@@ -38,17 +38,22 @@ def check_windowed(
         # What the reader had: all history, and of each partition the offsets up to the one it served from.
         had = "(l._partition < 0 OR l._offset <= r.offsets[l._partition])"
         with reading(source.label):
-            last_seen: dict[int, int] = dict(
-                con.execute(
-                    f"""SELECT r.id, max(l._us) FROM read AS r JOIN log AS l
-                    ON {on_key} AND {had} AND l._us <= r.t_us GROUP BY r.id"""
-                ).fetchall()
-            )
+            seen = con.execute(
+                f"""SELECT r.id,
+                    max(l._us) FILTER (WHERE {had}),
+                    count(*) FILTER (WHERE NOT coalesce({had}, false) AND l._visible_us <= r.t_us),
+                    max(l._visible_us) FILTER (WHERE {had} AND l._partition >= 0 AND l._visible_us > r.t_us)
+                FROM read AS r JOIN log AS l ON {on_key} AND l._us <= r.t_us GROUP BY r.id"""
+            ).fetchall()
+        last_seen = {i: us for i, us, _, _ in seen if us is not None}
+        stale = {i for i, _, missed, _ in seen if missed}
+        ahead = {i: f"an event visible at {from_micros(us).isoformat()} is after t" for i, *_, us in seen if us}
         for name, served in features.items():
             a = aggregates.get(name)
             if a is None:
-                result.not_checked += len(served)
+                result.skip(f"no aggregate {view.name}:{name}", len(served))
                 continue
+            result.stale += sum(s.record in stale for s in served)
             width = a.window // MICROSECOND
             what = "count(*)" if a.column is None else f"sum(l.{ident(a.column)})"
             where = ""
@@ -66,7 +71,8 @@ def check_windowed(
             for s in served:
                 status = status_at(last_seen.get(s.record), s.t_us, definition.ttl)
                 value = found.get(s.record, empty) if status == PRESENT else None
-                result.compare(s, (NULL_VALUE if status == PRESENT and value is None else status, value))
+                leak = after_t(s, "visible_at") or ahead.get(s.record, "")
+                result.compare(s, (NULL_VALUE if status == PRESENT and value is None else status, value), leak)
 
 
 def _load_log(con: duckdb.DuckDBPyConnection, source: ParquetSource, definition: WindowedView) -> None:

@@ -252,6 +252,7 @@ def test_error_statuses_and_unknown_views_are_counted_apart(offline, views):
     records[0]["features"]["plan"]["view"] = "gone"
     result = check(records, views, offline)
     assert (result.checked, result.different, result.not_checked) == (4, 0, 2)
+    assert result.why_not == {"status INVALID": 1, "no view gone": 1}
 
 
 def test_nothing_served_is_nothing_checked(offline, views):
@@ -345,3 +346,42 @@ def test_files_that_a_compaction_replaced_are_not_read(offline, views):
     served = record("C1", T, of_account(charges=99.0), of_behaviour(offsets={"-1": 2, "0": 12}))
     assert check([served], views, offline).different == 1
     assert check(RIGHT[:1], views, offline).different == 0
+
+
+@pytest.mark.parametrize("late", ["event_timestamp", "created"])
+def test_a_row_from_the_future_is_different_though_it_exists(offline, views, late):
+    """Serving gives the newest row whatever t: the row is there, its values are right, and t could not know it."""
+    at, created = (T + HOUR, T + HOUR) if late == "event_timestamp" else (T - DAY, T + HOUR)
+    write(offline / "account" / "future.parquet", pa.Table.from_pylist([account_row("C1", at, created, charges=7.0)]))
+    served = record("C1", T, of_account(charges=7.0, at=at, created=created), of_behaviour(offsets={"-1": 2, "0": 12}))
+    result = check([served], views, offline)
+    assert result.different == 3
+    assert f"{late} {(T + HOUR).isoformat()} is after t" in result.examples[0].reason
+    in_time = record(
+        "C1",
+        T + HOUR,
+        of_account(charges=7.0, at=at, created=created),
+        of_behaviour(total=24, tickets=2, offsets={"-1": 2, "0": 12}),
+    )
+    assert check([in_time], views, offline).different == 0
+
+
+def test_a_window_that_counts_an_event_before_it_was_visible_is_different(offline, views):
+    early = record("C1", T + HOUR, of_account(), of_behaviour(count=4, total=37, tickets=2, offsets={"0": 13}))
+    result = check([early], views, offline)
+    assert result.different == 3
+    assert "is after t" in result.examples[0].reason
+    state = record("C1", T, of_account(), of_behaviour(offsets={"0": 12}))
+    state["views"]["behaviour"]["visible_at"] = (T + HOUR).isoformat()
+    assert check([state], views, offline).different == 3
+
+
+def test_a_window_that_lacks_an_event_visible_by_t_is_stale(offline, views):
+    """Equal for its offsets, and not different; but the log had more by then, and that is said."""
+    behind = record("C1", T + 2 * HOUR, of_account(), of_behaviour(count=3, total=24, tickets=2, offsets={"0": 12}))
+    result = check([behind], views, offline)
+    assert (result.different, result.stale) == (0, 3)
+    never = record("C1", T, of_account(), of_behaviour(count=2, total=3, tickets=0))
+    never["features"] = {k: v for k, v in never["features"].items() if v["view"] == "behaviour"}
+    assert check([never], views, offline).stale == 3
+    assert check(RIGHT, views, offline).stale == 0
