@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from feature_store.clock import to_micros
-from feature_store.errors import DataError
+from feature_store.errors import DataError, PredictFlowError
 
 if TYPE_CHECKING:
     from feast import FeatureStore
@@ -24,9 +24,26 @@ class Proof:
     checked: int
     different: int
     stale: int
+    not_checked: int
     examples: list[str]
     lost_events: int
     dead_lettered: int
+
+    def failure(self, poison: int) -> PredictFlowError | None:
+        """Why the proof does not hold, None when it does; `poison`: malformed messages that were sent.
+
+        The demo waits for every event before it reads, so a stale value or one that cannot be checked is a fault too.
+        """
+        wrong = [self.different, self.stale, self.not_checked, self.lost_events]
+        if self.checked and not any(wrong) and self.dead_lettered == poison:
+            return None
+        return PredictFlowError(
+            f"the proof failed: {self.different} of {self.checked} values differ, {self.stale} stale, "
+            f"{self.not_checked} not checked, {self.lost_events} events lost, "
+            f"{self.dead_lettered} of {poison} malformed messages dead-lettered",
+            value=self.examples[0] if self.examples else None,
+            next_step="see .predictflow/logs, then `predictflow check`",
+        )
 
 
 def recompute(settings: Settings, store: FeatureStore, found: Findings) -> Proof:
@@ -49,6 +66,7 @@ def recompute(settings: Settings, store: FeatureStore, found: Findings) -> Proof
         checked=result.checked,
         different=result.different,
         stale=result.stale,
+        not_checked=result.not_checked,
         examples=[str(d) for d in result.examples],
         lost_events=lost_events(Path(settings.need("offline_path")), found),
         dead_lettered=found.dead_lettered,
