@@ -18,6 +18,7 @@ import numpy as np
 from feature_store.clock import ClockMode, from_micros, to_micros
 from feature_store.errors import DataError
 from feature_store.event_log import HISTORY, EventLog, log_files
+from feature_store.rewound import mark_rewound
 from feature_store.stream_view import log_directory
 from feature_store.window_store import Key, WindowStore, windowed_views
 from feature_store.windows.definition import WindowedView
@@ -59,13 +60,16 @@ def bootstrap(
     stream: StreamPlace | None = None,
     views: Sequence[str] = (),
     rewind: bool = False,
+    wall_clock: Callable[[], datetime] | None = None,
     advance: Callable[[int], None] | None = None,
 ) -> list[Bootstrapped]:
     """Writes the state of every entity as known by `known_by` (UTC, inclusive), for `views` (default: all).
 
     All views of a topic go together, since one consumer group feeds them. The group starts at the topic's end, or where
     the stream's log ends. `rewind` first forgets what the stream logged after `known_by` and deletes the views' online
-    rows; without it, such rows are a DataError. Under `replay` the clock is set to `known_by` (rewind) or moved on to it.
+    rows; without it, such rows are a DataError. When it was is kept beside the log, by `wall_clock`: the check leaves out
+    what was served before (without a clock nothing is kept, and the check would call that different).
+    Under `replay` the clock is set to `known_by` (rewind) or moved on to it.
     Stop sync first. Safe to repeat, also after a kill. `advance` is told of entities written.
 
     Raises DataError: no history, or rows later than `known_by`; NotFoundError: unknown view; UnavailableError: servers.
@@ -92,6 +96,8 @@ def bootstrap(
         online = WindowStore(store, view)
         forgotten = 0
         if rewind:
+            if wall_clock is not None:
+                mark_rewound(directory, wall_clock())
             online.delete()
             forgotten = event_log.rewind(known_by_us)
         states, events = states_of(definition, log_files(directory), known_by_us)
@@ -109,6 +115,10 @@ def bootstrap(
         if clock == "replay":
             (online.set_clock if rewind else online.advance_clock)(known_by_us)
         done.append(Bootstrapped(view.name, known_by, len(states), events, forgotten, starts))
+    if rewind and wall_clock is not None:
+        # Again at the end: until now a server that runs meanwhile found rows missing.
+        for directory in directories.values():
+            mark_rewound(directory, wall_clock())
     for topic in ends:
         of_topic = [b.starts for b, (_, d) in zip(done, chosen) if d.topic == topic]
         commit_group(config, stream.group, topic, {p: min(s[p] for s in of_topic) for p in ends[topic]})  # type: ignore[union-attr]

@@ -1,4 +1,4 @@
-"""Commands of the stream: `sync`, `windows`, `dlq` and `check`."""
+"""Commands of the stream: `sync`, `windows` and `dlq`."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import json
 import os
 import signal
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import click
 
-from feature_store.errors import DataError, UsageError
+from feature_store.errors import UsageError
+from predictflow.times import parse_time
 
 
 @click.command()
@@ -68,7 +68,7 @@ def bootstrap(views: tuple[str, ...], known_by: str | None, group: str, rewind: 
     settings = Settings.from_environ(os.environ)
     if known_by is None and settings.clock == "replay":
         raise UsageError("under the replay clock, say until when history is known", next_step="pass --known-by TIME")
-    at = datetime.now(UTC) if known_by is None else _time("--known-by", known_by)
+    at = datetime.now(UTC) if known_by is None else parse_time("--known-by", known_by)
     place = StreamPlace(settings.need("kafka_bootstrap_servers"), group)
     with progress("bootstrap", unit="entities") as advance:
         done = run(
@@ -79,6 +79,7 @@ def bootstrap(views: tuple[str, ...], known_by: str | None, group: str, rewind: 
             stream=place,
             views=views,
             rewind=rewind,
+            wall_clock=lambda: datetime.now(UTC),
             advance=advance,
         )
     for b in done:
@@ -149,50 +150,8 @@ def list_letters(topic: str | None, as_json: bool) -> None:
         click.echo(f"{count} dead letter(s) of {', '.join(topics)}")
 
 
-@click.command()
-@click.option(
-    "--served-file", type=click.Path(path_type=Path), default=None, help="Served log as JSONL, not the topic."
-)
-@click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object.")
-def check(served_file: Path | None, as_json: bool) -> None:
-    """Recompute every served value from the offline store; exit 1 when any differs."""
-    from feature_store import consistency
-    from predictflow.settings import Settings
-    from predictflow.wiring import feast_store
-
-    settings = Settings.from_environ(os.environ)
-    store = feast_store(settings)
-    if served_file is not None:
-        records = consistency.read_served_file(served_file)
-    else:
-        records = consistency.read_served(settings.need("kafka_bootstrap_servers"), settings.served_topic)
-    result = consistency.check(records, store.list_feature_views(), settings.need("offline_path"))
-    if result.checked == 0:
-        raise DataError("nothing was checked: the served log is empty", value=str(served_file or settings.served_topic))
-    if as_json:
-        click.echo(json.dumps(result.as_dict(), default=str))
-    else:
-        click.echo(
-            f"checked {result.checked:,}, different {result.different:,}, stale {result.stale:,}"
-            + (f", not checked {result.not_checked:,}" if result.not_checked else "")
-        )
-        for d in result.examples:
-            entity = ", ".join(f"{k}={v}" for k, v in d.entity.items())
-            click.echo(f"  {entity} {d.feature} at {d.t}: served {d.served}, recomputed {d.recomputed}")
-    if result.different:
-        raise click.exceptions.Exit(1)
-
-
-def _time(option: str, text: str) -> datetime:
-    try:
-        t = datetime.fromisoformat(text)
-    except ValueError as e:
-        raise UsageError(f"{option} is not an ISO 8601 time", value=text, next_step="2026-01-31T00:00:00Z") from e
-    return t.replace(tzinfo=t.tzinfo or UTC)
-
-
 def _shown(data: bytes | None) -> str | None:
     return None if data is None else data.decode("utf-8", "backslashreplace")
 
 
-COMMANDS = [sync, windows, dlq, check]
+COMMANDS = [sync, windows, dlq]

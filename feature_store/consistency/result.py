@@ -38,7 +38,7 @@ class Consistency:
     """Counts of served values.
 
     `stale`: right for what had been written, while more was known by t. `not_checked`: what could not be recomputed,
-    and `why_not` how many for which reason.
+    and `why_not` how many for which reason. `left_out`: records that are older than what is checked.
     """
 
     checked: int = 0
@@ -46,6 +46,7 @@ class Consistency:
     stale: int = 0
     not_checked: int = 0
     why_not: dict[str, int] = field(default_factory=dict)
+    left_out: int = 0
     examples: list[Difference] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:

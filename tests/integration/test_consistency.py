@@ -10,8 +10,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from feature_store.consistency import check, read_served, read_served_file
+from feature_store.consistency import check, read_served, read_served_file, served_since
 from feature_store.errors import DataError, NotFoundError
+from feature_store.rewound import mark_rewound
 from feature_store.windows import Aggregate, Where, windowed_feature_view
 
 T = datetime(2024, 3, 1, tzinfo=UTC)
@@ -385,3 +386,21 @@ def test_a_window_that_lacks_an_event_visible_by_t_is_stale(offline, views):
     never["features"] = {k: v for k, v in never["features"].items() if v["view"] == "behaviour"}
     assert check([never], views, offline).stale == 3
     assert check(RIGHT, views, offline).stale == 0
+
+
+def test_what_was_served_before_a_rewind_is_left_out_and_counted(offline, views):
+    rewind = datetime(2026, 1, 1, tzinfo=UTC)
+    before = {**RIGHT[0], "served_at": (rewind - HOUR).isoformat()}
+    after = {**RIGHT[1], "served_at": rewind.isoformat()}
+    row_view_only = {**before, "views": {"account": before["views"]["account"]}}
+    records = [before, after, row_view_only]
+    assert served_since(records, views, str(offline)) == (records, 0)
+    mark_rewound(offline / "events", rewind)
+    assert served_since(records, views, str(offline)) == ([after, row_view_only], 1)
+    assert served_since(records, views, str(offline), rewind + HOUR) == ([], 3)
+    assert served_since(records, views, str(offline), rewind - DAY) == (records, 0)
+    with pytest.raises(DataError, match="served_at"):
+        served_since(RIGHT[:1], views, str(offline))
+    (offline / "events" / "_rewound.json").write_text("{}")
+    with pytest.raises(DataError, match="last rewind"):
+        served_since(records, views, str(offline))
