@@ -27,12 +27,14 @@ if TYPE_CHECKING:
     metavar="TIME",
     help="Check what was served from then on (ISO 8601, wall clock); default: since the last `windows bootstrap --rewind`.",
 )
+@click.option("--no-predictions", is_flag=True, help="Leave predicted probabilities unchecked, without MLflow.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object.")
-def check(served_file: Path | None, since: str | None, as_json: bool) -> None:
-    """Recompute every served value from the offline store; exit 1 when any differs."""
+def check(served_file: Path | None, since: str | None, no_predictions: bool, as_json: bool) -> None:
+    """Recompute every served value from the offline store, and every prediction; exit 1 when any differs."""
     from feature_store import consistency
+    from predictflow import predictions
     from predictflow.settings import Settings
-    from predictflow.wiring import feast_store
+    from predictflow.wiring import feast_store, model_tracker
 
     start: datetime | None = None if since is None else parse_time("--since", since)
     settings = Settings.from_environ(os.environ)
@@ -46,6 +48,10 @@ def check(served_file: Path | None, since: str | None, as_json: bool) -> None:
     records, older = consistency.served_since(served, views, offline, start)
     result = consistency.check(records, views, offline)
     result.left_out = older
+    if no_predictions:
+        predictions.no_predictions(records, result, "predictions, by --no-predictions")
+    elif any(r.get("probability") is not None for r in records):
+        predictions.check_predictions(records, views, predictions.mlflow_models(model_tracker(settings)), result)
     if result.checked == 0:
         raise _nothing_checked(result, str(served_file or settings.served_topic))
     if as_json:

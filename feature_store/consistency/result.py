@@ -64,13 +64,18 @@ class Consistency:
 
         With a `reason` it is different whatever was recomputed.
         """
+        t = (EPOCH + s.t_us * MICROSECOND).isoformat()
+        equal = not reason and s.status == recomputed[0] and same(s.value, recomputed[1])
+        self.count(Difference(s.entity, s.feature, t, (s.status, s.value), recomputed, reason), equal=equal)
+
+    def count(self, compared: Difference, *, equal: bool) -> None:
+        """Counts one comparison, whoever made it."""
         self.checked += 1
-        if not reason and s.status == recomputed[0] and same(s.value, recomputed[1]):
+        if equal:
             return
         self.different += 1
         if len(self.examples) < _EXAMPLES:
-            t = (EPOCH + s.t_us * MICROSECOND).isoformat()
-            self.examples.append(Difference(s.entity, s.feature, t, (s.status, s.value), recomputed, reason))
+            self.examples.append(compared)
 
 
 def status_at(seen_us: int | None, t_us: int, ttl: timedelta) -> str:

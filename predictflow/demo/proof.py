@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Proof:
-    """What the recomputation found. `checked` counts values: one feature of one served row."""
+    """What the recomputation found. `checked` counts values: a feature, or the prediction, of one served row."""
 
     checked: int
     different: int
@@ -52,6 +52,8 @@ def recompute(settings: Settings, store: FeatureStore, found: Findings) -> Proof
     DataError when a read was not logged.
     """
     from feature_store.consistency import check, read_served
+    from predictflow.predictions import check_predictions, mlflow_models
+    from predictflow.wiring import model_tracker
 
     topic = settings.served_topic
     wanted = set(found.served)
@@ -61,7 +63,9 @@ def recompute(settings: Settings, store: FeatureStore, found: Findings) -> Proof
         raise DataError(
             "reads that the served log lacks", value=sorted(missing)[0], next_step="see .predictflow/logs/serve.log"
         )
-    result = check(records, store.list_feature_views(), settings.need("offline_path"))
+    views = store.list_feature_views()
+    result = check(records, views, settings.need("offline_path"))
+    check_predictions(records, views, mlflow_models(model_tracker(settings)), result)
     return Proof(
         checked=result.checked,
         different=result.different,
