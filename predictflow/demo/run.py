@@ -125,7 +125,7 @@ def run(settings: Settings, options: Options) -> dict[str, Any]:
 
 def _dataset(options: Options) -> tuple[str, dict[str, Any]]:
     """The data set's name and the pipeline's parameters."""
-    from predictflow.sources.base import SourceOptions
+    from predictflow.sources.base import InputCheck, SourceOptions
     from predictflow.sources.registry import choose
 
     given: dict[str, Any] = {"customers": options.customers, "days": options.days, "seed": options.seed}
@@ -134,6 +134,8 @@ def _dataset(options: Options) -> tuple[str, dict[str, Any]]:
             raise NotFoundError("no such data file", value=str(options.path))
         given = {"path": options.path.absolute()}
     adapter = choose(None, options.path)(SourceOptions(**given))
+    if isinstance(adapter, InputCheck):
+        adapter.check_input()  # what the last demo left running is stopped next
     params = {name: str(value) if isinstance(value, Path) else value for name, value in given.items()}
     return adapter.name, {"data": {"source": adapter.name, **params}}
 
