@@ -18,6 +18,7 @@ from feature_store.bootstrap_plan import Start, StreamPlace, plan_bootstrap, ref
 from feature_store.clock import ClockMode, from_micros, to_micros
 from feature_store.erasure_list import ErasureList, not_erased
 from feature_store.event_log import EventLog, log_files
+from feature_store.rewound import mark_rewound
 from feature_store.stream_view import log_directory
 from feature_store.topic_record import TopicRecord, write_record
 from feature_store.window_store import Key, WindowStore
@@ -53,6 +54,7 @@ def bootstrap(
     views: Sequence[str] = (),
     rewind: bool = False,
     start: Start = "known_by",
+    wall_clock: Callable[[], datetime] | None = None,
     advance: Callable[[int], None] | None = None,
 ) -> list[Bootstrapped]:
     """Writes the state of every entity as known by `known_by` (UTC, inclusive), for `views` (default: all).
@@ -60,8 +62,10 @@ def bootstrap(
     All views of a topic go together, since one consumer group feeds them. The group starts where the stream's log ends;
     without one, at the first message known after history's newest event; or (`start`) at the topic's end. `rewind` first
     forgets what the stream logged after `known_by` and deletes the views' online rows; without it, such rows are a
-    DataError. Under `replay` the clock is set to `known_by` (rewind) or moved on to it. Safe to repeat, also after a kill.
-    `plan_bootstrap` tells beforehand. `advance` is told of entities written.
+    DataError. When it was is kept beside the log, by `wall_clock`: the check leaves out what was served before (without a
+    clock nothing is kept, and the check would call that different). Under `replay` the clock is set to `known_by` (rewind)
+    or moved on to it. Safe to repeat, also after a kill. `plan_bootstrap` tells beforehand. `advance` is told of entities
+    written.
 
     Raises what `plan_bootstrap` raises, before anything is changed; UnavailableError: servers.
     """
@@ -83,6 +87,8 @@ def bootstrap(
         event_log = EventLog(log_directory(offline_path, view), definition.topic)
         online = WindowStore(store, view)
         if rewind:
+            if wall_clock is not None:
+                mark_rewound(event_log.directory.parent, wall_clock())
             online.delete()
             event_log.rewind(known_by_us, plan.topic_id)
         listed = [(k, k, erasures.digests_of(k)) for k in definition.entity_key]
@@ -99,6 +105,10 @@ def bootstrap(
         if stream:
             write_record(event_log, TopicRecord(definition.topic, plan.topic_id, len(plan.starts)))
         done.append(Bootstrapped(view.name, known_by, len(states), events, plan.forgotten, dict(plan.starts)))
+    if rewind and wall_clock is not None:
+        # Again at the end: until now a server that runs meanwhile found rows missing.
+        for view, _ in chosen:
+            mark_rewound(log_directory(offline_path, view).parent, wall_clock())
     if stream:
         for topic in {d.topic for _, d in chosen}:
             of_topic = [b.starts for b, (_, d) in zip(done, chosen) if d.topic == topic]

@@ -28,7 +28,7 @@ MODULES = {
     "train": "cli_training",
     "promote": "cli_training",
     "serve": "cli_serve",
-    "check": "cli_stream",
+    "check": "cli_check",
     "features": "cli_registry",
     "lineage": "cli_registry",
     "migrate": "cli_registry",

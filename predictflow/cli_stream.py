@@ -1,4 +1,4 @@
-"""Commands of the stream: `sync`, `windows`, `dlq` and `check`."""
+"""Commands of the stream: `sync`, `windows` and `dlq`."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import os
 import signal
 from collections.abc import Mapping
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from feature_store.errors import DataError, UsageError
+from feature_store.errors import UsageError
+from predictflow.times import parse_time
 
 if TYPE_CHECKING:
     from feature_store.bootstrap_plan import BootstrapPlan
@@ -83,7 +83,7 @@ def bootstrap(
     settings = Settings.from_environ(os.environ)
     if known_by is None and settings.clock == "replay":
         raise UsageError("under the replay clock, say until when history is known", next_step="pass --known-by TIME")
-    at = datetime.now(UTC) if known_by is None else _time("--known-by", known_by)
+    at = datetime.now(UTC) if known_by is None else parse_time("--known-by", known_by)
     store, offline = feast_store(settings), settings.need("offline_path")
     group = group or default_group(store.project)
     place = StreamPlace(settings.need("kafka_bootstrap_servers"), group)
@@ -102,6 +102,7 @@ def bootstrap(
             stream=place,
             views=views,
             rewind=rewind,
+            wall_clock=lambda: datetime.now(UTC),
             advance=advance,
         )
     for b in done:
@@ -188,50 +189,8 @@ def list_letters(topic: str | None, as_json: bool) -> None:
         click.echo(f"{count} dead letter(s) of {', '.join(topics)}")
 
 
-@click.command()
-@click.option(
-    "--served-file", type=click.Path(path_type=Path), default=None, help="Served log as JSONL, not the topic."
-)
-@click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object.")
-def check(served_file: Path | None, as_json: bool) -> None:
-    """Recompute every served value from the offline store; exit 1 when any differs."""
-    from feature_store import consistency
-    from predictflow.settings import Settings
-    from predictflow.wiring import feast_store
-
-    settings = Settings.from_environ(os.environ)
-    store = feast_store(settings)
-    if served_file is not None:
-        records = consistency.read_served_file(served_file)
-    else:
-        records = consistency.read_served(settings.need("kafka_bootstrap_servers"), settings.served_topic)
-    result = consistency.check(records, store.list_feature_views(), settings.need("offline_path"))
-    if result.checked == 0:
-        raise DataError("nothing was checked: the served log is empty", value=str(served_file or settings.served_topic))
-    if as_json:
-        click.echo(json.dumps(result.as_dict(), default=str))
-    else:
-        click.echo(
-            f"checked {result.checked:,}, different {result.different:,}, stale {result.stale:,}"
-            + (f", not checked {result.not_checked:,}" if result.not_checked else "")
-        )
-        for d in result.examples:
-            entity = ", ".join(f"{k}={v}" for k, v in d.entity.items())
-            click.echo(f"  {entity} {d.feature} at {d.t}: served {d.served}, recomputed {d.recomputed}")
-    if result.different:
-        raise click.exceptions.Exit(1)
-
-
-def _time(option: str, text: str) -> datetime:
-    try:
-        t = datetime.fromisoformat(text)
-    except ValueError as e:
-        raise UsageError(f"{option} is not an ISO 8601 time", value=text, next_step="2026-01-31T00:00:00Z") from e
-    return t.replace(tzinfo=t.tzinfo or UTC)
-
-
 def _shown(data: bytes | None) -> str | None:
     return None if data is None else data.decode("utf-8", "backslashreplace")
 
 
-COMMANDS = [sync, windows, dlq, check]
+COMMANDS = [sync, windows, dlq]

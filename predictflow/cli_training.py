@@ -11,7 +11,6 @@ import click
 
 from predictflow.settings import Settings
 from training.model import TrainParams
-from training.tracking import Tracker
 
 DEFAULT = TrainParams()
 DIRECTORY = click.Path(path_type=Path, file_okay=False)
@@ -61,11 +60,11 @@ def dataset(raw: Path, out: Path, service: str, offline: str | None) -> None:
 @click.option("--seed", type=int, default=DEFAULT.seed, show_default=True, help="Seed of the model.")
 def train(training: Path, raw: Path, out: Path, held_out: float, knots: int, regularisation: float, seed: int) -> None:
     """Train on point-in-time features (and on leaky ones, for comparison), track both, register the first as champion."""
-    settings = Settings.from_environ()
-    tracker = _tracker(settings)
-    from predictflow.wiring import feature_registry
+    from predictflow.wiring import feature_registry, model_tracker
     from training.train import train as run_training
 
+    settings = Settings.from_environ()
+    tracker = model_tracker(settings)
     metrics = run_training(
         training,
         raw,
@@ -87,21 +86,13 @@ def train(training: Path, raw: Path, out: Path, held_out: float, knots: int, reg
 @click.option("--force", is_flag=True, help="Even when its AUC on held-out customers is below the champion's.")
 def promote(version: str, force: bool) -> None:
     """Make VERSION of the registered model the champion, if it is not worse than the present one."""
+    from predictflow.wiring import model_tracker
     from training.promote import promote as run_promotion
 
-    tracker = _tracker(Settings.from_environ())
+    tracker = model_tracker(Settings.from_environ())
     done = run_promotion(tracker, version, force)
     was = "there was none" if done.before is None else f"it was version {done.before}"
     click.echo(f"{tracker.model} version {done.after} is champion; {was}")
-
-
-def _tracker(settings: Settings) -> Tracker:
-    from predictflow.local import mlflow_database, processes
-
-    uri = settings.need("mlflow_tracking_uri")
-    if processes.find(mlflow_database.NAME, settings.home) is not None:  # `up` still prepares the database
-        mlflow_database.wait_for_mlflow(settings.home, uri)
-    return Tracker(uri, settings.home / "mlartifacts")
 
 
 def _git_commit(repo: Path) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Where real adapters are made from settings: the Feast store, the registry, Redis. Nothing else connects."""
+"""Where real adapters are made from settings: the Feast store, the registry, MLflow. Nothing else connects."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from feast import FeatureStore
 
     from feature_store.registry import FeatureRegistry
+    from training.tracking import Tracker
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +40,17 @@ def feature_registry(settings: Settings) -> FeatureRegistry:
     from predictflow.project import project_name
 
     return FeatureRegistry(settings.need("postgres_url"), project_name(settings.repo))
+
+
+def model_tracker(settings: Settings) -> Tracker:
+    """MLflow at MLFLOW_TRACKING_URI; it connects on first use, after `up` has finished with its database."""
+    from predictflow.local import mlflow_database, processes
+    from training.tracking import Tracker
+
+    uri = settings.need("mlflow_tracking_uri")
+    if processes.find(mlflow_database.NAME, settings.home) is not None:  # `up` still prepares the database
+        mlflow_database.wait_for_mlflow(settings.home, uri)
+    return Tracker(uri, settings.home / "mlartifacts")
 
 
 def run_id(kind: str, content: str) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from feature_store.clock import to_micros
-from feature_store.errors import DataError
+from feature_store.errors import DataError, PredictFlowError
 
 if TYPE_CHECKING:
     from feast import FeatureStore
@@ -19,14 +19,31 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Proof:
-    """What the recomputation found. `checked` counts values: one feature of one served row."""
+    """What the recomputation found. `checked` counts values: a feature, or the prediction, of one served row."""
 
     checked: int
     different: int
     stale: int
+    not_checked: int
     examples: list[str]
     lost_events: int
     dead_lettered: int
+
+    def failure(self, poison: int) -> PredictFlowError | None:
+        """Why the proof does not hold, None when it does; `poison`: malformed messages that were sent.
+
+        The demo waits for every event before it reads, so a stale value or one that cannot be checked is a fault too.
+        """
+        wrong = [self.different, self.stale, self.not_checked, self.lost_events]
+        if self.checked and not any(wrong) and self.dead_lettered == poison:
+            return None
+        return PredictFlowError(
+            f"the proof failed: {self.different} of {self.checked} values differ, {self.stale} stale, "
+            f"{self.not_checked} not checked, {self.lost_events} events lost, "
+            f"{self.dead_lettered} of {poison} malformed messages dead-lettered",
+            value=self.examples[0] if self.examples else None,
+            next_step="see .predictflow/logs, then `predictflow check`",
+        )
 
 
 def recompute(settings: Settings, store: FeatureStore, found: Findings) -> Proof:
@@ -35,6 +52,8 @@ def recompute(settings: Settings, store: FeatureStore, found: Findings) -> Proof
     DataError when a read was not logged.
     """
     from feature_store.consistency import check, read_served
+    from predictflow.predictions import check_predictions, mlflow_models
+    from predictflow.wiring import model_tracker
 
     topic = settings.served_topic
     wanted = set(found.served)
@@ -44,11 +63,14 @@ def recompute(settings: Settings, store: FeatureStore, found: Findings) -> Proof
         raise DataError(
             "reads that the served log lacks", value=sorted(missing)[0], next_step="see .predictflow/logs/serve.log"
         )
-    result = check(records, store.list_feature_views(), settings.need("offline_path"))
+    views = store.list_feature_views()
+    result = check(records, views, settings.need("offline_path"))
+    check_predictions(records, views, mlflow_models(model_tracker(settings)), result)
     return Proof(
         checked=result.checked,
         different=result.different,
         stale=result.stale,
+        not_checked=result.not_checked,
         examples=[str(d) for d in result.examples],
         lost_events=lost_events(Path(settings.need("offline_path")), found),
         dead_lettered=found.dead_lettered,

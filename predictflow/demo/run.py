@@ -13,7 +13,7 @@ from typing import Any
 
 import click
 
-from feature_store.errors import NotFoundError, PredictFlowError
+from feature_store.errors import NotFoundError
 from feature_store.topic import client_config, end_offsets, ensure_topic
 from predictflow.demo import stage
 from predictflow.demo.live import Applied, EventProducer, Findings, Rest, live_events, run_live
@@ -82,7 +82,8 @@ def run(settings: Settings, options: Options) -> dict[str, Any]:
     with steps("proof", "Recompute what was served, from the event log and Parquet") as say:
         proof = recompute(settings, store, found)
         say(
-            f"{proof.checked:,} served values checked, {proof.different} differ; {len(found.sent):,} events sent, {proof.lost_events} lost"
+            f"{proof.checked:,} served values checked, {proof.different} differ, {proof.stale} stale, "
+            f"{proof.not_checked} not checked; {len(found.sent):,} events sent, {proof.lost_events} lost"
         )
         say(f"{proof.dead_lettered} of {found.poison} malformed messages in the dead-letter topic")
     summary = {
@@ -116,19 +117,15 @@ def run(settings: Settings, options: Options) -> dict[str, Any]:
     }
     page = write_report(settings.home / "report", summary, detail)
     _print_end(summary, addresses, page)
-    if proof.different or proof.lost_events or proof.dead_lettered != found.poison:
-        raise PredictFlowError(
-            f"the proof failed: {proof.different} of {proof.checked} values differ, {proof.lost_events} events lost, "
-            f"{proof.dead_lettered} of {found.poison} malformed messages dead-lettered",
-            value=proof.examples[0] if proof.examples else None,
-            next_step="see .predictflow/logs, then `predictflow check`",
-        )
+    failure = proof.failure(found.poison)
+    if failure:
+        raise failure
     return summary
 
 
 def _dataset(options: Options) -> tuple[str, dict[str, Any]]:
     """The data set's name and the pipeline's parameters."""
-    from predictflow.sources.base import SourceOptions
+    from predictflow.sources.base import InputCheck, SourceOptions
     from predictflow.sources.registry import choose
 
     given: dict[str, Any] = {"customers": options.customers, "days": options.days, "seed": options.seed}
@@ -137,6 +134,8 @@ def _dataset(options: Options) -> tuple[str, dict[str, Any]]:
             raise NotFoundError("no such data file", value=str(options.path))
         given = {"path": options.path.absolute()}
     adapter = choose(None, options.path)(SourceOptions(**given))
+    if isinstance(adapter, InputCheck):
+        adapter.check_input()  # what the last demo left running is stopped next
     params = {name: str(value) if isinstance(value, Path) else value for name, value in given.items()}
     return adapter.name, {"data": {"source": adapter.name, **params}}
 

@@ -12,7 +12,7 @@ import sys
 import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -107,7 +107,17 @@ def fill_online_store(settings: Settings, store: FeatureStore, cut: datetime, sa
     place = StreamPlace(settings.need("kafka_bootstrap_servers"), group_of(settings))
     offline = settings.need("offline_path")
     # From the topic's end: this run sends again what an earlier demo sent.
-    for done in bootstrap(store, offline, cut, clock="replay", stream=place, rewind=True, start="end"):
+    begun = bootstrap(
+        store,
+        offline,
+        cut,
+        clock="replay",
+        stream=place,
+        rewind=True,
+        start="end",
+        wall_clock=lambda: datetime.now(UTC),
+    )
+    for done in begun:
         say(f"{done.view}: state of {done.entities:,} customers from {done.events:,} events known by {cut:%Y-%m-%d}")
     with _quiet():
         # Rows of an earlier demo may be newer than this one's, and the newest would win.

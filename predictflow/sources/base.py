@@ -6,7 +6,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from feature_store.errors import UsageError
 from predictflow.progress import Advance
@@ -56,4 +56,13 @@ class DataSource(Protocol):
         randomness. Raises NotFoundError or DataError for input that cannot be used as a whole; single bad lines go
         to the rejects.
         """
+        ...
+
+
+@runtime_checkable
+class InputCheck(Protocol):
+    """A source that can tell early whether its input is of its kind, before anything is started or replaced."""
+
+    def check_input(self) -> None:
+        """Reads no more than the start of the input. Raises what `write` would for input of another kind."""
         ...

@@ -59,10 +59,7 @@ def read_invoice_lines(path: Path, rejects: Rejects, advance: Advance) -> Invoic
     """
     accepted = InvoiceLines([], [], [], [], [], [])
     with _opened(path) as (file, position):
-        header = file.readline()
-        if not header.strip():
-            raise DataError("the file is empty", value=str(path))
-        parse = _LineParser(_text(header.removeprefix(b"\xef\xbb\xbf")), path)
+        parse = _parser(file, path)
         reported = 0
         for number, raw in enumerate(file, start=2):
             line = _text(raw)
@@ -86,6 +83,19 @@ def read_invoice_lines(path: Path, rejects: Rejects, advance: Advance) -> Invoic
         counted = ", ".join(f"{reason}: {n}" for reason, n in rejects.by_reason.most_common()) or "no line at all"
         raise DataError(f"no acceptable line in the file ({counted})", value=str(path))
     return accepted
+
+
+def check_header(path: Path) -> None:
+    """Reads the header line only; raises as `read_invoice_lines` does for a file that is not one of invoice lines."""
+    with _opened(path) as (file, _):
+        _parser(file, path)
+
+
+def _parser(file: BinaryIO, path: Path) -> _LineParser:
+    header = file.readline()
+    if not header.strip():
+        raise DataError("the file is empty", value=str(path))
+    return _LineParser(_text(header.removeprefix(b"\xef\xbb\xbf")), path)
 
 
 @contextmanager

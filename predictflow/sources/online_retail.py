@@ -16,7 +16,7 @@ import pyarrow as pa
 from feature_store.clock import from_micros, to_micros
 from feature_store.errors import UsageError
 from predictflow.sources.base import Progress, SourceOptions
-from predictflow.sources.invoice_lines import InvoiceLines, read_invoice_lines
+from predictflow.sources.invoice_lines import InvoiceLines, check_header, read_invoice_lines
 from predictflow.sources.raw import Rejects, Summary, write_table
 from predictflow.sources.schedule import schedule
 
@@ -49,6 +49,10 @@ class OnlineRetail:
     def accepts(cls, path: Path) -> bool:
         """A name that ends in .csv or .csv.gz."""
         return path.name.lower().endswith((".csv", ".csv.gz"))
+
+    def check_input(self) -> None:
+        """Whether the file's header is that of invoice lines; errors as for `write`."""
+        check_header(self.path)
 
     def write(self, raw_dir: Path, progress: Progress) -> Summary:
         """Reads and writes; safe to run again. Errors: see `read_invoice_lines`; DataError for too short a period."""

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import duckdb
 import pytest
 
 ROOT = Path(__file__).parents[2]
@@ -77,6 +78,7 @@ def _holds(summary: dict[str, Any]) -> None:
     """What the issue asks of every run."""
     assert summary["consistency"]["checked"] >= 1000
     assert summary["consistency"]["different"] == 0
+    assert summary["consistency"]["stale"] == 0  # every read waits for what was sent
     assert summary["consistency"]["lost_events"] == 0
     assert summary["consistency"]["dead_lettered"] == 2
     assert summary["consistency"]["reads_ahead"] > 0
@@ -172,14 +174,44 @@ def test_the_demo_on_real_data(checkout: Checkout, first_run: tuple[str, dict[st
     assert summary["rows"]["rejected"] >= dirty
 
 
-def test_bad_input_is_one_clear_line_and_leaves_the_last_run_alone(checkout: Checkout, tmp_path: Path) -> None:
+def test_bad_input_is_one_clear_line_and_leaves_the_last_run_alone(
+    checkout: Checkout, first_run: tuple[str, dict[str, Any]], tmp_path: Path
+) -> None:
     wrong = tmp_path / "wrong.csv"
     wrong.write_text("a,b\n1,2\n")
+    before, served = _artefacts(checkout), _served_now(checkout)
+    assert any("report" in name for name in before)
+    assert any("offline" in name for name in before)
+    assert any("model" in name for name in before)
     for given, said in ((tmp_path / "none.csv", "no such data file"), (wrong, "InvoiceNo")):
         done = checkout.run(f".venv/bin/predictflow demo --data {given}")
         assert done.returncode in (1, 2)
         assert said in done.stderr
         assert "Traceback" not in done.stderr
+        assert _artefacts(checkout) == before
+        assert _served_now(checkout) == served
+
+
+def _artefacts(checkout: Checkout) -> dict[str, tuple[int, int]]:
+    """Size and mtime of what a run leaves, by name: the report, and raw data, features, training set and model."""
+    places = [checkout.home / "report", *(w / "work" for w in checkout.home.iterdir() if (w / "work").is_dir())]
+    files = [p for place in places for p in place.rglob("*") if p.is_file()]
+    return {str(p.relative_to(checkout.home)): (p.stat().st_size, p.stat().st_mtime_ns) for p in files}
+
+
+def _served_now(checkout: Checkout) -> list[dict[str, Any]]:
+    """Predictions of the server that the last run left running, for customers of the last run."""
+    keys = duckdb.execute(
+        "SELECT DISTINCT customer_id FROM read_parquet(?) ORDER BY ALL LIMIT 5",
+        [str(checkout.home / checkout.summary()["dataset"] / "work" / "raw" / "accounts.parquet")],
+    ).fetchall()
+    body = json.dumps({"entities": {"customer_id": [k for (k,) in keys]}})
+    url = f"{checkout.summary()['rest_url']}/api/v1/predict/churn-predictor"
+    done = checkout.run(f"curl -sf --noproxy '*' {url} -H 'Content-Type: application/json' -d '{body}'")
+    assert done.returncode == 0, done.stderr
+    predictions: list[dict[str, Any]] = json.loads(done.stdout)["predictions"]
+    assert len(predictions) == len(keys) > 0
+    return predictions
 
 
 def _sample(source: Path, target: Path, every: int) -> tuple[int, int]:

@@ -123,6 +123,7 @@ class Project:
             read = row.views["customer_behavior"]
             records.append(
                 {
+                    "served_at": datetime.now(UTC).isoformat(),
                     "t": rows.t.isoformat(),
                     "entity": row.entity,
                     "features": {

@@ -10,8 +10,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from feature_store.consistency import check, read_served, read_served_file
+from feature_store.consistency import check, read_served, read_served_file, served_since
 from feature_store.errors import DataError, NotFoundError
+from feature_store.rewound import mark_rewound
 from feature_store.windows import Aggregate, Where, windowed_feature_view
 
 T = datetime(2024, 3, 1, tzinfo=UTC)
@@ -252,6 +253,7 @@ def test_error_statuses_and_unknown_views_are_counted_apart(offline, views):
     records[0]["features"]["plan"]["view"] = "gone"
     result = check(records, views, offline)
     assert (result.checked, result.different, result.not_checked) == (4, 0, 2)
+    assert result.why_not == {"status INVALID": 1, "no view gone": 1}
 
 
 def test_nothing_served_is_nothing_checked(offline, views):
@@ -281,3 +283,124 @@ def test_the_served_log_is_read_from_its_topic_up_to_its_end(kafka_bootstrap, to
         producer.produce(topic, key=str(i), value=json.dumps(r))
     assert producer.flush(30) == 0
     assert list(read_served(kafka_bootstrap, topic)) == RIGHT
+
+
+@pytest.mark.parametrize("view", ["account", "events/history", "events/stream"])
+@pytest.mark.parametrize("unit", ["s", "ms", "ns"])
+def test_times_of_any_unit_are_compared_exactly(offline, views, view, unit):
+    (path,) = (offline / view).glob("[ahs].parquet")
+    table = pq.read_table(path)
+    for i, field in enumerate(table.schema):
+        if pa.types.is_timestamp(field.type):
+            to = pa.timestamp(unit, "UTC") if unit != "ns" else pa.timestamp("ns")
+            table = table.set_column(i, field.name, table[field.name].cast(to))
+    write(path, table)
+    result = check(RIGHT, views, offline)
+    assert (result.checked, result.different, result.stale) == (len(RIGHT) * 6, 0, 0), result.examples
+
+
+def test_a_nanosecond_after_t_is_not_known_at_t(offline, views):
+    after = (T - HOUR).timestamp() * 10**9
+    row = {"customer_id": "C1", "charges": 9.0, "months": 1, "plan": "later"}
+    times = {c: pa.array([int(after) + 1], pa.timestamp("ns")) for c in ("event_timestamp", "created")}
+    write(offline / "account" / "b.parquet", pa.table({**{k: [v] for k, v in row.items()}, **times}))
+    early = record("C1", T - HOUR, of_account(), of_behaviour(count=3, total=13, offsets={"-1": 2, "0": 11}))
+    early["features"] = {k: v for k, v in early["features"].items() if v["view"] == "account"}
+    assert (check([early], views, offline).different, check([early], views, offline).stale) == (0, 0)
+    assert check(RIGHT[:1], views, offline).stale == 3
+
+
+@pytest.mark.parametrize("view", ["account", "events"])
+@pytest.mark.parametrize("fault", ["truncated", "no Parquet", "damaged page", "column missing", "time is text"])
+def test_parquet_that_cannot_be_read_is_one_error_that_names_it(offline, views, view, fault):
+    path = next((offline / view).rglob("[as].parquet"))
+    data = path.read_bytes()
+    if fault == "truncated":
+        path.write_bytes(data[: len(data) // 2])
+    elif fault == "no Parquet":
+        path.write_bytes(b"hello")
+    elif fault == "damaged page":
+        pq.write_table(pq.read_table(path), path, compression="zstd", write_page_checksum=True)
+        path.write_bytes(b"PAR1" + b"\xff" * 200 + path.read_bytes()[204:])
+    else:
+        for other in (offline / view).rglob("*.parquet"):
+            table = pq.read_table(other)
+            if fault == "column missing":
+                table = table.drop_columns("customer_id")
+            else:
+                i = table.schema.get_field_index("event_timestamp")
+                table = table.set_column(i, "event_timestamp", table["event_timestamp"].cast(pa.string()))
+            write(other, table)
+    with pytest.raises(DataError) as e:
+        check(RIGHT, views, offline)
+    named = str(path) if fault in ("truncated", "no Parquet", "damaged page") else str(offline / view)
+    assert named in e.value.format_message()
+    assert "\n" not in e.value.format_message()
+
+
+def test_files_that_a_compaction_replaced_are_not_read(offline, views):
+    """What was absorbed stays on disk for readers that listed it before: here it holds another value for the same row."""
+    replaced = f"append-{'0' * 24}.parquet"
+    wrong = account_row("C1", T - DAY, T - HOUR, charges=99.0)
+    write(offline / "account" / replaced, pa.Table.from_pylist([wrong]))
+    (offline / "account" / "_compacted.json").write_text(json.dumps({"files": [], "replaced": [replaced]}))
+    served = record("C1", T, of_account(charges=99.0), of_behaviour(offsets={"-1": 2, "0": 12}))
+    assert check([served], views, offline).different == 1
+    assert check(RIGHT[:1], views, offline).different == 0
+
+
+@pytest.mark.parametrize("late", ["event_timestamp", "created"])
+def test_a_row_from_the_future_is_different_though_it_exists(offline, views, late):
+    """Serving gives the newest row whatever t: the row is there, its values are right, and t could not know it."""
+    at, created = (T + HOUR, T + HOUR) if late == "event_timestamp" else (T - DAY, T + HOUR)
+    write(offline / "account" / "future.parquet", pa.Table.from_pylist([account_row("C1", at, created, charges=7.0)]))
+    served = record("C1", T, of_account(charges=7.0, at=at, created=created), of_behaviour(offsets={"-1": 2, "0": 12}))
+    result = check([served], views, offline)
+    assert result.different == 3
+    assert f"{late} {(T + HOUR).isoformat()} is after t" in result.examples[0].reason
+    in_time = record(
+        "C1",
+        T + HOUR,
+        of_account(charges=7.0, at=at, created=created),
+        of_behaviour(total=24, tickets=2, offsets={"-1": 2, "0": 12}),
+    )
+    assert check([in_time], views, offline).different == 0
+
+
+def test_a_window_that_counts_an_event_before_it_was_visible_is_different(offline, views):
+    early = record("C1", T + HOUR, of_account(), of_behaviour(count=4, total=37, tickets=2, offsets={"0": 13}))
+    result = check([early], views, offline)
+    assert result.different == 3
+    assert "is after t" in result.examples[0].reason
+    state = record("C1", T, of_account(), of_behaviour(offsets={"0": 12}))
+    state["views"]["behaviour"]["visible_at"] = (T + HOUR).isoformat()
+    assert check([state], views, offline).different == 3
+
+
+def test_a_window_that_lacks_an_event_visible_by_t_is_stale(offline, views):
+    """Equal for its offsets, and not different; but the log had more by then, and that is said."""
+    behind = record("C1", T + 2 * HOUR, of_account(), of_behaviour(count=3, total=24, tickets=2, offsets={"0": 12}))
+    result = check([behind], views, offline)
+    assert (result.different, result.stale) == (0, 3)
+    never = record("C1", T, of_account(), of_behaviour(count=2, total=3, tickets=0))
+    never["features"] = {k: v for k, v in never["features"].items() if v["view"] == "behaviour"}
+    assert check([never], views, offline).stale == 3
+    assert check(RIGHT, views, offline).stale == 0
+
+
+def test_what_was_served_before_a_rewind_is_left_out_and_counted(offline, views):
+    rewind = datetime(2026, 1, 1, tzinfo=UTC)
+    before = {**RIGHT[0], "served_at": (rewind - HOUR).isoformat()}
+    after = {**RIGHT[1], "served_at": rewind.isoformat()}
+    row_view_only = {**before, "views": {"account": before["views"]["account"]}}
+    records = [before, after, row_view_only]
+    assert served_since(records, views, str(offline)) == (records, 0)
+    mark_rewound(offline / "events", rewind)
+    assert served_since(records, views, str(offline)) == ([after, row_view_only], 1)
+    assert served_since(records, views, str(offline), rewind + HOUR) == ([], 3)
+    assert served_since(records, views, str(offline), rewind - DAY) == (records, 0)
+    with pytest.raises(DataError, match="served_at"):
+        served_since(RIGHT[:1], views, str(offline))
+    (offline / "events" / "_rewound.json").write_text("{}")
+    with pytest.raises(DataError, match="last rewind"):
+        served_since(records, views, str(offline))

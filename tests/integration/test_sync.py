@@ -580,3 +580,29 @@ def test_the_commands_bootstrap_explain_and_check(project, tmp_path):
     assert "customer_id=C0 events_7d" in failed.output
     result = json.loads(command("check", "--served-file", str(path), "--json", exit_code=1).output)
     assert (result["checked"], result["different"]) == (24, 1)
+    command("check", "--served-file", str(tmp_path / "none.jsonl"), exit_code=2)
+    command("check", "--served-file", str(path), "--since", "yesterday", exit_code=2)
+
+
+def test_check_leaves_out_what_was_served_before_a_rewind_and_says_how_much(project, tmp_path):
+    write_history(project.offline, [event(i, CUSTOMERS[i], T0 - HOUR) for i in range(3)])
+    project.bootstrap()
+    with project.syncing() as consumer:
+        produce(project.kafka, project.topic, [message(e) for e in some_events(40, seed=4)])
+        wait_until(lambda: handled(consumer) == 40)
+    path = tmp_path / "served.jsonl"
+    first = project.served(CUSTOMERS)
+    began = first[0]["served_at"]
+    path.write_text("\n".join(map(json.dumps, first)))
+    assert "checked 24, different 0, stale 0" in command("check", "--served-file", str(path)).output
+
+    command("windows", "bootstrap", "--known-by", T0.isoformat(), "--rewind")
+    nothing = command("check", "--served-file", str(path), exit_code=1)
+    assert "6 older records left out" in nothing.output
+    path.write_text("\n".join(map(json.dumps, [*first, *project.served(CUSTOMERS)])))
+    done = command("check", "--served-file", str(path))
+    assert "checked 24, different 0, stale 0" in done.output
+    assert "left out 6 records served before the last `windows bootstrap --rewind`" in done.output
+    asked = command("check", "--served-file", str(path), "--since", began, exit_code=1)
+    assert "left out" not in asked.output
+    assert json.loads(command("check", "--served-file", str(path), "--json").output)["left_out"] == 6

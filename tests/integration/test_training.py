@@ -20,7 +20,7 @@ import yaml
 from feature_store.errors import NotFoundError, UnavailableError
 from feature_store.registry import FeatureRegistry
 from training.dataset import LEAKY, POINT_IN_TIME, TrainingSet, content_hash
-from training.model import TrainParams
+from training.model import TrainParams, make_model
 from training.pipeline import prepare_workspace, run_pipeline
 from training.promote import NotPromotedError, promote, restore
 from training.tracking import MODEL_NAME, Tracker
@@ -232,3 +232,29 @@ def test_a_tracking_store_that_does_not_answer_is_one_line_at_once(tmp_path: Pat
 def test_a_missing_database_is_told_at_once(tmp_path: Path, mlflow_url: str) -> None:
     with pytest.raises(UnavailableError, match="does not exist"):
         Tracker(mlflow_url.rpartition("/")[0] + "/nothing", tmp_path).experiment_id()
+
+
+def test_the_check_loads_any_registered_version_and_knows_which_are_gone(tmp_path: Path, mlflow_url: str) -> None:
+    """As `predictflow check` does for logged predictions: an older version too, whoever is champion now."""
+    import pandas as pd
+
+    from predictflow.predictions import mlflow_models
+
+    tracker = Tracker(mlflow_url, tmp_path / "artifacts")
+    frame = pd.DataFrame({"charges": np.arange(40.0), "payment": ["cash", "card"] * 20})
+    versions, fitted = [], []
+    for flipped in (False, True):
+        model = make_model(["charges"], ["payment"], TrainParams(seed=1))
+        model.fit(frame, [int((i > 20) != flipped) for i in range(40)])
+        with tracker.run("point-in-time", {"seed": 1}, {}) as run_id:
+            versions.append(tracker.register(run_id, model, ["charges"], FEATURES, {}))
+        fitted.append(model)
+    tracker.set_champion(versions[1])
+    load = mlflow_models(Tracker(mlflow_url, tmp_path / "artifacts"))
+    for version, model in zip(versions, fitted, strict=True):
+        assert np.array_equal(load(MODEL_NAME, version).predict_proba(frame), model.predict_proba(frame))
+    assert load(MODEL_NAME, "99") is None
+    assert load("nobody", "1") is None
+    shutil.rmtree(tmp_path / "artifacts")
+    with pytest.raises(UnavailableError, match="version 1 cannot be loaded"):
+        load(MODEL_NAME, versions[0])

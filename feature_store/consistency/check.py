@@ -1,0 +1,53 @@
+"""Recomputes every value of served records, view by view.
+
+Windowed values come from the event log (history and stream Parquet) by (t, offsets): one plain range join per
+aggregate, sharing no code with the stream's states or history's SQL. Row values come from the Parquet row with exactly
+the served (event_timestamp, created); statuses from ttl and t. What was read must itself have been known by t: else it
+is different, though both sides agree. Where a newer row or more events were known by t, but not yet written, the value
+is `stale`, not different.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from feature_store.consistency.result import CHECKED_STATUSES, Consistency
+from feature_store.consistency.served_log import Served, values_of
+from feature_store.windows.definition import definition_of
+
+if TYPE_CHECKING:
+    from feast import FeatureView
+
+
+def check(records: Iterable[Mapping[str, Any]], views: Iterable[FeatureView], offline_path: str | Path) -> Consistency:
+    """Recomputes every feature of every record of the served log (docs/reference/rest.md has its fields).
+
+    `views`: the registry's feature views; `offline_path`: the offline store. Changes nothing. DataError for a record
+    that is not one of the served log, and, naming the file, for Parquet that cannot be read; NotFoundError for a view
+    without any data.
+    """
+    from feature_store.consistency.rows import check_rows
+    from feature_store.consistency.windowed import check_windowed
+
+    by_name = {v.name: v for v in views}
+    groups: dict[str, dict[str, list[Served]]] = defaultdict(lambda: defaultdict(list))
+    result = Consistency()
+    for number, record in enumerate(records):
+        for of_view, served in values_of(number, record):
+            if of_view not in by_name:
+                result.skip(f"no view {of_view}")
+            elif served.status not in CHECKED_STATUSES:
+                result.skip(f"status {served.status}")
+            else:
+                groups[of_view][served.feature].append(served)
+    for name, features in groups.items():
+        view = by_name[name]
+        definition = definition_of(view)
+        if definition is not None:
+            check_windowed(view, definition, features, str(offline_path), result)
+        else:
+            check_rows(view, features, str(offline_path), result)
+    return result
