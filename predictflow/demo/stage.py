@@ -30,6 +30,8 @@ TOPIC = "customer-events"
 SERVICE = "churn_v1"
 MODEL = "churn-predictor"
 API_PORT = 9094
+SERVER_SECONDS = 120.0
+"""A slow disk reads Feast and MLflow for the first time here."""
 ACCOUNT_TTL = timedelta(days=30)
 
 
@@ -139,13 +141,14 @@ def start_server_and_sync(settings: Settings, say: Say) -> str:
 
 def start_server(settings: Settings) -> str:
     """The REST server as a process that outlives us; returns its URL once it answers. It becomes ready with the model."""
+    from predictflow.local import processes
     from predictflow.local.ports import is_free
 
     port = API_PORT if is_free(API_PORT) else _any_free_port()
     try:
         return _start_server_on(port, settings)
     except UnavailableError:
-        if is_free(port):
+        if is_free(port) or processes.find("serve", settings.home) is not None:  # it is ours that is slow
             raise
         return _start_server_on(_any_free_port(), settings)  # another checkout's demo took it just now
 
@@ -156,7 +159,7 @@ def _start_server_on(port: int, settings: Settings) -> str:
 
     argv = [sys.executable, "-m", "predictflow.cli", "serve", "--port", str(port)]
     url = f"http://{HOST}:{port}"
-    processes.start("serve", argv, {}, settings.home, ready=lambda: _answers(f"{url}/readyz"))
+    processes.start("serve", argv, {}, settings.home, ready=lambda: _answers(f"{url}/readyz"), timeout=SERVER_SECONDS)
     return url
 
 

@@ -148,6 +148,12 @@ def _signal(record: Record, sig: int) -> None:
             ) from error
 
 
+def _inherited(environ: Mapping[str, str]) -> dict[str, str]:
+    """What a child that outlives us takes over: not the directory that Feast makes at import and removes when we end."""
+    feasts_own = ("PROMETHEUS_MULTIPROC_DIR", "PROMETHEUS_MULTIPROCESS_DIR")
+    return {k: v for k, v in environ.items() if k not in feasts_own or "feast_metrics_" not in v}
+
+
 class Recorded:
     """Starts children that outlive us and are known by their records below `home`. Usable from several threads."""
 
@@ -215,7 +221,7 @@ class Recorded:
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
-                env={**os.environ, **program.env},
+                env={**_inherited(os.environ), **program.env},
                 pass_fds=[lock],
             )
         _own[process.pid] = process

@@ -41,6 +41,20 @@ def test_a_started_child_is_recorded_kept_and_stopped(tmp_path: Path) -> None:
     assert not processes.stop("sync", tmp_path)
 
 
+def test_a_child_does_not_inherit_the_directory_that_feast_removes_when_we_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", "/tmp/feast_metrics_x1")
+    monkeypatch.setenv("PROMETHEUS_MULTIPROCESS_DIR", "/srv/metrics")
+    record = processes.start("serve", SLEEP, {}, tmp_path)
+    try:
+        environ = psutil.Process(record.pid).environ()
+    finally:
+        processes.stop("serve", tmp_path)
+    assert "PROMETHEUS_MULTIPROC_DIR" not in environ
+    assert environ["PROMETHEUS_MULTIPROCESS_DIR"] == "/srv/metrics"
+
+
 def test_the_same_name_with_other_arguments_is_refused(tmp_path: Path) -> None:
     processes.start("sync", SLEEP, {"A": "1"}, tmp_path)
     try:
