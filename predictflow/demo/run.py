@@ -14,12 +14,12 @@ from typing import Any
 import click
 
 from feature_store.errors import NotFoundError, PredictFlowError
+from feature_store.masking import masked
 from feature_store.topic import client_config, end_offsets, ensure_topic
 from predictflow.demo import stage
 from predictflow.demo.live import Applied, EventProducer, Findings, Rest, live_events, run_live
 from predictflow.demo.proof import recompute
 from predictflow.demo.report import write_report
-from predictflow.local.external import masked
 from predictflow.settings import Settings
 from predictflow.wiring import feature_registry
 
