@@ -11,7 +11,7 @@ import gzip
 import io
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -59,10 +59,7 @@ def read_invoice_lines(path: Path, rejects: Rejects, advance: Advance) -> Invoic
     """
     accepted = InvoiceLines([], [], [], [], [], [])
     with _opened(path) as (file, position):
-        header = file.readline()
-        if not header.strip():
-            raise DataError("the file is empty", value=str(path))
-        parse = _LineParser(_text(header.removeprefix(b"\xef\xbb\xbf")), path)
+        parse = _header_of(file, path)
         reported = 0
         for number, raw in enumerate(file, start=2):
             line = _text(raw)
@@ -86,6 +83,19 @@ def read_invoice_lines(path: Path, rejects: Rejects, advance: Advance) -> Invoic
         counted = ", ".join(f"{reason}: {n}" for reason, n in rejects.by_reason.most_common()) or "no line at all"
         raise DataError(f"no acceptable line in the file ({counted})", value=str(path))
     return accepted
+
+
+def check_invoice_lines(path: Path) -> None:
+    """Reads the header of `path` and nothing more; errors as `read_invoice_lines`."""
+    with _opened(path) as (file, _):
+        _header_of(file, path)
+
+
+def _header_of(file: BinaryIO, path: Path) -> _LineParser:
+    header = file.readline()
+    if not header.strip():
+        raise DataError("the file is empty", value=str(path))
+    return _LineParser(_text(header.removeprefix(b"\xef\xbb\xbf")), path)
 
 
 @contextmanager
@@ -139,7 +149,7 @@ class _LineParser:
                 f"the header has no column {', '.join(missing)}",
                 value=str(path),
                 valid=COLUMNS,
-                next_step="give a comma-separated copy of UCI Online Retail, or --source package.module:ClassName",
+                next_step="give a comma-separated copy of UCI Online Retail; other data: docs/how-to/add-a-data-source.md",
             )
         self.width = len(names)
         self.places = [names.index(c.lower()) for c in COLUMNS]
@@ -169,7 +179,7 @@ class _LineParser:
 class _Memo(dict):
     """text -> parsed value; a text that is refused is parsed again each time, which is rare."""
 
-    def __init__(self, parse) -> None:  # type: ignore[no-untyped-def]
+    def __init__(self, parse: Callable[[str], object]) -> None:
         super().__init__()
         self.parse = parse
 
