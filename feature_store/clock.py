@@ -7,7 +7,6 @@ Below the command line nothing calls `now()`: a `Clock` is passed in. Times are 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Literal, Protocol
@@ -37,17 +36,6 @@ class WallClock:
 
     def now(self) -> datetime:
         return datetime.now(UTC)
-
-
-@dataclass(frozen=True)
-class ReplayClock:
-    """The source's clock: `read` returns the newest applied time in microseconds, None before the first event."""
-
-    read: Callable[[], int | None]
-    mode: ClockMode = "replay"
-
-    def now(self) -> datetime:
-        return from_micros(self.read() or 0)
 
 
 def replay_clock_key(project: str) -> str:

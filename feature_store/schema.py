@@ -73,7 +73,7 @@ def steps() -> list[MigrationStep]:
 def applied(cursor: Cursor) -> set[int] | None:
     """Numbers of the steps the database has had; None when it has no `predictflow` schema yet."""
     cursor.execute(_EXISTS)
-    if not cursor.fetchone()[0]:  # type: ignore[index]
+    if not cursor.fetchone()[0]:  # type: ignore[index]  # SELECT EXISTS gives a row
         return None
     cursor.execute("SELECT step FROM predictflow.schema_version")
     return {row[0] for row in cursor.fetchall()}

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-from feature_store.errors import UnavailableError
+from feature_store.errors import UnavailableError, UsageError
+from feature_store.masking import masked
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -55,9 +56,8 @@ class Tracker:
                 mlflow.set_registry_uri(self.uri)  # else one set earlier in this process would hold
                 self._client = mlflow.MlflowClient(self.uri, self.uri)
             except mlflow.MlflowException as e:
-                raise UnavailableError(
-                    f"MLflow cannot use its tracking store ({str(e).strip().splitlines()[0]})", value=hidden(self.uri)
-                ) from e
+                why = str(e).replace(self.uri, masked(self.uri)).strip().splitlines()[0]
+                raise UnavailableError(f"MLflow cannot use its tracking store ({why})", value=masked(self.uri)) from e
         return self._client
 
     def experiment_id(self) -> str:
@@ -164,6 +164,9 @@ def check_reachable(uri: str) -> None:
         if is_database(uri):
             import sqlalchemy
 
+            if "@" in (sqlalchemy.make_url(uri).host or ""):
+                # The driver would name the end of the password as an unknown host.
+                raise UsageError("MLFLOW_TRACKING_URI has an @ in its user or password", next_step="write it as %40")
             engine = sqlalchemy.create_engine(uri)
             try:
                 engine.connect().close()
@@ -177,15 +180,9 @@ def check_reachable(uri: str) -> None:
         why = str(getattr(e, "orig", e)).splitlines()[0]  # the database's own words, without SQLAlchemy's around them
         raise UnavailableError(
             f"MLflow's tracking store does not answer at MLFLOW_TRACKING_URI ({why})",
-            value=hidden(uri),
+            value=masked(uri),
             next_step="predictflow up",
         ) from e
-
-
-def hidden(uri: str) -> str:
-    """The URI without its password, for messages."""
-    parts = urlsplit(uri)
-    return uri if parts.password is None else uri.replace(f":{parts.password}@", ":***@")
 
 
 def _database_errors() -> type[Exception]:

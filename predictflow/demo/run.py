@@ -13,13 +13,13 @@ from typing import Any
 
 import click
 
-from feature_store.errors import NotFoundError
+from feature_store.errors import NotFoundError, UsageError
+from feature_store.masking import masked
 from feature_store.topic import client_config, end_offsets, ensure_topic
 from predictflow.demo import stage
 from predictflow.demo.live import Applied, EventProducer, Findings, Rest, live_events, run_live
 from predictflow.demo.proof import recompute
 from predictflow.demo.report import write_report
-from predictflow.local.external import masked
 from predictflow.settings import Settings
 from predictflow.wiring import feature_registry
 
@@ -63,12 +63,17 @@ def run(settings: Settings, options: Options) -> dict[str, Any]:
     dataset, params = _dataset(options)  # wrong input is an error before anything starts
     steps = Steps()
     workspace = settings.home / dataset
+    # Whatever can be wrong with a user's file shows here, before anything of the previous demo is touched.
+    if options.path is not None:
+        with steps("read", f"Read {options.path.name}") as say:
+            stage.read_data_file(settings, workspace, params, say)
     with steps("services", "Local services: Postgres, Redis, Kafka") as say:
         services = stage.start_services(settings, workspace, say)
     settings = Settings.from_environ()  # now with the URLs of what runs
     with steps("apply", "feast apply: entities, feature views, the feature service churn_v1") as say:
         store = stage.apply_definitions(settings, say)
     with steps("pipeline", f"dvc repro in {_shown(workspace)}: data, backfill, training set, training") as say:
+        stage.stop_previous(settings)
         metrics = stage.run_training_pipeline(settings, workspace, params, say)
         for line in _auc_lines(metrics["auc"]):
             say(line)
@@ -76,6 +81,7 @@ def run(settings: Settings, options: Options) -> dict[str, Any]:
     cut = datetime.fromisoformat(raw["cut"])
     with steps("online", "Fill the online store up to the cut; start the REST server and the sync consumer") as say:
         stage.fill_online_store(settings, store, cut, say)
+        stage.save_environment(settings, services)
         url = stage.start_server_and_sync(settings, say)
     with steps("live", f"{options.events:,} live events through Kafka, features and predictions read over REST") as say:
         found = _live(settings, workspace, cut, url, options.events, say)
@@ -126,12 +132,23 @@ def run(settings: Settings, options: Options) -> dict[str, Any]:
 def _dataset(options: Options) -> tuple[str, dict[str, Any]]:
     """The data set's name and the pipeline's parameters."""
     from predictflow.sources.base import InputCheck, SourceOptions
+    from predictflow.sources.online_retail import OnlineRetail
     from predictflow.sources.registry import choose
 
     given: dict[str, Any] = {"customers": options.customers, "days": options.days, "seed": options.seed}
     if options.path is not None:
-        if not options.path.is_file():
+        if not options.path.exists():
             raise NotFoundError("no such data file", value=str(options.path))
+        if not options.path.is_file():
+            raise UsageError(
+                "--data is not a file", value=str(options.path), next_step=f"--data {options.path}/FILE.csv"
+            )
+        if not OnlineRetail.accepts(options.path):
+            raise UsageError(
+                "--data takes a .csv or .csv.gz of UCI Online Retail",
+                value=str(options.path),
+                next_step="other data: docs/how-to/add-a-data-source.md",
+            )
         given = {"path": options.path.absolute()}
     adapter = choose(None, options.path)(SourceOptions(**given))
     if isinstance(adapter, InputCheck):
@@ -234,7 +251,7 @@ def _print_end(summary: dict[str, Any], addresses: dict[str, str], page: Path) -
         ("seconds", f"{summary['seconds']['total']:.1f}"),
     ]
     click.echo()
-    for name, value in [*table, *addresses.items(), ("report", str(page))]:
+    for name, value in [*table, *addresses.items(), ("report", _shown(page))]:
         click.echo(f"  {name:<14} {value}")
     click.echo("\nEverything keeps running: `make down` stops it, another `make demo` starts the story again.")
 

@@ -12,6 +12,7 @@ import sys
 import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,23 +36,51 @@ SERVER_SECONDS = 120.0
 ACCOUNT_TTL = timedelta(days=30)
 
 
-def start_services(settings: Settings, workspace: Path, say: Say) -> Services:
-    """Servers up, the previous demo's server and consumer stopped, and this process's environment set to them."""
-    from predictflow.local import processes, services
+def read_data_file(settings: Settings, workspace: Path, params: dict[str, Any], say: Say) -> None:
+    """The pipeline's first stage alone: a file that cannot be used is an error while the previous demo still stands."""
+    from training.pipeline import prepare_workspace, run_pipeline
 
-    for name in ("serve", "sync"):  # they hold the previous run's settings
-        processes.stop(name, settings.home)
+    prepare_workspace(workspace, params, settings.repo)
+    ran = run_pipeline(workspace, dict(os.environ), stage="data")
+    rows = read_json(workspace / "work" / "raw" / "summary.json")["rows"]
+    say(f"{rows['events']:,} events, {rows['rejected']:,} lines rejected{'' if ran else ' (up to date)'}")
+
+
+def start_services(settings: Settings, workspace: Path, say: Say) -> Services:
+    """Servers up, and this process's environment set to them and to the workspace; `<home>/env` names the old one still.
+
+    Safe to run twice. UnavailableError when a server does not start or answer; the previous demo then runs on.
+    """
+    from predictflow.local import services
+
     offline = workspace / "work" / "offline"
     offline.mkdir(parents=True, exist_ok=True)
+    own = ("PREDICTFLOW_OFFLINE", "PREDICTFLOW_CLOCK")
+    up = services.up(settings.home, {k: v for k, v in os.environ.items() if k not in own}, say)
     # The replay clock makes data of any year fresh, and the figures the same next year.
-    environ = {**os.environ, "PREDICTFLOW_OFFLINE": str(offline), "PREDICTFLOW_CLOCK": "replay"}
-    started = services.up(settings.home, environ, say)
+    started = replace(up, offline_path=str(offline), clock="replay")
     os.environ.update(started.environ())
     os.environ["PREDICTFLOW_REPO"] = str(settings.repo)
     os.environ["PREDICTFLOW_HOME"] = str(settings.home)
     say(f"Postgres {_address(started.postgres_url)}, Redis {_address(started.redis_url)}")
     say(f"Kafka {started.kafka_bootstrap_servers} ({started.kafka_mode})")
     return started
+
+
+def stop_previous(settings: Settings) -> None:
+    """End the server and the consumer of the previous demo: they hold its settings. Safe to run twice."""
+    from predictflow.local import processes
+
+    for name in ("serve", "sync"):
+        processes.stop(name, settings.home)
+
+
+def save_environment(settings: Settings, services: Services) -> None:
+    """`<home>/env` names this demo's offline store from now on, which the online store was just filled from."""
+    from predictflow.local import processes, state
+
+    with processes.locked(settings.home):
+        state.save(settings.home, services)
 
 
 def apply_definitions(settings: Settings, say: Say) -> FeatureStore:

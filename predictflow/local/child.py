@@ -75,7 +75,7 @@ def watch(parent: int, pipe: int, stop_signal: int, user: str, argv: list[str]) 
     """Run argv until it ends or its parent does; the exit code of argv."""
     try:
         other = {"user": user, "group": pwd.getpwnam(user).pw_gid, "extra_groups": []} if user else {}
-        child = subprocess.Popen(argv, start_new_session=True, stdin=subprocess.DEVNULL, **other)  # type: ignore[call-overload]
+        child = subprocess.Popen(argv, start_new_session=True, stdin=subprocess.DEVNULL, **other)  # type: ignore[call-overload]  # keywords of two types in one dict
     except OSError as error:
         sys.exit(f"cannot run {argv[0]}: {error.strerror}")
 

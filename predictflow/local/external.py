@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from feature_store.errors import UnavailableError, UsageError
+from feature_store.masking import masked
+from feature_store.postgres import Postgres
 from predictflow.local import kafka, postgres
 
-
-def masked(url: str) -> str:
-    """The URL without its password, for messages."""
-    return re.sub(r"(//[^/@:]*):[^/@]*@", r"\1:***@", re.sub(r"(password=)[^,&]*", r"\1***", url))
+if TYPE_CHECKING:
+    from redis import Redis
 
 
 def check_postgres(url: str) -> None:
@@ -24,6 +24,7 @@ def check_postgres(url: str) -> None:
             f"POSTGRES_URL is not a Postgres URL: {masked(url)}",
             next_step="set it like postgresql+psycopg2://user:password@host:5432/database",
         )
+    Postgres(url).address  # noqa: B018  # refuses a URL whose password libpq would quote
     try:
         postgres.connect(url).close()
     except psycopg2.OperationalError as error:
@@ -67,7 +68,7 @@ def answers(name: str, url: str) -> bool:
     return True
 
 
-def _redis_client(url: str):  # type: ignore[no-untyped-def]
+def _redis_client(url: str) -> Redis:
     import redis
     from redis.backoff import NoBackoff
     from redis.retry import Retry

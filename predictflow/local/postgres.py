@@ -15,6 +15,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from feature_store.errors import UnavailableError
 from predictflow.local.ports import HOST
@@ -77,7 +78,7 @@ def answers(database_url: str) -> bool:
     return True
 
 
-def connect(database_url: str):  # type: ignore[no-untyped-def]
+def connect(database_url: str) -> Any:
     """A psycopg2 connection in autocommit, from a SQLAlchemy URL."""
     import psycopg2
 

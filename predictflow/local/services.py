@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from feature_store.errors import UnavailableError
+from feature_store.masking import masked
 from predictflow.local import external, kafka, mlflow_database, postgres, processes, program, redis, state
 from predictflow.local.kafka_jars import NoRealKafka
 from predictflow.local.ports import HOST, Ports, is_free
@@ -238,9 +239,9 @@ def _server_status(name: str, record: processes.Record | None, last: Services | 
     url = last.url(name) if last is not None else ""
     detail = last.kafka_mode if last is not None and name == "kafka" else ""
     if where == "private" and record is None:
-        return Status(name, "stopped", where, external.masked(url), detail=detail)
+        return Status(name, "stopped", where, masked(url), detail=detail)
     pid, log = (record.pid, str(record.log)) if record is not None else (None, None)
     if last is None:  # an `up` that was killed before it could write what it had started
         return Status(name, "starting", where, "", pid, log)
     answer = "running" if external.answers(name, url) else "not answering"
-    return Status(name, answer, where, external.masked(url), pid, log, detail)
+    return Status(name, answer, where, masked(url), pid, log, detail)

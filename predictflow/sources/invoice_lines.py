@@ -11,7 +11,7 @@ import gzip
 import io
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -149,7 +149,7 @@ class _LineParser:
                 f"the header has no column {', '.join(missing)}",
                 value=str(path),
                 valid=COLUMNS,
-                next_step="give a comma-separated copy of UCI Online Retail, or --source package.module:ClassName",
+                next_step="give a comma-separated copy of UCI Online Retail; other data: docs/how-to/add-a-data-source.md",
             )
         self.width = len(names)
         self.places = [names.index(c.lower()) for c in COLUMNS]
@@ -179,7 +179,7 @@ class _LineParser:
 class _Memo(dict):
     """text -> parsed value; a text that is refused is parsed again each time, which is rare."""
 
-    def __init__(self, parse) -> None:  # type: ignore[no-untyped-def]
+    def __init__(self, parse: Callable[[str], object]) -> None:
         super().__init__()
         self.parse = parse
 

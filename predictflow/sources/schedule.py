@@ -35,7 +35,7 @@ def schedule(start: datetime, cut: datetime, horizon: timedelta, every: timedelt
     if not train:
         needed = WARM_UP + horizon + every * math.ceil(horizon / every)
         raise DataError(
-            f"history is too short to train on: {(cut - start).days} days before the cut, needed {needed.days}",
+            f"history is too short to train on: {max((cut - start).days, 0)} days before the cut, needed {needed.days}",
             next_step="give more days of data",
         )
     return Schedule((*train, *future), train[-1], future[0])

@@ -78,7 +78,7 @@ class Telco:
             raise UsageError("--days must be between 1 and 3650", value=self.days)
 
     @classmethod
-    def accepts(cls, path: Path) -> bool:  # noqa: ARG003
+    def accepts(cls, path: Path) -> bool:  # noqa: ARG003  # the interface of a data source
         """Never: it reads no file."""
         return False
 

@@ -2,76 +2,71 @@
 
 from __future__ import annotations
 
-import csv
-import gzip
+import ast
 import json
 import os
 import re
-import shutil
-import subprocess
-import zlib
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import duckdb
 import pytest
+from readme_support import ROOT, Checkout, as_printed, copy_checkout, sample
 
-ROOT = Path(__file__).parents[2]
 RETAIL = ROOT.parent / "shared" / "data" / "online_retail" / "online_retail.csv.gz"
-SERVER_VARIABLES = ("POSTGRES_URL", "REDIS_URL", "KAFKA_BOOTSTRAP_SERVERS", "MLFLOW_TRACKING_URI")
+ENV = 'eval "$(.venv/bin/predictflow env)"\n'
+SMALL = "--customers 600 --days 200 --events 400"
+RUN_HERE = (
+    "make demo\n",
+    "AUC held-out",
+    "make demo DATA=",
+    "feast apply",
+    "get_online_features",
+    "curl",
+    "predictflow lineage",
+)
+NOT_RUN_HERE = ("make test",)  # it runs this file
+# What a notebook does with a cell: the value of its last expression is shown.
+CELL = """
+import ast, sys
+for statement in ast.parse(sys.stdin.read()).body:
+    exec(compile(ast.Interactive([statement]), "README", "single"))
+"""
 
-pytestmark = pytest.mark.timeout(400)
-
-
-class Checkout:
-    """A copy of the tracked files with the tested environment linked in, and `make` in it."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.home = path / ".predictflow"
-        own = {k: v for k, v in os.environ.items() if not k.startswith("PREDICTFLOW_") and k not in SERVER_VARIABLES}
-        keep = {k: v for k, v in os.environ.items() if k == "PREDICTFLOW_REQUIRE_REAL_KAFKA"}
-        self.environ = {**own, **keep}
-
-    def run(self, command: str, **more: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            ["bash", "-c", command],
-            cwd=self.path,
-            env={**self.environ, **more},
-            capture_output=True,
-            text=True,
-            timeout=380,
-            check=False,
-        )
-
-    def summary(self) -> dict[str, Any]:
-        summary: dict[str, Any] = json.loads((self.home / "report" / "summary.json").read_text())
-        return summary
+# Against a hang, not a measure: the first demo counts into the test that asks for it, and other programs may run.
+pytestmark = pytest.mark.timeout(900)
 
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Checkout]:
-    path = tmp_path_factory.mktemp("stranger") / "predictflow"
-    listed = subprocess.run(
-        ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    for name in listed.stdout.splitlines():
-        if (ROOT / name).is_file():
-            (path / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(ROOT / name, path / name)  # with its times, so that make sees the environment as current
-    (path / ".venv").symlink_to(ROOT / ".venv")
-    here = Checkout(path)
+    here = Checkout(copy_checkout(tmp_path_factory.mktemp("stranger") / "predictflow"))
     yield here
     stopped = here.run("make down")
     assert stopped.returncode == 0, stopped.stderr
 
 
-def _demo(checkout: Checkout, **variables: str) -> tuple[str, dict[str, Any]]:
-    settings = " ".join(f"{k}='{v}'" for k, v in variables.items())
-    done = checkout.run(f"make demo {settings}")
+def _demo(checkout: Checkout, args: str, block: str = "make demo\n") -> tuple[str, dict[str, Any]]:
+    """The README's block as it stands; make takes DEMO_ARGS from the environment."""
+    done = checkout.run(checkout.block(block), DEMO_ARGS=args)
     assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
     return done.stdout, checkout.summary()
+
+
+def _read(checkout: Checkout, *customers: str) -> dict[str, dict[str, Any]]:
+    """The online features of each customer, over REST."""
+    body = json.dumps({"feature_service": "churn_v1", "entities": {"customer_id": customers}})
+    url = f"{checkout.summary()['rest_url']}/api/v1/features/online"
+    done = checkout.run(f"curl -sf --noproxy '*' {url} -H 'Content-Type: application/json' -d '{body}'")
+    assert done.returncode == 0, done.stderr
+    return {row["entity"]["customer_id"]: row for row in json.loads(done.stdout)["rows"]}
+
+
+def _known(checkout: Checkout, customers: list[str]) -> list[str]:
+    """Those of the customers of whom the online store holds anything."""
+    rows = _read(checkout, *customers)
+    return [c for c in customers if set(rows[c]["statuses"].values()) != {"NOT_FOUND"}]
 
 
 def _holds(summary: dict[str, Any]) -> None:
@@ -94,14 +89,27 @@ def _same_figures(a: dict[str, Any], b: dict[str, Any]) -> bool:
 
 @pytest.fixture(scope="module")
 def first_run(checkout: Checkout) -> tuple[str, dict[str, Any]]:
-    return _demo(checkout, DEMO_ARGS="--customers 600 --days 200 --events 400")
+    return _demo(checkout, SMALL)
 
 
-def test_make_demo_runs_the_main_job_and_its_proof_holds(first_run: tuple[str, dict[str, Any]]) -> None:
+def test_every_block_of_the_readme_is_run_here(checkout: Checkout) -> None:
+    for block in checkout.blocks():
+        assert sum(text in block for text in (*RUN_HERE, *NOT_RUN_HERE)) == 1, block
+    assert "pytest" in checkout.run(checkout.block("make test").replace("make", "make -n")).stdout
+
+
+def test_make_demo_runs_the_main_job_and_its_proof_holds(
+    checkout: Checkout, first_run: tuple[str, dict[str, Any]]
+) -> None:
     output, summary = first_run
     _holds(summary)
     assert summary["dataset"] == "telco"
     assert "0 differ" in output
+    end = output[output.rindex("done in") :]
+    for line in as_printed(checkout.block("AUC held-out")):
+        found = re.search(line, end)
+        assert found, f"the README shows {line!r}, the demo ends with {end}"
+        end = end[found.end() :]
 
 
 def test_the_report_is_one_page_that_needs_no_network(
@@ -115,7 +123,7 @@ def test_the_report_is_one_page_that_needs_no_network(
 def test_a_second_demo_repeats_no_finished_stage_and_gives_the_same_figures(
     checkout: Checkout, first_run: tuple[str, dict[str, Any]]
 ) -> None:
-    output, again = _demo(checkout, DEMO_ARGS="--customers 600 --days 200 --events 400")
+    output, again = _demo(checkout, SMALL)
     assert "stages run: none" in output
     assert _same_figures(again, first_run[1])
 
@@ -123,36 +131,59 @@ def test_a_second_demo_repeats_no_finished_stage_and_gives_the_same_figures(
 def test_feast_commands_of_the_readme_work_beside_the_demo(
     checkout: Checkout, first_run: tuple[str, dict[str, Any]]
 ) -> None:
-    done = checkout.run(
-        'eval "$(.venv/bin/predictflow env)"; .venv/bin/feast plan && .venv/bin/feast apply && .venv/bin/feast feature-views list'
-    )
+    done = checkout.run(f"set -e\n{checkout.block('feast apply')}")
     assert done.returncode == 0, done.stderr[-3000:]
     assert "churn_features" in done.stdout
     assert "customer_behavior" in done.stdout
+
+
+def test_the_notebook_cell_of_the_readme_prints_a_list_per_feature(
+    checkout: Checkout, first_run: tuple[str, dict[str, Any]]
+) -> None:
+    cell = shlex.quote(checkout.block("get_online_features"))
+    done = checkout.run(f"{ENV}.venv/bin/python -c {shlex.quote(CELL)} <<< {cell}")
+    assert done.returncode == 0, done.stderr[-3000:]
+    values = ast.literal_eval(done.stdout.splitlines()[-1])
+    assert values["customer_id"] == ["C000183"]
+    assert [len(values[name]) for name in ("tenure_months", "events_7d", "spend_cents_30d")] == [1, 1, 1]
+
+
+def test_the_curl_of_the_readme_answers_with_a_probability_and_statuses(
+    checkout: Checkout, first_run: tuple[str, dict[str, Any]]
+) -> None:
+    address = checkout.summary()["rest_url"].removeprefix("http://")
+    # Another program may hold port 9094 of this machine.
+    command = checkout.block("curl").replace("localhost:9094", address).replace("curl", "curl --noproxy '*'", 1)
+    done = checkout.run(command)
+    (row,) = json.loads(done.stdout)["predictions"]
+    assert 0 < row["probability"] < 1
+    assert row["statuses"].keys() == row["values"].keys()
+    assert row["statuses"]["tenure_months"] == "PRESENT"
 
 
 def test_feast_materialize_leaves_windowed_values_alone(
     checkout: Checkout, first_run: tuple[str, dict[str, Any]]
 ) -> None:
     """`feast materialize` of all views rewrites row features and skips windowed ones: what is served still checks."""
-    read = (
-        f"curl -sf --noproxy '*' {checkout.summary()['rest_url']}/api/v1/features/online -H 'Content-Type: application/json' "
-        """-d '{"feature_service": "churn_v1", "entities": {"customer_id": ["C000001", "C000002", "C000003"]}}'"""
-    )
-    materialise = ".venv/bin/feast materialize 2025-06-01T00:00:00 2025-07-12T00:00:00"
-    done = checkout.run(f'eval "$(.venv/bin/predictflow env)"; {read} > before && {materialise} >&2 && {read} > after')
+    who = ("C000001", "C000002", "C000003")
+    before = _read(checkout, *who)
+    done = checkout.run(f"{ENV}.venv/bin/feast materialize 2025-06-01T00:00:00 2025-07-12T00:00:00")
     assert done.returncode == 0, done.stderr[-3000:]
-    before, after = (json.loads((checkout.path / name).read_text()) for name in ("before", "after"))
-    assert [r["values"] for r in before["rows"]] == [r["values"] for r in after["rows"]]
-    assert before["rows"][0]["statuses"]["events_30d"] in ("PRESENT", "OUTSIDE_MAX_AGE")
+    after = _read(checkout, *who)
+    assert [before[c]["values"] for c in who] == [after[c]["values"] for c in who]
+    assert before["C000001"]["statuses"]["events_30d"] in ("PRESENT", "OUTSIDE_MAX_AGE")
 
 
 def test_lineage_leads_from_the_raw_column_to_the_endpoint(
     checkout: Checkout, first_run: tuple[str, dict[str, Any]]
 ) -> None:
-    done = checkout.run(
-        'eval "$(.venv/bin/predictflow env)"; .venv/bin/predictflow lineage column:events.quantity --downstream'
-    )
+    shown = checkout.run(f"{ENV}{checkout.block('predictflow lineage')}")
+    assert [line.strip() for line in shown.stdout.splitlines()] == [
+        "feature:customer_behavior:quantity_7d",
+        "column:events.event_timestamp",
+        "column:events.quantity",
+    ], shown.stderr
+    done = checkout.run(f"{ENV}.venv/bin/predictflow lineage column:events.quantity --downstream")
     assert done.returncode == 0, done.stderr
     for node in (
         "feature:customer_behavior:quantity_7d",
@@ -163,40 +194,66 @@ def test_lineage_leads_from_the_raw_column_to_the_endpoint(
         assert node in done.stdout
 
 
+def test_a_demo_of_another_size_shows_its_own_figures_only(
+    checkout: Checkout, first_run: tuple[str, dict[str, Any]]
+) -> None:
+    only_first = _known(checkout, [f"C{n:06}" for n in range(251, 601)])
+    assert only_first
+    _, summary = _demo(checkout, "--customers 250 --days 160 --seed 8 --events 150")
+    assert summary["consistency"]["different"] == summary["consistency"]["lost_events"] == 0
+    assert summary["rows"]["customers"] == 250
+    assert summary["rows"]["events"] < first_run[1]["rows"]["events"]
+    assert summary["model"]["data_version"] != first_run[1]["model"]["data_version"]
+    assert f"{summary['rows']['events']:,} events" in (checkout.home / "report" / "index.html").read_text()
+    assert _known(checkout, [f"C{n:06}" for n in range(1, 251)])
+    assert _known(checkout, only_first) == []
+
+
 @pytest.mark.skipif(not RETAIL.is_file(), reason="needs the UCI Online Retail file beside the checkout (shared/data)")
-def test_the_demo_on_real_data(checkout: Checkout, first_run: tuple[str, dict[str, Any]], tmp_path: Path) -> None:
-    sample = tmp_path / "online_retail.csv.gz"
-    kept, dirty = _sample(RETAIL, sample, every=6)
-    _, summary = _demo(checkout, DATA=str(sample), DEMO_ARGS="--events 400")
+def test_the_demo_on_real_data_after_the_simulator(checkout: Checkout, first_run: tuple[str, dict[str, Any]]) -> None:
+    # Where the README's command looks for it.
+    copy = checkout.path / re.search(r"DATA=(\S+)", checkout.block("make demo DATA="))[1]
+    copy.parent.mkdir(parents=True)
+    kept, dirty = sample(RETAIL, copy, every=6)
+    simulated = _known(checkout, [f"C{n:06}" for n in range(1, 251)])
+    assert simulated
+    _, summary = _demo(checkout, "--events 400", block="make demo DATA=")
     _holds(summary)
     assert summary["dataset"] == "online_retail"
     assert summary["rows"]["events"] + summary["rows"]["rejected"] == kept + dirty
     assert summary["rows"]["rejected"] >= dirty
+    assert "/online_retail/work/offline" in (checkout.home / "env").read_text()
+    page = (checkout.home / "report" / "index.html").read_text()
+    hero = re.search(r"Customer <code>(\w+)</code>", page)[1]
+    assert _known(checkout, [hero, *simulated]) == [hero]
 
 
-def test_bad_input_is_one_clear_line_and_leaves_the_last_run_alone(
+def test_bad_input_is_one_clear_line_and_leaves_the_last_run_as_it_was(
     checkout: Checkout, first_run: tuple[str, dict[str, Any]], tmp_path: Path
 ) -> None:
-    wrong = tmp_path / "wrong.csv"
-    wrong.write_text("a,b\n1,2\n")
-    before, served = _artefacts(checkout), _served_now(checkout)
-    assert any("report" in name for name in before)
-    assert any("offline" in name for name in before)
-    assert any("model" in name for name in before)
-    for given, said in ((tmp_path / "none.csv", "no such data file"), (wrong, "InvoiceNo")):
-        done = checkout.run(f".venv/bin/predictflow demo --data {given}")
-        assert done.returncode in (1, 2)
-        assert said in done.stderr
+    header = "InvoiceNo,Quantity,InvoiceDate,UnitPrice,CustomerID\n"
+    given = {
+        "wrong header.csv": ("a,b\n1,2\n", "InvoiceNo"),
+        "empty.csv": ("", "the file is empty"),
+        "not.csv.gz": ("plain text", "not a gzip file"),
+        "orders.txt": ("a,b\n", "takes a .csv or .csv.gz"),
+        "nothing good.csv": (f"{header}1,2,3,4,5\n", "no acceptable line"),
+    }
+    before, served = checkout.left(), _served_now(checkout)
+    assert {"serve", "sync", "postgres", "redis", "kafka"} <= before["processes"].keys()
+    for name, (text, _) in given.items():
+        (tmp_path / name).write_text(text)
+    said = {**{name: said for name, (_, said) in given.items()}, "none.csv": "no such data file", "": "not a file"}
+    for name, message in said.items():
+        done = checkout.run(f".venv/bin/predictflow demo --data '{tmp_path / name}'")
+        assert done.returncode in (1, 2), done.stdout
+        assert message in done.stderr
         assert "Traceback" not in done.stderr
-        assert _artefacts(checkout) == before
-        assert _served_now(checkout) == served
-
-
-def _artefacts(checkout: Checkout) -> dict[str, tuple[int, int]]:
-    """Size and mtime of what a run leaves, by name: the report, and raw data, features, training set and model."""
-    places = [checkout.home / "report", *(w / "work" for w in checkout.home.iterdir() if (w / "work").is_dir())]
-    files = [p for place in places for p in place.rglob("*") if p.is_file()]
-    return {str(p.relative_to(checkout.home)): (p.stat().st_size, p.stat().st_mtime_ns) for p in files}
+    done = checkout.run(".venv/bin/predictflow demo --customers 300", KAFKA_BOOTSTRAP_SERVERS="127.0.0.1:1")
+    assert "KAFKA_BOOTSTRAP_SERVERS" in done.stderr
+    assert done.returncode == 1
+    assert checkout.left() == before
+    assert _served_now(checkout) == served
 
 
 def _served_now(checkout: Checkout) -> list[dict[str, Any]]:
@@ -212,25 +269,3 @@ def _served_now(checkout: Checkout) -> list[dict[str, Any]]:
     predictions: list[dict[str, Any]] = json.loads(done.stdout)["predictions"]
     assert len(predictions) == len(keys) > 0
     return predictions
-
-
-def _sample(source: Path, target: Path, every: int) -> tuple[int, int]:
-    """Every line of one customer in `every`, and a share of the lines without one; (lines with, lines without)."""
-    kept = dirty = 0
-    with (
-        gzip.open(source, "rt", encoding="utf-8", newline="") as f,
-        gzip.open(target, "wt", encoding="utf-8", newline="") as out,
-    ):
-        reader, writer = csv.reader(f), csv.writer(out)
-        header = next(reader)
-        writer.writerow(header)
-        column = header.index("CustomerID")
-        for number, row in enumerate(reader):
-            if row[column]:
-                if zlib.crc32(row[column].encode()) % every == 0:
-                    writer.writerow(row)
-                    kept += 1
-            elif number % 20 == 0:
-                writer.writerow(row)
-                dirty += 1
-    return kept, dirty

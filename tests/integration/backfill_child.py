@@ -10,10 +10,10 @@ from typing import Any
 
 import duckdb  # noqa: F401  # slow to import, as the next two: loaded once in the fork server
 import numpy as np
-import psycopg2.extras  # noqa: F401
+import psycopg2.extras  # noqa: F401  # as duckdb
 import pyarrow as pa
 import pyarrow.parquet as pq
-import sqlglot.lineage  # noqa: F401
+import sqlglot.lineage  # noqa: F401  # as duckdb
 from feast import Entity, FeatureView, Field, FileSource, ValueType
 from feast.types import Float64, String
 

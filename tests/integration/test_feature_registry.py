@@ -34,7 +34,7 @@ def registry(postgres_url: str) -> Iterator[FeatureRegistry]:
         yield opened
 
 
-def execute(url: str, sql: str) -> list[tuple]:  # type: ignore[type-arg]
+def execute(url: str, sql: str) -> list[tuple]:
     connection = psycopg2.connect(url.replace("+psycopg2", ""))
     try:
         with connection, connection.cursor() as cursor:

@@ -138,7 +138,7 @@ def test_up_down_up_keeps_ports_and_data(home: Path, real_kafka: None) -> None:
 def test_an_up_killed_anywhere_leaves_nothing_that_down_does_not_stop(home: Path, real_kafka: None) -> None:
     for known in (1, 3):  # as soon as so many servers are recorded, mostly before they are ready
         starter = predictflow(home, "up")
-        assert wait_until(lambda: len(pids(home)) >= known or starter.poll() is not None, 60)  # noqa: B023
+        assert wait_until(lambda: len(pids(home)) >= known or starter.poll() is not None, 60)  # noqa: B023  # called at once, within the round
         starter.kill()
         starter.communicate()
         shown = predictflow(home, "status", "--json")

@@ -59,9 +59,9 @@ def histories(draw: st.DrawFn) -> tuple[str, list[dict[str, object]]]:
     )
     for i, row in enumerate(rows):
         row["v"] = i
-        row["event"] = BASE + row["event"] * step  # type: ignore[operator]
-        row["created"] = row["event"] + row["created"] * step  # type: ignore[operator]
-    return unit, rows  # type: ignore[return-value]
+        row["event"] = BASE + row["event"] * step
+        row["created"] = row["event"] + row["created"] * step
+    return unit, rows
 
 
 entity_lists = st.lists(
@@ -171,7 +171,7 @@ def test_latest_per_key_is_what_the_oracle_gives(
     )  # fmt: skip
     with connect(EngineSettings(threads=1)) as con:
         result = pull_latest(con, pull)
-    in_range = [r for r in rows if first <= r["event"] <= last]  # type: ignore[operator]
+    in_range = [r for r in rows if first <= r["event"] <= last]
     keys = {(r["k"], r["s"]) for r in in_range if r["k"] is not None and r["s"] is not None}
     expected = {(k, s): as_of(in_range, {"k": k, "s": s}, last)["v"] for k, s in keys}
     found = {(r["k"], r["s"]): r["v"] for r in result.to_pylist()}

@@ -51,7 +51,7 @@ def test_a_pair_is_read_back_exactly(event: int, created: int | None) -> None:
 def test_a_pandas_time_keeps_its_nanoseconds_and_nat_is_refused() -> None:
     assert layout.nanos_of(pd.Timestamp(1_700_000_000_123_456_789, tz="UTC")) == 1_700_000_000_123_456_789
     with pytest.raises(DataError, match="without an event timestamp"):
-        layout.nanos_of(pd.NaT)  # type: ignore[arg-type]
+        layout.nanos_of(pd.NaT)
 
 
 @given(TEXT, TEXT)
@@ -64,7 +64,7 @@ def keys(draw: st.DrawFn) -> tuple[list[layout.KeyPart], dict[str, object], Enti
     names = draw(st.lists(TEXT.filter(bool), min_size=1, max_size=4, unique=True))
     types = [draw(st.sampled_from(sorted(KEY_VALUES))) for _ in names]
     values = [draw(KEY_VALUES[t][0]) for t in types]
-    parts = [layout.KeyPart(n, f"request {n}", t) for n, t in zip(names, types)]  # type: ignore[arg-type]
+    parts = [layout.KeyPart(n, f"request {n}", t) for n, t in zip(names, types)]
     proto = EntityKey(join_keys=names, entity_values=[Value(**{KEY_VALUES[t][1]: v}) for t, v in zip(types, values)])
     return parts, {f"request {n}": v for n, v in zip(names, values)}, proto
 
@@ -120,7 +120,7 @@ def test_a_key_value_of_the_wrong_type_is_refused_in_one_line(kind: layout.KeyTy
 
 def test_a_join_key_type_that_feast_cannot_store_is_refused() -> None:
     with pytest.raises(DefinitionError, match="FLOAT"):
-        layout.KeyLayout("p", [layout.KeyPart("id", "id", "FLOAT")])  # type: ignore[arg-type]
+        layout.KeyLayout("p", [layout.KeyPart("id", "id", "FLOAT")])
 
 
 FLOAT = st.floats(width=32, allow_nan=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from typing import Any
 
 import pytest
@@ -76,3 +77,38 @@ def test_every_section_is_checked_while_feast_loads_the_file(change: dict[str, s
 def test_all_unset_variables_are_named_at_once() -> None:
     with pytest.raises(UnsetVariableError, match="POSTGRES_URL, PREDICTFLOW_OFFLINE, REDIS_URL are not set"):
         config(postgres="${POSTGRES_URL}", redis="${REDIS_URL}", offline="${PREDICTFLOW_OFFLINE}")
+
+
+@pytest.mark.parametrize(
+    ("url", "said"),
+    [
+        (
+            "nonsense-hunter2",
+            "POSTGRES_URL is no database URL (feature_store.yaml, registry.path): 'text without a scheme'",
+        ),
+        ("me:hunter2@host/d", "'text without a scheme'"),
+        ("http://me:hunter2@host/d", "'http://...'"),
+        ("postgres://me:hunter2@host/d", "'postgres://...'"),
+        ("postgresql+psycopg2://me:hunter2@host:port/d", "POSTGRES_URL is no database URL"),
+        (
+            "postgresql+psycopg2://me:x@hunter2@host/d",
+            "POSTGRES_URL has an @ in its user or password; next: write it as %40",
+        ),
+    ],
+)
+def test_a_registry_url_that_no_driver_takes_is_one_line_without_the_password(url: str, said: str) -> None:
+    with pytest.raises(UsageError) as e:
+        config(postgres=url)
+    assert said in e.value.message
+    assert "hunter2" not in e.value.message
+    assert "next: " in e.value.message
+
+
+@pytest.mark.skipif(importlib.util.find_spec("psycopg") is not None, reason="psycopg 3 is installed")
+def test_the_driver_that_feast_makes_of_a_bare_postgresql_url_is_named_when_it_is_missing() -> None:
+    with pytest.raises(UsageError, match=r"driver that is not installed.*postgresql\+psycopg2://user"):
+        config(postgres="postgresql://me@host/d")
+
+
+def test_other_databases_that_sqlalchemy_knows_stay_possible() -> None:
+    assert config(postgres="sqlite:////tmp/registry.db").registry.path == "sqlite:////tmp/registry.db"

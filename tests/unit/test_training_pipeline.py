@@ -42,7 +42,7 @@ def repo(tmp_path: Path) -> Path:
 
 
 def run(workspace: Path, **options: bool | str) -> list[str]:
-    return run_pipeline(workspace, os.environ, **options)  # type: ignore[arg-type]
+    return run_pipeline(workspace, os.environ, **options)
 
 
 def test_only_what_changed_runs_again(tmp_path: Path, repo: Path) -> None:
