@@ -18,7 +18,7 @@ from predictflow.settings import Settings
         ("wrong.csv", b"a,b\n1,2\n", "InvoiceNo"),
         ("empty.csv", b"", "empty"),
         ("plain.csv.gz", b"InvoiceNo\n", "not a gzip file"),
-        ("data.txt", b"x", "no built-in source"),
+        ("data.txt", b"x", "takes a .csv or .csv.gz"),
     ],
 )
 def test_input_of_another_kind_is_refused_before_anything_is_touched(
