@@ -235,7 +235,7 @@ def test_a_customer_who_only_cancels_has_events_and_no_statement(tmp_path):
     ("content", "name", "message"),
     [
         (b"", "data.csv", "the file is empty"),
-        (gzip.compress(b""), "data.csv.gz", "the file is empty"),
+        (gzip.compress(b"", mtime=0), "data.csv.gz", "the file is empty"),
         (b"InvoiceNo,Quantity\n1,2\n", "data.csv", "the header has no column InvoiceDate, UnitPrice, CustomerID"),
         ((HEADER + "\n").encode(), "data.csv", "no acceptable line in the file (no line at all)"),
         (f"{HEADER}\n{csv_line(customer='')}\n1\n".encode(), "data.csv", "no customer: 1, wrong number of columns: 1"),
