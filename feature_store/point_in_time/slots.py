@@ -9,8 +9,6 @@ and memory for the entity rows alone.
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import numpy.typing as npt
 
