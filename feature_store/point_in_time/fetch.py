@@ -7,6 +7,7 @@ would lose digits, and what does not fit is refused with the name of the file.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -215,12 +216,15 @@ def _read(opened: pq.ParquetFile, file: str, label: str, rows: Ints, names: list
     cuts = np.searchsorted(rows, bounds)
     wanted = [g for g in range(metadata.num_row_groups) if cuts[g + 1] > cuts[g]]
 
+    mine = threading.local()
+
     def load(group: int) -> pa.Table:
         chosen = rows[cuts[group] : cuts[group + 1]] - bounds[group]
         if not names:
             return pa.table({"_": pa.nulls(len(chosen))})
-        # a reader of its own: one reader's file position is shared by its threads
-        table = open_parquet(file, label, metadata).read_row_group(group, columns=names, use_threads=False)
+        if not hasattr(mine, "reader"):  # threads would move each other's position in the file
+            mine.reader = open_parquet(file, label, metadata)
+        table = mine.reader.read_row_group(group, columns=names, use_threads=False)
         if len(chosen) == table.num_rows and chosen[0] == 0 and (np.diff(chosen) == 1).all():
             return table
         return table.combine_chunks().take(pa.array(chosen))
