@@ -81,9 +81,11 @@ def report(name: str, rows: Sequence[Row]) -> int:
 
 @dataclass(frozen=True)
 class Measured:
-    """One run of a contender: seconds, its process's peak resident memory in MB, and what it said of its result."""
+    """One run of a contender: seconds, seconds of processor time in all threads (which other work on the machine moves
+    less), its process's peak resident memory in MB, and what it said of its result."""
 
     seconds: float
+    cpu: float
     peak_mb: float
     answer: dict[str, Any]
 
@@ -122,7 +124,7 @@ class Contender:
         self._process.stdin.write("run\n")
         self._process.stdin.flush()
         reply = self._reply()
-        return Measured(reply["seconds"], reply["peak_mb"], reply["answer"])
+        return Measured(reply["seconds"], reply["cpu"], reply["peak_mb"], reply["answer"])
 
     def _reply(self) -> dict[str, Any]:
         assert self._process.stdout
@@ -186,13 +188,13 @@ def _serve(module: str, name: str, case: dict[str, Any]) -> None:
     run, describe = importlib.import_module(module).prepare(name, case)
     _send(replies, {})
     for _ in sys.stdin:
-        began = time.perf_counter()
+        began, busy = time.perf_counter(), time.process_time()
         result = run()
-        seconds = time.perf_counter() - began
+        seconds, cpu = time.perf_counter() - began, time.process_time() - busy
         peak = peak_mb()
         answer = describe(result)
         del result
-        _send(replies, {"seconds": seconds, "peak_mb": peak, "answer": answer})
+        _send(replies, {"seconds": seconds, "cpu": cpu, "peak_mb": peak, "answer": answer})
 
 
 def _send(stream: Any, reply: dict[str, Any]) -> None:

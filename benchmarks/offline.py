@@ -132,13 +132,17 @@ def run_case(case: Case, root: Path, size: str, repeat: int) -> list[Row]:
 
 
 def _progress(name: str, run: Measured) -> None:
-    print(f"  {name:32} {run.seconds:8.2f} s {run.peak_mb:8.0f} MB", flush=True)
+    print(f"  {name:32} {run.seconds:8.2f} s {run.cpu:8.2f} s CPU {run.peak_mb:8.0f} MB", flush=True)
 
 
 def _table(found: Mapping[str, Sequence[Measured]]) -> None:
     print("  median of runs")
     for name, runs in found.items():
-        print(f"  {name:32} {statistics.median(r.seconds for r in runs):8.2f} s {runs[0].peak_mb:8.0f} MB", flush=True)
+        print(
+            f"  {name:32} {statistics.median(r.seconds for r in runs):8.2f} s "
+            f"{statistics.median(r.cpu for r in runs):8.2f} s CPU {runs[0].peak_mb:8.0f} MB",
+            flush=True,
+        )
 
 
 def _rows(case: Case, found: Mapping[str, Sequence[Measured]], size: str) -> list[Row]:

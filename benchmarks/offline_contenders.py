@@ -166,7 +166,7 @@ def _polars_join(places: Mapping[str, str], asked_rows: Path, _: str) -> Run:
         parts = [entities]
         for view, place in places.items():
             scan = pl.scan_parquet(_glob(place), row_index_name="_at")
-            narrow = scan.select("_at", KEY, TIME).sort(TIME).collect()
+            narrow = scan.select("_at", KEY, TIME, CREATED).sort(TIME, CREATED).collect()  # of equal times the newest
             found = asked.join_asof(narrow, on=TIME, by=KEY, tolerance=TTL, check_sortedness=False).sort("row_id")
             wide = pl.scan_parquet(_glob(place)).select(features(view)).collect()
             parts.append(wide.select(pl.all().gather(found.get_column("_at"))))

@@ -94,13 +94,13 @@ class PredictFlowOfflineStore(OfflineStore):
         def requests(columns: list[str]) -> Any:
             return view_requests(config, feature_views, feature_refs, registry, project, full_feature_names, columns)
 
-        with connect(config.offline_store.engine) as con:
-            if entity_df is None:
-                if end_date is None:
-                    raise UsageError("retrieval without entity_df needs end_date")
+        if entity_df is None:
+            if end_date is None:
+                raise UsageError("retrieval without entity_df needs end_date")
+            with connect(config.offline_store.engine) as con:
                 table = known_keys(con, requests([]), start_date, end_date, filter_by_created_timestamp)
-            else:
-                table = _entity_table(con, config, entity_df, registry, project)
+        else:
+            table = _entity_table(config, entity_df, registry, project)
         rows = entity_input.entity_rows(table)
         wanted = requests(rows.table.column_names)
 
@@ -215,17 +215,19 @@ class PredictFlowOfflineStore(OfflineStore):
         return [(f.name, str(f.type)) for f in schema]
 
 
-def _entity_table(con: Any, config: RepoConfig, entity_df: Any, registry: BaseRegistry, project: str) -> pa.Table:
+def _entity_table(config: RepoConfig, entity_df: Any, registry: BaseRegistry, project: str) -> pa.Table:
     if isinstance(entity_df, pa.Table):
         return entity_df
     if isinstance(entity_df, pd.DataFrame):
         return entity_input.from_pandas(entity_df)
     if isinstance(entity_df, Path) or (isinstance(entity_df, str) and entity_input.is_path(entity_df)):
-        return entity_input.from_path(con, str(entity_df))
+        with connect(config.offline_store.engine) as con:
+            return entity_input.from_path(con, str(entity_df))
     if isinstance(entity_df, str):
         sources = registry.list_data_sources(project, allow_cache=True)
         places = {s.name: resolve(config, file_path(s)) for s in sources if getattr(s, "path", None)}
-        return entity_input.from_sql(con, entity_df, places)
+        with connect(config.offline_store.engine) as con:
+            return entity_input.from_sql(con, entity_df, places)
     raise UsageError(
         "entity_df is of an unknown type",
         value=type(entity_df).__name__,

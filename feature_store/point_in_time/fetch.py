@@ -7,9 +7,10 @@ would lose digits, and what does not fit is refused with the name of the file.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from urllib.parse import unquote
 
@@ -20,15 +21,19 @@ import pyarrow.parquet as pq
 
 from feature_store.errors import DataError
 from feature_store.point_in_time.engine import ident, reading, text
+from feature_store.point_in_time.layout import FOOTER
 from feature_store.point_in_time.request import Feature
 from feature_store.point_in_time.slots import Ints
-from feature_store.point_in_time.source import ParquetSource, open_parquet, reading_file
+from feature_store.point_in_time.source import ParquetSource, open_parquet, reading_file, relation, scanning
 from feature_store.point_in_time.types import as_declared, as_stored, sql_type_of
 
 SHIFT = 40
 ROW_MASK = (1 << SHIFT) - 1
 READ_AHEAD = 3
 CONVERT_ROWS = 262_144
+BATCH_ROWS = 122_880
+BY_ENGINE_ROWS = 1_000
+"""Fewer wanted rows of a file than this are read by Arrow, which needs no query for them."""
 
 
 @dataclass(frozen=True)
@@ -70,14 +75,18 @@ def stored_columns(con: duckdb.DuckDBPyConnection, source: ParquetSource, names:
 
 def fetch(con: duckdb.DuckDBPyConnection, source: ParquetSource, places: Ints, columns: Sequence[Column]) -> pa.Table:
     """One row per place, in their order; a place of -1 gives nulls."""
-    order = np.argsort(places, kind="stable")
-    order = order[np.searchsorted(places[order], 0) :]
+    distinct, which = np.unique(places, return_inverse=True)
+    absent = int(np.searchsorted(distinct, 0))
     parts: list[list[pa.ChunkedArray]] = [[] for _ in columns]
-    for piece in _pieces(con, source, places[order], columns):
+    numbers = [np.array([], np.int64)]
+    for number, piece in _pieces(con, source, distinct[absent:], columns):
+        numbers.append(number)
         for part, values in zip(parts, piece.columns, strict=True):
             part.append(values)
-    back = np.full(len(places), -1, np.int64)
+    back = np.full(len(distinct), -1, np.int64)
+    order = np.concatenate(numbers) + absent
     back[order] = np.arange(len(order))
+    back = back[which]
     index = pa.array(back, mask=back < 0)
     result: dict[str, Any] = {}
     for column, part in zip(columns, parts, strict=True):
@@ -100,21 +109,22 @@ def _whole(parts: list[pa.ChunkedArray], column: Column) -> pa.Array:
 
 def _pieces(
     con: duckdb.DuckDBPyConnection, source: ParquetSource, places: Ints, columns: Sequence[Column]
-) -> Iterator[pa.Table]:
-    """The rows of sorted `places` (repeats allowed), in their order, in the columns' result types."""
+) -> Iterator[tuple[Ints, pa.Table]]:
+    """The rows of the distinct, sorted `places` in the columns' result types, and of each row the place's number."""
     start = 0
     while start < len(places):
         number = int(places[start] >> SHIFT)
         end = int(np.searchsorted(places, (number + 1) << SHIFT))
         file, rows = source.files[number], places[start:end] & ROW_MASK
         with reading_file(source.label, file):
-            yield from _file_pieces(con, source, file, rows, columns)
+            for numbers, table in _file_pieces(con, source, file, rows, columns):
+                yield numbers + start, table
         start = end
 
 
 def _file_pieces(
     con: duckdb.DuckDBPyConnection, source: ParquetSource, file: str, rows: Ints, columns: Sequence[Column]
-) -> Iterator[pa.Table]:
+) -> Iterator[tuple[Ints, pa.Table]]:
     opened = open_parquet(file, source.label)
     there = opened.schema_arrow
     names = list(dict.fromkeys(c.source for c in columns if c.source in there.names))
@@ -127,17 +137,76 @@ def _file_pieces(
         else:
             expression, plain = _absent(c, source, file), False
         selects[c.output] = f"{expression} AS {ident(c.output)}"
+    if _suits_engine(opened.metadata, rows) and _engine_types(con, source, file, names) == types:
+        yield from _by_engine(con, source, file, rows, selects, names)
+        return
+    start = 0
     held: list[pa.Table] = []
     for table in _read(opened, file, source.label, rows, names):
         if plain:
-            yield pa.Table.from_arrays([table.column(c.source) for c in columns], [c.output for c in columns])
-            continue
-        held.append(table)
-        if sum(t.num_rows for t in held) >= CONVERT_ROWS:
-            yield _converted(con, held, selects, source.label, file)
-            held = []
-    if held:
-        yield _converted(con, held, selects, source.label, file)
+            held.append(pa.Table.from_arrays([table.column(c.source) for c in columns], [c.output for c in columns]))
+        else:
+            held.append(table)
+            if sum(t.num_rows for t in held) < CONVERT_ROWS and start + sum(t.num_rows for t in held) < len(rows):
+                continue
+            held = [_converted(con, held, selects, source.label, file)]
+        piece = held.pop()
+        yield np.arange(start, start + piece.num_rows), piece
+        start += piece.num_rows
+
+
+def _suits_engine(metadata: pq.FileMetaData, rows: Ints) -> bool:
+    """Whether the engine reads these rows of a file faster than Arrow: many rows, spread over most of their row groups.
+
+    It skips values that no row wants, and decodes Snappy in half the time. It does not look at page checksums, so the
+    files that we write with them are read by Arrow, which is as fast there.
+    """
+    if len(rows) < BY_ENGINE_ROWS or FOOTER in (metadata.metadata or {}):
+        return False
+    bounds = np.cumsum([0, *(metadata.row_group(i).num_rows for i in range(metadata.num_row_groups))])
+    groups = np.searchsorted(bounds, rows, side="right")
+    return 2 * len(np.unique(groups)) > groups[-1] - groups[0]
+
+
+def _engine_types(
+    con: duckdb.DuckDBPyConnection, source: ParquetSource, file: str, names: Sequence[str]
+) -> dict[str, str]:
+    found = source.columns
+    if len(source.files) > 1:
+        with reading(f"{source.label}: {file}"):
+            rows = con.execute(f"DESCRIBE SELECT * FROM {relation([file])}").fetchall()
+        found = {str(r[0]): str(r[1]) for r in rows}
+    return {n: found[n] for n in names if n in found}
+
+
+def _by_engine(
+    con: duckdb.DuckDBPyConnection,
+    source: ParquetSource,
+    file: str,
+    rows: Ints,
+    selects: Mapping[str, str],
+    names: Sequence[str],
+) -> Iterator[tuple[Ints, pa.Table]]:
+    con.register("_wanted", pa.table({"_number": np.arange(len(rows)), "_row": rows}))
+    wide = "".join(f", f.{ident(n)}" for n in names)
+    piece = f"(SELECT w._number{wide} FROM {relation([file])} f JOIN _wanted w ON f.file_row_number = w._row) AS _piece"
+    what = f"{source.label}: {file}"
+    try:
+        with (
+            scanning(replace(source, files=(file,)), names),
+            con.sql(f"SELECT _number, {', '.join(selects.values())} FROM {piece}").to_arrow_reader(BATCH_ROWS) as found,
+        ):
+            for batch in found:
+                table = pa.Table.from_batches([batch])
+                yield table.column(0).to_numpy(), table.remove_column(0)
+    except DataError as e:
+        if not isinstance(e.__cause__, duckdb.ConversionException | duckdb.OutOfRangeException):
+            raise
+        for column, select in selects.items():  # the engine does not say which column it could not convert
+            _selected(con, {column: select}, f"{what}: column {column}", piece)
+        raise
+    finally:
+        con.unregister("_wanted")
 
 
 def _read(opened: pq.ParquetFile, file: str, label: str, rows: Ints, names: list[str]) -> Iterator[pa.Table]:
@@ -147,12 +216,15 @@ def _read(opened: pq.ParquetFile, file: str, label: str, rows: Ints, names: list
     cuts = np.searchsorted(rows, bounds)
     wanted = [g for g in range(metadata.num_row_groups) if cuts[g + 1] > cuts[g]]
 
+    mine = threading.local()
+
     def load(group: int) -> pa.Table:
         chosen = rows[cuts[group] : cuts[group + 1]] - bounds[group]
         if not names:
             return pa.table({"_": pa.nulls(len(chosen))})
-        # a reader of its own: one reader's file position is shared by its threads
-        table = open_parquet(file, label, metadata).read_row_group(group, columns=names, use_threads=False)
+        if not hasattr(mine, "reader"):  # threads would move each other's position in the file
+            mine.reader = open_parquet(file, label, metadata)
+        table = mine.reader.read_row_group(group, columns=names, use_threads=False)
         if len(chosen) == table.num_rows and chosen[0] == 0 and (np.diff(chosen) == 1).all():
             return table
         return table.combine_chunks().take(pa.array(chosen))
@@ -180,9 +252,9 @@ def _converted(
         con.unregister("_piece")
 
 
-def _selected(con: duckdb.DuckDBPyConnection, selects: Mapping[str, str], what: str) -> pa.Table:
+def _selected(con: duckdb.DuckDBPyConnection, selects: Mapping[str, str], what: str, piece: str = "_piece") -> pa.Table:
     with reading(what):
-        return con.sql(f"SELECT {', '.join(selects.values())} FROM _piece").to_arrow_table()
+        return con.sql(f"SELECT {', '.join(selects.values())} FROM {piece}").to_arrow_table()
 
 
 def _absent(column: Column, source: ParquetSource, file: str) -> str:
@@ -197,8 +269,15 @@ def _absent(column: Column, source: ParquetSource, file: str) -> str:
     return f"(SELECT {column.expression(file, stored)} FROM {nothing})"
 
 
+_ARROW: dict[str, pa.DataType] = {}
+"""Of the engine's types, in UTC as every connection is: to ask costs a query, and a training set has many columns."""
+
+
 def _arrow_type(con: duckdb.DuckDBPyConnection, sql_type: str) -> pa.DataType:
-    return con.sql(f"SELECT CAST(NULL AS {sql_type}) AS v").to_arrow_table().schema.field("v").type
+    if sql_type not in _ARROW:
+        nothing = con.sql(f"SELECT CAST(NULL AS {sql_type}) AS v").to_arrow_table()
+        _ARROW[sql_type] = nothing.schema.field("v").type
+    return _ARROW[sql_type]
 
 
 def _duckdb_types(con: duckdb.DuckDBPyConnection, schema: pa.Schema, names: list[str]) -> dict[str, str]:

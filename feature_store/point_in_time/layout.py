@@ -25,6 +25,7 @@ import pyarrow.parquet as pq
 
 from feature_store.errors import DataError, UsageError
 from feature_store.point_in_time.engine import ident, reading
+from feature_store.point_in_time.publish import appearing
 from feature_store.point_in_time.types import kind, ticks
 
 FILE = "_layout.json"
@@ -197,24 +198,14 @@ def _publish(
 ) -> int:
     bare = pa.schema([f for f in schema if f.name != "_bucket"])
     firsts: list[int] = []  # the bucket of each row group
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with appearing(path) as temporary:
         with pq.ParquetWriter(temporary, bare, **writer_options(bare, layout)) as writer:
             for bucket, table in groups:
                 firsts.append(bucket)
                 writer.write_table(table.select(bare.names).combine_chunks(), row_group_size=ROW_GROUP_ROWS)
             footer = {**asdict(layout), "buckets": buckets, "row_groups": firsts}
             writer.add_key_value_metadata({FOOTER.decode(): json.dumps(footer)})
-        with temporary.open("rb") as f:
-            os.fsync(f.fileno())
-        size = temporary.stat().st_size
-        temporary.replace(path)
-    except OSError as e:
-        raise DataError(f"{path} cannot be written: {e}", next_step="free some space, then run it again") from e
-    finally:
-        temporary.unlink(missing_ok=True)
-    return size
+        return temporary.stat().st_size
 
 
 def writer_options(schema: pa.Schema, layout: Layout) -> dict[str, object]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pyarrow as pa
@@ -33,24 +33,33 @@ def serialised_size(table: pa.Table) -> int:
     return int(sink.getvalue().size)
 
 
-def publish(table: pa.Table, path: Path) -> int:
-    """Writes `table` to `path` under a temporary name, makes it durable, then renames; returns the bytes written.
+@contextmanager
+def appearing(path: Path) -> Iterator[Path]:
+    """A temporary name to write to; afterwards what was written is durable and at `path`, or, after a failure, nothing is.
 
-    Safe to run twice: the same rows give the same bytes. A file of that name is replaced atomically.
+    A file of that name is replaced atomically. DataError when the disk is full or the place cannot be written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        write(table, temporary)
+        yield temporary
         with temporary.open("rb") as f:
             os.fsync(f.fileno())
-        size = temporary.stat().st_size
         temporary.replace(path)
     except OSError as e:
         raise DataError(f"{path} cannot be written: {e}", next_step="free some space, then run it again") from e
     finally:
         temporary.unlink(missing_ok=True)
-    return size
+
+
+def publish(table: pa.Table, path: Path) -> int:
+    """Writes `table` to `path` so that it appears whole or not at all; returns the bytes written.
+
+    Safe to run twice: the same rows give the same bytes.
+    """
+    with appearing(path) as temporary:
+        write(table, temporary)
+        return temporary.stat().st_size
 
 
 def publish_stream(tables: Iterable[pa.Table], path: Path) -> int:
@@ -58,24 +67,14 @@ def publish_stream(tables: Iterable[pa.Table], path: Path) -> int:
 
     A failure leaves neither a file nor a part of one. DataError when the disk is full or the place cannot be written.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     rows = 0
-    try:
-        with ExitStack() as stack:
-            writer = None
-            for table in tables:
-                if writer is None:
-                    writer = stack.enter_context(pq.ParquetWriter(temporary, table.schema, compression="zstd"))
-                writer.write_table(table.cast(writer.schema), row_group_size=ROW_GROUP_ROWS)
-                rows += table.num_rows
-        with temporary.open("rb") as f:
-            os.fsync(f.fileno())
-        temporary.replace(path)
-    except OSError as e:
-        raise DataError(f"{path} cannot be written: {e}", next_step="free some space, then run it again") from e
-    finally:
-        temporary.unlink(missing_ok=True)
+    with appearing(path) as temporary, ExitStack() as stack:
+        writer = None
+        for table in tables:
+            if writer is None:
+                writer = stack.enter_context(pq.ParquetWriter(temporary, table.schema, compression="zstd"))
+            writer.write_table(table.cast(writer.schema), row_group_size=ROW_GROUP_ROWS)
+            rows += table.num_rows
     return rows
 
 

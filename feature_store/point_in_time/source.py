@@ -41,7 +41,7 @@ class ParquetSource:
     @property
     def relation(self) -> str:
         """The SQL table function over all files."""
-        return _read(self.files)
+        return relation(self.files)
 
     def require(self, column: str, what: str) -> str:
         """The DuckDB type of `column`; DataError when no file holds it."""
@@ -104,7 +104,7 @@ def open_source(con: duckdb.DuckDBPyConnection, label: str, places: Sequence[str
     if not files:
         raise NotFoundError(f"{label}: no Parquet files", value=places[0], next_step=next_step)
     with reading(f"{label} ({places[0]})"):
-        rows = con.execute(f"DESCRIBE SELECT * FROM {_read(files)}").fetchall()
+        rows = con.execute(f"DESCRIBE SELECT * FROM {relation(files)}").fetchall()
     return ParquetSource(f"{label} ({places[0]})", files, {str(r[0]): str(r[1]) for r in rows})
 
 
@@ -199,7 +199,8 @@ def file_path(source: Any) -> str:
     return path
 
 
-def _read(files: Sequence[str]) -> str:
+def relation(files: Sequence[str]) -> str:
+    """The SQL table function over Parquet files, their columns united by name."""
     return f"read_parquet([{', '.join(text(f) for f in files)}], union_by_name = true)"
 
 

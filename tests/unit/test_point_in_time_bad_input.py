@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from feature_store.errors import DataError
+from feature_store.point_in_time import fetch
 from feature_store.point_in_time.engine import EngineSettings, connect
 from feature_store.point_in_time.entities import entity_rows, from_pandas
 from feature_store.point_in_time.latest import Pull, pull_latest
@@ -57,6 +58,16 @@ def _ints(*values: int | None) -> pa.Array:
     return pa.array(values, pa.int64())
 
 
+BOTH_READERS = pytest.mark.usefixtures("_reader")
+
+
+@pytest.fixture(params=["read by Arrow", "read by the engine"])
+def _reader(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wide columns have two readers; which one is taken depends on the number of rows."""
+    monkeypatch.setattr(fetch, "BY_ENGINE_ROWS", 1 if request.param == "read by the engine" else 2**40)
+
+
+@BOTH_READERS
 def test_a_feature_added_later_is_null_in_old_files(tmp_path: Path) -> None:
     _file(tmp_path / "a.parquet", _ints(1, 2), None)
     _file(tmp_path / "b.parquet", _ints(3), _ints(30))
@@ -64,6 +75,7 @@ def test_a_feature_added_later_is_null_in_old_files(tmp_path: Path) -> None:
     assert [r["v"] for r in _latest(tmp_path)] == [None, None, 30]
 
 
+@BOTH_READERS
 def test_wider_types_in_newer_files_keep_every_digit(tmp_path: Path) -> None:
     big = 2**53 + 1
     _file(tmp_path / "a.parquet", pa.array([1], pa.int32()), pa.array([7], pa.int32()))
@@ -72,6 +84,7 @@ def test_wider_types_in_newer_files_keep_every_digit(tmp_path: Path) -> None:
     assert _values(tmp_path, _ints(1, 2, 3)) == [7, big, 3]
 
 
+@BOTH_READERS
 def test_a_type_change_that_loses_values_is_refused_with_file_and_column(tmp_path: Path) -> None:
     from feast.types import Float64, Int32
 
@@ -97,6 +110,7 @@ def test_a_key_that_changes_its_kind_is_refused_with_both_files(tmp_path: Path) 
         _values(tmp_path, _ints(1))
 
 
+@BOTH_READERS
 def test_naive_and_zoned_times_and_units_mix_between_files(tmp_path: Path) -> None:
     zoned = pa.array([T0], pa.timestamp("ns", "America/New_York"))
     naive = pa.array([T0.replace(tzinfo=None) + timedelta(hours=1)], pa.timestamp("ms"))
@@ -128,6 +142,7 @@ def test_times_of_the_far_past_and_future_are_compared_not_wrapped(tmp_path: Pat
     assert _values(tmp_path, _ints(1, 2)) == [1, 2]
 
 
+@BOTH_READERS
 def test_a_truncated_file_is_named(tmp_path: Path) -> None:
     path = _file(tmp_path / "a.parquet", _ints(*range(1000)), _ints(*range(1000)))
     path.write_bytes(path.read_bytes()[:-100])
@@ -158,6 +173,27 @@ def test_damage_inside_a_file_is_found_by_file_and_row_group(tmp_path: Path, col
         _values(place, _ints(*range(5000)), Float64)
 
 
+@BOTH_READERS
+def test_damage_in_a_file_of_other_tools_is_found_by_file_and_row_group(tmp_path: Path) -> None:
+    path = _file(tmp_path / "a.parquet", _ints(*range(5000)), _ints(*(i * 7919 % 5003 for i in range(5000))))
+    group = pq.read_metadata(path).row_group(0)
+    chunk = next(group.column(i) for i in range(group.num_columns) if group.column(i).path_in_schema == "v")
+    data = bytearray(path.read_bytes())
+    data[chunk.data_page_offset : chunk.data_page_offset + 64] = bytes([0xFF] * 64)  # the page's header
+    path.write_bytes(data)
+    with pytest.raises(DataError, match=r"a\.parquet \(row group 0"):
+        _values(tmp_path, _ints(*range(5000)))
+
+
+@BOTH_READERS
+def test_a_value_too_large_for_its_declared_type_names_file_and_column(tmp_path: Path) -> None:
+    from feast.types import Int32
+
+    _file(tmp_path / "a.parquet", _ints(1, 2), _ints(1, 2**40))
+    with pytest.raises(DataError, match=r"a\.parquet.*column v"):
+        _values(tmp_path, _ints(1, 2), Int32)
+
+
 def test_an_unknown_column_names_the_known_ones(tmp_path: Path) -> None:
     _file(tmp_path / "a.parquet", _ints(1), None)
     with pytest.raises(
@@ -166,6 +202,7 @@ def test_an_unknown_column_names_the_known_ones(tmp_path: Path) -> None:
         _values(tmp_path, _ints(1))
 
 
+@BOTH_READERS
 def test_a_streamed_result_is_what_the_whole_one_is(tmp_path: Path) -> None:
     _file(tmp_path / "a.parquet", _ints(*(i % 13 for i in range(200))), _ints(*range(200)), row_group_size=11)
     times = pa.array([T0 + timedelta(hours=i % 190) for i in range(500)], TIME)

@@ -98,6 +98,7 @@ def _request(place: Path, keys: list[str], ttl_ns: int) -> ViewRequest:
     files=st.integers(1, 4),
     strategy=st.sampled_from(["range", "slots"]),
     laid_out=st.booleans(),
+    by_engine=st.booleans(),
 )
 def test_every_entity_row_gets_what_the_oracle_gives(
     tmp_path: Path,
@@ -109,6 +110,7 @@ def test_every_entity_row_gets_what_the_oracle_gives(
     files: int,
     strategy: Strategy,
     laid_out: bool,
+    by_engine: bool,
     small_groups: None,
 ) -> None:
     unit, rows = history
@@ -132,7 +134,8 @@ def test_every_entity_row_gets_what_the_oracle_gives(
             "event_timestamp": time_array(times, "ns"),
         }
     )
-    with connect(EngineSettings(threads=1)) as con:
+    with connect(EngineSettings(threads=1)) as con, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fetch_module, "BY_ENGINE_ROWS", 1 if by_engine else 2**40)
         request = _request(place, keys, ttl_us * 1000)
         result = retrieve(con, [request], entity_rows(table), as_known, strategy)
     expected = []
