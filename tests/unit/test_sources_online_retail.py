@@ -240,7 +240,11 @@ def test_a_customer_who_only_cancels_has_events_and_no_statement(tmp_path):
         ((HEADER + "\n").encode(), "data.csv", "no acceptable line in the file (no line at all)"),
         (f"{HEADER}\n{csv_line(customer='')}\n1\n".encode(), "data.csv", "no customer: 1, wrong number of columns: 1"),
         (b"plain text", "data.csv.gz", "named .gz, but not a gzip file"),
-        (gzip.compress(f"{HEADER}\n".encode() + csv_line().encode() * 9)[:-12], "data.csv.gz", "damaged gzip file"),
+        (
+            gzip.compress(f"{HEADER}\n".encode() + csv_line().encode() * 9, mtime=0)[:-12],
+            "data.csv.gz",
+            "damaged gzip file",
+        ),
         (f"{HEADER}\n{csv_line()}\n".encode(), "data.csv", "history is too short to train on"),
         (b'"InvoiceNo,Quantity\n', "data.csv", "the header has unbalanced quotes"),
     ],
