@@ -596,7 +596,7 @@ def test_check_leaves_out_what_was_served_before_a_rewind_and_says_how_much(proj
     path.write_text("\n".join(map(json.dumps, first)))
     assert "checked 24, different 0, stale 0" in command("check", "--served-file", str(path)).output
 
-    command("windows", "bootstrap", "--known-by", T0.isoformat(), "--rewind")
+    command("windows", "bootstrap", "--known-by", T0.isoformat(), "--rewind", "--yes")
     nothing = command("check", "--served-file", str(path), exit_code=1)
     assert "6 older records left out" in nothing.output
     path.write_text("\n".join(map(json.dumps, [*first, *project.served(CUSTOMERS)])))
