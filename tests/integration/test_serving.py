@@ -75,7 +75,7 @@ def serving(settings: Settings, **options: Any) -> Iterator[str]:
     """The product's own application behind uvicorn, in a thread of this process."""
     import uvicorn
 
-    from predictflow.cli_serve import ServeOptions, build_app
+    from predictflow.serve_wiring import ServeOptions, build_app
 
     root = logging.getLogger()
     before = list(root.handlers), root.level

@@ -6,7 +6,7 @@ import pytest
 from click.testing import CliRunner
 
 from feature_store.errors import UsageError
-from predictflow.cli_serve import _listen, serve
+from predictflow.cli_serve import listen, serve
 from predictflow.settings import VARIABLES
 
 COMPLETE = {
@@ -51,7 +51,7 @@ def test_a_setting_is_needed_only_for_what_is_switched_on(missing: str, switch: 
 
 
 def test_a_busy_port_is_one_clear_error() -> None:
-    with _listen("127.0.0.1", 0) as first:
+    with listen("127.0.0.1", 0) as first:
         first.listen()
         port = first.getsockname()[1]
         result = CliRunner().invoke(serve, ["--port", str(port)], env=COMPLETE)
