@@ -106,7 +106,7 @@ class Jobs:
         except BaseException:
             held.close()
             raise
-        future.add_done_callback(lambda _: held.close())
+        future.add_done_callback(lambda _: self._let_go(job.id, held))
         return job
 
     def get(self, job_id: str, owner: str | None, any_owner: bool) -> Job:
@@ -165,7 +165,6 @@ class Jobs:
     # --- running ------------------------------------------------------------------------------------------------------
 
     def _run(self, job: Job, tables: Callable[[], Iterator[pa.Table]]) -> None:
-        place = self._home / job.id
         job = replace(job, status="running")
         try:
             self._write(job)
@@ -179,8 +178,12 @@ class Jobs:
         except Exception:  # whatever it is must be told to who waits for the job, and to the log
             log.exception("job failed", extra={"job": job.id})
             self._end(job, "failed", {"code": "internal", "message": f"unexpected error; the log has it: {job.id}"})
-        if (place / _CANCELLED).exists():
-            shutil.rmtree(place, ignore_errors=True)
+
+    def _let_go(self, job_id: str, held: ExitStack) -> None:
+        held.close()
+        # After the lock: whoever cancels from now on finds it free and clears up himself.
+        if (self._home / job_id / _CANCELLED).exists():
+            shutil.rmtree(self._home / job_id, ignore_errors=True)
 
     def _write_result(self, job: Job, tables: Callable[[], Iterator[pa.Table]]) -> Job:
         import pyarrow.parquet as pq

@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 from starlette.testclient import TestClient
+from test_serving_app import Server
 
 from feature_store.errors import NotFoundError, UsageError
 from predictflow.cli_serve_key import serve_key
 from serving.access import OPEN_PATHS, SCOPES, Keys, add_key, drop_key, read_keys, scope_of
 from serving.limits import Gate
-from tests.unit.test_serving_app import Server
 
 READ_BODY = {"feature_service": "s", "entities": {"id": ["a"]}}
 
