@@ -154,7 +154,9 @@ def table_of(view: FeatureView, columns: Columns, now: datetime) -> pa.Table:
     out[EVENT] = times(EVENT, given[EVENT])
     if out[EVENT].null_count:
         raise UsageError(f"{view.name}: a row has no {EVENT}")
-    created = times(CREATED, given[CREATED]) if CREATED in given else pa.nulls(len(out[EVENT]), out[EVENT].type)
+    # The stock client writes a missing `created` as the text of pandas' "not a time".
+    known = [None if v == "NaT" else v for v in given.get(CREATED, [None] * len(out[EVENT]))]
+    created = times(CREATED, known)
     out[CREATED] = created.fill_null(pa.scalar(now, out[EVENT].type))
     latest = now + MAX_SKEW
     for name in (EVENT, CREATED):
