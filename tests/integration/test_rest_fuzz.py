@@ -8,13 +8,16 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from datetime import timedelta
-from typing import Any
+from typing import Any, cast
 
 import hypothesis
+import pyarrow as pa
 import pytest
 import requests
 import schemathesis
-from hypothesis import HealthCheck
+from hypothesis import HealthCheck, Phase
+from hypothesis import strategies as st
+from schemathesis import GenerationMode
 from schemathesis.checks import not_a_server_error
 from schemathesis.specs.openapi.checks import (
     content_type_conformance,
@@ -24,6 +27,11 @@ from schemathesis.specs.openapi.checks import (
 )
 from serving_platform import MODEL, NOW, SERVICE, Platform, serving, wait_until
 
+from serving.app import Dependencies, create_app
+from serving.arrow_input import MEDIA_TYPE as ARROW
+from serving.metrics import Metrics
+
+LONG = "PREDICTFLOW_FUZZ_EXAMPLES" in os.environ
 EXAMPLES = int(os.environ.get("PREDICTFLOW_FUZZ_EXAMPLES", "12"))
 CHECKS = [
     not_a_server_error,
@@ -43,6 +51,28 @@ ROW: dict[str, list[Any]] = {
 }
 
 
+FEATURES = ["churn_features:monthly_charges"]
+
+
+def _arrow() -> bytes:
+    sink = pa.BufferOutputStream()
+    times = pa.array([NOW, NOW], pa.timestamp("us", "UTC"))
+    with pa.ipc.new_stream(sink, pa.schema([("customer_id", pa.string()), ("event_timestamp", times.type)])) as writer:
+        writer.write_table(pa.table({"customer_id": ["F1", "F2"], "event_timestamp": times}))
+    return sink.getvalue().to_pybytes()
+
+
+def _damaged(at: int, byte: int) -> bytes:
+    whole = _arrow()
+    at %= len(whole)
+    return whole[:at] + bytes([byte]) + whole[at + 1 :]
+
+
+schemathesis.openapi.media_type(
+    ARROW, st.one_of(st.just(_arrow()), st.builds(_damaged, st.integers(0, 5000), st.integers(0, 255)), st.binary())
+)
+
+
 @pytest.fixture(scope="module")
 def api(platform: Platform, model: object) -> Iterator[Any]:
     """The schema of a server with a model, rows offline, and a row limit low enough for jobs."""
@@ -53,32 +83,58 @@ def api(platform: Platform, model: object) -> Iterator[Any]:
         yield schemathesis.openapi.from_url(f"{address}/openapi.json")
 
 
-schema = schemathesis.pytest.from_fixture("api")
+def routes() -> list[tuple[str, str]]:
+    """(method, path) of every route, from an application that is never started."""
+    nothing = cast(Any, None)
+    paths = create_app(Dependencies(*[nothing] * 9, Metrics(), nothing, nothing)).openapi()["paths"]
+    return [(method, path) for path, operations in paths.items() for method in operations]
 
 
-@schema.parametrize()
-@hypothesis.settings(
-    max_examples=EXAMPLES,
-    derandomize="PREDICTFLOW_FUZZ_EXAMPLES" not in os.environ,
-    deadline=None,
-    database=None,
-    suppress_health_check=list(HealthCheck),
-)
-@hypothesis.given(data=hypothesis.strategies.data())
-def test_every_answer_is_documented_and_none_is_a_failure(case: Any, data: Any) -> None:
-    """Names and rows that exist are put in at times: random ones would never get past the first check."""
-    body = case.body
-    if isinstance(body, dict) and data.draw(hypothesis.strategies.booleans(), "known names"):
-        for field, name in NAMES.items():
-            if field in body:
-                body[field] = name
-        for field in ("columns", "df"):
-            if field in body:
-                body[field] = {**ROW, **(body[field] if isinstance(body[field], dict) else {})}
-        if "entities" in body:
-            body["entities"] = {"customer_id": ROW["customer_id"]}
-            if "historical" in case.path:
-                body["entities"]["event_timestamp"] = ROW["event_timestamp"]
-    if "model" in (case.path_parameters or {}) and data.draw(hypothesis.strategies.booleans(), "known model"):
+@pytest.mark.parametrize("mode", list(GenerationMode), ids=lambda m: m.name.lower())
+@pytest.mark.parametrize(("method", "path"), routes(), ids=lambda text: text)
+def test_every_answer_is_documented_and_none_is_a_failure(
+    api: Any, method: str, path: str, mode: GenerationMode
+) -> None:
+    operation = api[path][method]
+    if mode is GenerationMode.NEGATIVE and not (operation.body or operation.query):
+        pytest.skip("nothing in this request can be wrong")
+
+    @hypothesis.settings(
+        max_examples=EXAMPLES,
+        derandomize=not LONG,
+        deadline=None,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+        phases=[Phase.explicit, Phase.generate],
+    )
+    @hypothesis.given(case=operation.as_strategy(generation_mode=mode), known=st.booleans())
+    def ask(case: Any, known: bool) -> None:
+        if known:
+            _use_what_exists(case)
+        case.call_and_validate(checks=CHECKS, timeout=60)
+
+    ask()
+
+
+def _use_what_exists(case: Any) -> None:
+    """Names and rows of this project: random ones would never get past the first check."""
+    if "model" in (case.path_parameters or {}):
         case.path_parameters["model"] = MODEL
-    case.call_and_validate(checks=CHECKS, timeout=60)
+    if case.media_type == ARROW:
+        case.query = {"features": FEATURES}
+    body = case.body
+    if not isinstance(body, dict):
+        return
+    for field, name in NAMES.items():
+        if field in body:
+            body[field] = name
+    for field in ("columns", "df"):
+        if isinstance(body.get(field), dict):
+            body[field] = {**ROW, **body[field]}
+    if "entities" in body:
+        body["entities"] = {"customer_id": ROW["customer_id"]}
+        if "historical" in case.path:
+            body["entities"]["event_timestamp"] = ROW["event_timestamp"]
+            body.pop("feature_service", None)
+            body["features"] = FEATURES
+            case.query = {}

@@ -131,36 +131,44 @@ def test_an_unknown_model_names_the_command_that_makes_one(url: str) -> None:
         FeatureClient(url).predict("no-such-model", {"customer_id": ["C1"]})
 
 
-def test_promotion_swaps_the_model_without_a_failed_request(
+def test_promotion_under_load_swaps_the_model_without_a_failed_request(
     url: str, platform: Platform, model: Path, feature_names: list[str]
 ) -> None:
     before = FeatureClient(url).predict(MODEL, {"customer_id": ["C9"]})
     failed: list[object] = []
-    versions: list[str] = []
+    seen: list[list[str]] = [[] for _ in range(4)]
     stop = threading.Event()
 
-    def ask() -> None:
+    def ask(versions: list[str]) -> None:
+        body = {"entities": {"customer_id": ["C1", "C9"]}}
         with requests.Session() as session:
             while not stop.is_set():
-                body = {"entities": {"customer_id": ["C1"]}}
-                answer = session.post(f"{url}/api/v1/predict/{MODEL}", json=body, timeout=30)
+                try:
+                    answer = session.post(f"{url}/api/v1/predict/{MODEL}", json=body, timeout=30)
+                except requests.RequestException as e:  # a dropped connection is a failed request too
+                    failed.append(e)
+                    continue
                 if answer.ok:
                     versions.append(answer.json()["version"])
                 else:
                     failed.append(answer.text)
-                time.sleep(0.02)
 
-    asking = threading.Thread(target=ask)
-    asking.start()
+    asking = [threading.Thread(target=ask, args=(versions,)) for versions in seen]
+    for thread in asking:
+        thread.start()
     try:
         version = train(platform.settings.need("mlflow_tracking_uri"), model, feature_names, 5)
-        wait_until(lambda: versions and versions[-1] == version)
+        wait_until(lambda: all(versions and versions[-1] == version for versions in seen))
     finally:
         stop.set()
-        asking.join()
+        for thread in asking:
+            thread.join()
 
     after = FeatureClient(url).predict(MODEL, {"customer_id": ["C9"]})
     assert failed == []
+    for versions in seen:
+        assert list(dict.fromkeys(versions)) == [before.version, version]  # both, and never back
+        assert sorted(versions, key=int) == versions
     assert after.predictions[0].probability != before.predictions[0].probability
     assert f'predictflow_model_loaded{{model="{MODEL}",version="{version}"}} 1.0' in metrics(url)
     assert f'predictflow_model_loaded{{model="{MODEL}",version="{before.version}"}} 0.0' in metrics(url)

@@ -9,6 +9,7 @@ from typing import Any, cast
 from fastapi.routing import APIRoute
 from prometheus_client import CollectorRegistry
 
+from feature_store.errors import PredictFlowError
 from serving import errors
 from serving.app import Dependencies, create_app
 from serving.metrics import Metrics
@@ -34,5 +35,18 @@ def test_every_metric_is_documented_and_no_other() -> None:
 
 
 def test_every_error_code_of_the_server_is_documented() -> None:
-    codes = {*errors.STATUS_OF_CODE, *errors.HTTP_CODES.values(), "usage", "invalid_body", "internal", "unavailable"}
+    def kinds(base: type[PredictFlowError]) -> set[type[PredictFlowError]]:
+        return {base}.union(*(kinds(kind) for kind in base.__subclasses__()))
+
+    own = {kind.code for kind in kinds(PredictFlowError) if kind.__module__.startswith("serving.")}
+    assert {"column", "windowed_view", "overloaded", "no_result"} <= own
+    codes = {
+        *own,
+        *errors.STATUS_OF_CODE,
+        *errors.HTTP_CODES.values(),
+        "usage",
+        "invalid_body",
+        "internal",
+        "unavailable",
+    }
     assert [c for c in codes if f"`{c}`" not in PAGE] == []
