@@ -117,13 +117,11 @@ class Historical:
     def _service(self, name: str) -> FeatureService:
         from feast.errors import FeatureServiceNotFoundException
 
-        for cached in (True, False):  # a service that was applied a moment ago is not in the cache yet
-            try:
-                return self._store.get_feature_service(name, allow_cache=cached)
-            except FeatureServiceNotFoundException:
-                continue
-        valid = [s.name for s in self._store.registry.list_feature_services(self._store.project, allow_cache=True)]
-        raise NotFoundError("unknown feature service", value=name, valid=valid, next_step="feast apply")
+        try:
+            return self._store.get_feature_service(name, allow_cache=True)
+        except FeatureServiceNotFoundException as e:
+            valid = [s.name for s in self._store.registry.list_feature_services(self._store.project, allow_cache=True)]
+            raise NotFoundError("unknown feature service", value=name, valid=valid, next_step="feast apply") from e
 
 
 def _of_columns(columns: Mapping[str, Sequence[object]], keys: Mapping[str, str]) -> pa.Table:

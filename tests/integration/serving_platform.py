@@ -227,8 +227,8 @@ def model(platform: Platform, feature_names: list[str], tmp_path_factory: pytest
     return artifacts
 
 
-def answers(url: str) -> bool:
+def answers(url: str, **options: Any) -> bool:
     try:
-        return requests.get(url, timeout=2).ok
+        return requests.get(url, timeout=2, **options).ok
     except (requests.ConnectionError, requests.Timeout):  # it listens before it answers
         return False

@@ -11,7 +11,8 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
@@ -397,20 +398,56 @@ def test_the_command_serves_drains_on_sigterm_and_reports_a_busy_port(platform: 
     assert "--port" in busy.stderr
 
 
-def test_several_workers_share_port_and_metrics(platform: Platform) -> None:
-    port = free_port()
+def test_several_workers_share_both_ports_and_metrics_over_tls(platform: Platform, tmp_path: Path) -> None:
+    port, feast_port = free_port(), free_port()
+    cert, key = self_signed(tmp_path)
     command = [sys.executable, "-m", "predictflow.cli", "serve", "--no-served-log", "--no-model", "--workers", "2"]
-    address = f"http://{HOST}:{port}"
+    command += ["--tls-cert", str(cert), "--tls-key", str(key), "--feast-port", str(feast_port)]
+    address = f"https://{HOST}:{port}"
     server = subprocess.Popen([*command, "--port", str(port)], stderr=subprocess.PIPE, text=True)
     try:
-        wait_until(lambda: server.poll() is not None or answers(f"{address}/readyz"), 150)
+        wait_until(lambda: server.poll() is not None or answers(f"{address}/readyz", verify=str(cert)), 250)
+        body = {"feature_service": SERVICE, "entities": {"customer_id": ["C9"]}}
         for _ in range(10):
-            assert online(address, {"feature_service": SERVICE, "entities": {"customer_id": ["C9"]}}).ok
+            assert online(address, body, verify=str(cert)).ok
         line = 'predictflow_served_rows_total{service="churn_v1"} 10.0'
-        assert line in metrics(address)
+        assert line in requests.get(f"{address}/metrics", timeout=10, verify=str(cert)).text
+        feast = f"https://{HOST}:{feast_port}/get-online-features"
+        assert requests.post(feast, json=body, timeout=10, verify=str(cert)).ok
+        with pytest.raises(requests.ConnectionError):
+            requests.get(f"http://{HOST}:{port}/healthz", timeout=10)
         server.send_signal(signal.SIGTERM)
         _, log = server.communicate(timeout=60)
     finally:
         if server.poll() is None:
             server.kill()
     assert server.returncode == 0, log
+
+
+def self_signed(directory: Path) -> tuple[Path, Path]:
+    """A certificate for this machine's loopback address, and its key."""
+    from cryptography import x509
+    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "predictflow test")])
+    now = datetime.now(UTC)
+    built = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(1)
+        .not_valid_before(now - timedelta(days=1))
+        .not_valid_after(now + timedelta(days=1))
+        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ip_address(HOST))]), critical=False)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+        .sign(key, hashes.SHA256())
+    )
+    certificate, private = directory / "cert.pem", directory / "key.pem"
+    certificate.write_bytes(built.public_bytes(serialization.Encoding.PEM))
+    private.write_bytes(
+        key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    )
+    return certificate, private
