@@ -86,7 +86,7 @@ def api(platform: Platform, model: object) -> Iterator[Any]:
 @pytest.fixture(scope="module")
 def finished_job(api: Any) -> str:
     """The id of a job whose result can be fetched."""
-    address = api.get_base_url()
+    address = api.get_base_url().rstrip("/")
     times = [ROW["event_timestamp"][0]] * 2
     entities = {"customer_id": ["F1", "F2"], "event_timestamp": times}
     body = {"features": FEATURES, "entities": entities}
