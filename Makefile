@@ -14,6 +14,7 @@ DATA ?=
 DEMO_ARGS ?=
 SIZE ?= small
 FEAST_SOURCE ?=
+EXAMPLES ?= 500
 PYTEST_ARGS ?=
 
 .PHONY: help
@@ -74,6 +75,10 @@ bench-offline: .venv/.dev ## Measure the offline store against stock Feast and h
 .PHONY: prove-backfill
 prove-backfill: .venv/.dev ## Kill a backfill 50 times at random points; the result must be the same bytes
 	PREDICTFLOW_BACKFILL_KILLS=50 .venv/bin/python -m pytest tests/integration/test_backfill_kill.py
+
+.PHONY: fuzz-rest
+fuzz-rest: .venv/.dev ## Send the REST server requests made from its OpenAPI document, with new seeds (EXAMPLES=500 per route)
+	PREDICTFLOW_FUZZ_EXAMPLES=$(EXAMPLES) .venv/bin/python -m pytest tests/integration/test_rest_fuzz.py --timeout 7200
 
 .PHONY: feast-universal
 feast-universal: .venv/.dev ## Run Feast's own retrieval tests on our store (FEAST_SOURCE=path of a Feast source checkout)

@@ -28,6 +28,7 @@ MODULES = {
     "train": "cli_training",
     "promote": "cli_training",
     "serve": "cli_serve",
+    "serve-key": "cli_serve_key",
     "check": "cli_check",
     "features": "cli_registry",
     "lineage": "cli_registry",

@@ -1,4 +1,4 @@
-"""`predictflow serve`: wires the REST server from settings and runs it until SIGTERM or Ctrl-C."""
+"""`predictflow serve`: listens, and runs the REST server in one process or several until SIGTERM or Ctrl-C."""
 
 from __future__ import annotations
 
@@ -9,43 +9,29 @@ import signal
 import socket
 import sys
 import tempfile
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
-from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any, cast
+import threading
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from feature_store.errors import PredictFlowError, UsageError
+from predictflow.serve_wiring import ServeOptions, build_app
 from predictflow.settings import Settings
+from serving.access import read_keys
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
-    from redis.asyncio import Redis
-
-    from serving.models import Model, Models
-    from serving.plans import Column, Plans
-    from serving.served_log import ServedLog
 
 DEFAULT_PORT = 9094
 DEFAULT_MODEL = "churn-predictor"
-REDIS_SECONDS = 1.0
-"""How long a request waits for Redis before it answers 503."""
-REDIS_CONNECTIONS = 64
+DRAIN_SECONDS = 15
+"""How long requests may take to end after SIGTERM."""
 STARTUP_FAILURE = 3
 """The exit code by which a worker tells uvicorn's supervisor that restarting it is no use."""
-
-
-@dataclass(frozen=True)
-class ServeOptions:
-    """What the command line says beyond the settings; sent to worker processes."""
-
-    served_log: bool
-    models: tuple[str, ...]
-    max_rows: int
-    workers: int
-    registry_seconds: float = 10.0
-    model_seconds: float = 3.0
 
 
 @click.command()
@@ -61,10 +47,40 @@ class ServeOptions:
 @click.option("--no-served-log", is_flag=True, help="Do not log what is served to Kafka.")
 @click.option("--max-rows", default=1000, show_default=True, type=click.IntRange(1), help="Entities per request.")
 @click.option(
+    "--max-concurrent",
+    default=256,
+    show_default=True,
+    type=click.IntRange(1),
+    help="Requests at a time and worker; more are answered 503.",
+)
+@click.option(
+    "--timeout",
+    default=30.0,
+    show_default=True,
+    type=click.FloatRange(0.1),
+    help="Seconds a request may take; then 504.",
+)
+@click.option(
+    "--job-rows",
+    default=10_000,
+    show_default=True,
+    type=click.IntRange(1),
+    help="A historical request with more rows becomes a job.",
+)
+@click.option("--feast-port", type=click.IntRange(0, 65535), help="Listen here too: stock Feast clients expect 6566.")
+@click.option(
+    "--api-keys",
+    type=click.Path(path_type=Path),
+    envvar="PREDICTFLOW_API_KEYS_FILE",
+    help="Ask for a key of this file (`predictflow serve-key new`).",
+)
+@click.option("--tls-cert", type=click.Path(path_type=Path), help="Serve HTTPS with this certificate chain (PEM).")
+@click.option("--tls-key", type=click.Path(path_type=Path), help="Its private key (PEM).")
+@click.option(
     "--allow-remote",
     is_flag=True,
     envvar="PREDICTFLOW_ALLOW_REMOTE",
-    help="Listen on more than the loopback interface: there are no API keys, so put it behind something that has.",
+    help="Listen on more than the loopback interface without API keys: put it behind something that has.",
 )
 def serve(
     host: str,
@@ -74,32 +90,58 @@ def serve(
     no_model: bool,
     no_served_log: bool,
     max_rows: int,
+    max_concurrent: int,
+    timeout: float,
+    job_rows: int,
+    feast_port: int | None,
+    api_keys: Path | None,
+    tls_cert: Path | None,
+    tls_key: Path | None,
     allow_remote: bool,
 ) -> None:
     """Serve features and predictions over REST."""
     settings = Settings.from_environ()
-    _check_host(host, allow_remote)
+    _check_host(host, allow_remote, api_keys)
+    _check_tls(tls_cert, tls_key)
     for name in ("postgres_url", "redis_url", "offline_path"):
         settings.need(name)
     if not no_served_log:
         settings.need("kafka_bootstrap_servers")
     if not no_model:
         settings.need("mlflow_tracking_uri")
-    options = ServeOptions(not no_served_log, () if no_model else models, max_rows, workers)
-    with _listen(host, port) as listener:
-        address = f"http://{'[' + host + ']' if ':' in host else host}:{listener.getsockname()[1]}"
-        click.echo(f"PredictFlow serves on {address} (documents: {address}/docs)", err=True)
+    if api_keys is not None:
+        read_keys(api_keys)  # a server that nobody could call must not start
+    options = ServeOptions(
+        served_log=not no_served_log,
+        models=() if no_model else models,
+        max_rows=max_rows,
+        workers=workers,
+        max_concurrent=max_concurrent,
+        seconds=timeout,
+        job_rows=job_rows,
+        api_keys=api_keys,
+        tls_cert=tls_cert,
+        tls_key=tls_key,
+    )
+    with ExitStack() as opened:
+        listeners = [opened.enter_context(listen(host, p)) for p in (port, feast_port) if p is not None]
+        scheme = "https" if tls_cert else "http"
+        shown = f"[{host}]" if ":" in host else host
+        first, *others = [f"{scheme}://{shown}:{listener.getsockname()[1]}" for listener in listeners]
+        click.echo(f"PredictFlow serves on {first} (documents: {first}/docs)", err=True)
+        for address in others:
+            click.echo(f"Feast clients: online_store: {{type: remote, path: {address}}}", err=True)
         if workers == 1:
-            _run_one(settings, options, listener)
+            _run_one(settings, options, listeners)
         else:
-            _run_workers(settings, options, listener)
+            _run_workers(settings, options, listeners)
 
 
 COMMANDS: list[click.Command] = [serve]
 
 
-def _check_host(host: str, allow_remote: bool) -> None:
-    if allow_remote or host == "localhost":
+def _check_host(host: str, allow_remote: bool, api_keys: Path | None) -> None:
+    if allow_remote or api_keys is not None or host == "localhost":
         return
     try:
         loopback = ipaddress.ip_address(host).is_loopback
@@ -109,11 +151,28 @@ def _check_host(host: str, allow_remote: bool) -> None:
         raise UsageError(
             "refusing to listen beyond this machine: the server asks no one for a key",
             value=host,
-            next_step="use --host 127.0.0.1, or --allow-remote (PREDICTFLOW_ALLOW_REMOTE=1)",
+            next_step="use --host 127.0.0.1, --api-keys FILE, or --allow-remote (PREDICTFLOW_ALLOW_REMOTE=1)",
         )
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def _check_tls(cert: Path | None, key: Path | None) -> None:
+    if cert is None and key is None:
+        return
+    if cert is None or key is None:
+        raise UsageError("TLS needs a certificate and its key", next_step="give --tls-cert and --tls-key")
+    import ssl
+
+    try:
+        ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(cert, key)
+    except OSError as e:  # ssl.SSLError is one
+        raise UsageError(
+            "the certificate and its key cannot be used",
+            value=f"{cert}, {key}",
+            next_step=f"give a PEM chain and its PEM key ({e.strerror or e})",
+        ) from e
+
+
+def listen(host: str, port: int) -> socket.socket:
     """The listening socket, before anything slow is imported: a busy port is told at once."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
@@ -131,7 +190,7 @@ def _listen(host: str, port: int) -> socket.socket:
     return listener
 
 
-def _config(app: Callable[[], FastAPI], workers: int) -> Any:
+def _config(app: Callable[[], FastAPI], options: ServeOptions) -> Any:
     import uvicorn
 
     return uvicorn.Config(
@@ -144,32 +203,35 @@ def _config(app: Callable[[], FastAPI], workers: int) -> Any:
         log_config=None,
         access_log=False,
         server_header=False,
-        timeout_graceful_shutdown=15,
+        timeout_graceful_shutdown=DRAIN_SECONDS,
         timeout_worker_healthcheck=60,  # a worker that is still importing must not be taken for a hung one
-        workers=workers,
+        workers=options.workers,
+        ssl_certfile=options.tls_cert,
+        ssl_keyfile=options.tls_key,
     )
 
 
-def _run_one(settings: Settings, options: ServeOptions, listener: socket.socket) -> None:
+def _run_one(settings: Settings, options: ServeOptions, listeners: list[socket.socket]) -> None:
     import uvicorn
 
     # uvicorn drains on SIGTERM and then raises the signal again; a drained server has ended well.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    server = uvicorn.Server(_config(functools.partial(build_app, settings, options), 1))
-    server.run(sockets=[listener])
+    server = uvicorn.Server(_config(functools.partial(build_app, settings, options), options))
+    server.run(sockets=listeners)
     if not server.started:
         raise PredictFlowError("the server did not start", next_step="see the log above")
 
 
-def _run_workers(settings: Settings, options: ServeOptions, listener: socket.socket) -> None:
+def _run_workers(settings: Settings, options: ServeOptions, listeners: list[socket.socket]) -> None:
     from uvicorn.supervisors import Multiprocess
 
     with tempfile.TemporaryDirectory(prefix="predictflow-metrics-") as metrics:
         os.environ["PROMETHEUS_MULTIPROC_DIR"] = metrics  # read by prometheus_client when a worker imports it
-        Multiprocess(_config(functools.partial(_worker_app, settings, options), options.workers), [listener]).run()
+        Multiprocess(_config(functools.partial(_worker_app, settings, options), options), listeners).run()
 
 
 def _worker_app(settings: Settings, options: ServeOptions) -> FastAPI:
+    _end_with_parent()
     try:
         return build_app(settings, options)
     except PredictFlowError as e:
@@ -177,106 +239,22 @@ def _worker_app(settings: Settings, options: ServeOptions) -> FastAPI:
         sys.exit(STARTUP_FAILURE)
 
 
-def build_app(settings: Settings, options: ServeOptions) -> FastAPI:
-    """The application on real servers. The registry must answer now; Redis, Kafka and MLflow may come later."""
-    from concurrent.futures import ThreadPoolExecutor
-    from importlib.metadata import version
+def _end_with_parent() -> None:
+    """Makes this worker drain and end when its supervisor is gone, however that died: nobody else would stop it.
 
-    from feature_store.read_plan import OnlineReader, ReadPlan
-    from predictflow.wiring import feast_store
-    from serving.app import Dependencies, create_app
-    from serving.catalogue import FeatureCatalogue
-    from serving.logs import use_json
-    from serving.metrics import Metrics
-    from serving.online import Limits, OnlineService
-    from serving.plans import Plans
+    Not by PR_SET_PDEATHSIG, which is Linux only and bound to the thread that started the worker.
+    """
+    from multiprocessing import connection, parent_process
 
-    use_json()
-    store = feast_store(settings)
-    metrics = Metrics(merge=options.workers > 1)
-    redis = _redis(settings.need("redis_url"))
+    parent = parent_process()
+    if parent is None:
+        return
+    sentinel = parent.sentinel  # a pipe that the kernel closes with the parent
 
-    def reader(plan: ReadPlan) -> OnlineReader:
-        return OnlineReader(plan, redis, store.project, settings.clock)
+    def watch() -> None:
+        connection.wait([sentinel])
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(2 * DRAIN_SECONDS)
+        os._exit(1)
 
-    plans = Plans(store, reader)
-    models = _models(settings, options, plans, metrics)
-    served_log = _served_log(settings, options, metrics)
-    limits = Limits(rows=options.max_rows)
-    threads = ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1), thread_name_prefix="predict")
-    online = OnlineService(plans, models, served_log, metrics, threads, lambda: datetime.now(UTC), limits)
-
-    async def ping() -> None:
-        await cast(Awaitable[bool], redis.ping())
-
-    async def close() -> None:
-        threads.shutdown(wait=False, cancel_futures=True)
-        await redis.aclose()
-
-    return create_app(
-        Dependencies(
-            online=online,
-            plans=plans,
-            models=models,
-            catalogue=FeatureCatalogue(store),
-            served_log=served_log,
-            metrics=metrics,
-            ping=ping,
-            close=close,
-            limits=limits,
-            version=version("predictflow"),
-            registry_seconds=options.registry_seconds,
-            model_seconds=options.model_seconds,
-        )
-    )
-
-
-def _redis(url: str) -> Redis:
-    """An asyncio client that gives up within a second and reconnects by itself; a read is safe to repeat once."""
-    from redis.asyncio import BlockingConnectionPool, Connection, Redis, SSLConnection
-    from redis.asyncio.retry import Retry
-    from redis.backoff import NoBackoff
-
-    from feature_store.redis_connection import connection_options
-
-    given = connection_options(url)
-    for timeout in ("socket_connect_timeout", "socket_timeout"):
-        if timeout not in url:
-            given[timeout] = REDIS_SECONDS
-    kind = SSLConnection if given.pop("ssl", False) else Connection
-    given.setdefault("max_connections", REDIS_CONNECTIONS)
-    pool = BlockingConnectionPool(connection_class=kind, timeout=REDIS_SECONDS, retry=Retry(NoBackoff(), 1), **given)
-    return Redis(connection_pool=pool)
-
-
-def _models(settings: Settings, options: ServeOptions, plans: Plans, metrics: Any) -> Models:
-    from predictflow.wiring import feature_registry
-    from serving.models import MLflowModels, NoModels
-
-    if settings.mlflow_tracking_uri is None:
-        return NoModels()
-
-    def record(model: Model) -> None:
-        with feature_registry(settings) as registry:
-            registry.record_lineage(
-                [
-                    (
-                        ("model_version", f"{model.name}/{model.version}"),
-                        ("endpoint", f"POST /api/v1/predict/{model.name}"),
-                    )
-                ],
-                at=datetime.now(UTC),
-            )
-
-    def columns(feature_service: str) -> tuple[Column, ...]:
-        return plans.get(feature_service, False).columns
-
-    return MLflowModels(settings.mlflow_tracking_uri, options.models, metrics, columns, record)
-
-
-def _served_log(settings: Settings, options: ServeOptions, metrics: Any) -> ServedLog:
-    from serving.served_log import KafkaServedLog, NoServedLog
-
-    if not options.served_log:
-        return NoServedLog()
-    return KafkaServedLog.connect(settings.need("kafka_bootstrap_servers"), settings.served_topic, metrics)
+    threading.Thread(target=watch, name="parent-watch", daemon=True).start()

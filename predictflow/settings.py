@@ -20,6 +20,7 @@ VARIABLES = {
     "PREDICTFLOW_HOME": "state of local services, logs and the report (default .predictflow)",
     "PREDICTFLOW_REPO": "directory of feature_store.yaml (default the working directory)",
     "PREDICTFLOW_SERVED_TOPIC": "Kafka topic of the served log (default predictflow-served)",
+    "PREDICTFLOW_API_KEYS_FILE": "digests of the API keys that `predictflow serve` asks for (default: none, loopback only)",
 }
 """Every variable the product reads, with its meaning; docs/reference/settings.md is checked against this table."""
 

@@ -6,53 +6,57 @@ import asyncio
 import gc
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
+from concurrent.futures import Executor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from typing import Any
 
 from fastapi import FastAPI, Request, Response
 
 from feature_store.errors import PredictFlowError
-from serving import errors, schemas
+from serving import errors, feast_rest, historical_routes, schemas
 from serving.catalogue import FeatureCatalogue
 from serving.encoding import JSONBytes
+from serving.historical import Historical
+from serving.jobs import Jobs
+from serving.limits import Gate, RequestLimits
 from serving.metrics import Metrics
 from serving.middleware import RequestScope
 from serving.models import Models
-from serving.online import Limits, OnlineService
+from serving.online import OnlineService
+from serving.openapi import DESCRIPTION, document_keys, faults
 from serving.plans import Plans
+from serving.push import Pusher
 from serving.served_log import ServedLog
 
 log = logging.getLogger(__name__)
 
 TITLE = "PredictFlow"
 DRAIN_SECONDS = 5.0
-_FAULTS: dict[int | str, dict[str, Any]] = {
-    status: {"model": schemas.ErrorResponse, "description": text}
-    for status, text in {
-        400: "The request asks for something that cannot be answered",
-        404: "Unknown feature service, feature, view or model",
-        413: "Over a limit: rows, features or bytes",
-        422: "The body does not have the documented shape",
-        500: "Unexpected error; the log has it under the request id",
-        503: "A server behind this one does not answer; try again after Retry-After seconds",
-    }.items()
-}
+KEYS_SECONDS = 2.0
+"""How soon a key that was added or dropped counts."""
+SWEEP_SECONDS = 300.0
 
 
 @dataclass(frozen=True)
 class Dependencies:
-    """What a server is made of. `ping` returns when Redis answers, else raises; `close` frees connections."""
+    """What a server is made of. `ping` returns when Redis answers, else raises; `close` frees connections; `reads`:
+    where historical features are read.
+    """
 
     online: OnlineService
     plans: Plans
     models: Models
     catalogue: FeatureCatalogue
+    push: Pusher
+    historical: Historical
+    jobs: Jobs
+    reads: Executor
     served_log: ServedLog
     metrics: Metrics
     ping: Callable[[], Awaitable[None]]
     close: Callable[[], Awaitable[None]]
-    limits: Limits = field(default_factory=Limits)
+    gate: Gate = field(default_factory=Gate)
+    request_limits: RequestLimits = field(default_factory=RequestLimits)
     version: str = "0"
     registry_seconds: float = 10.0
     model_seconds: float = 3.0
@@ -61,6 +65,8 @@ class Dependencies:
 def create_app(deps: Dependencies) -> FastAPI:
     """The ASGI application; it owns `deps` from its start-up to its shutdown."""
 
+    keys = deps.gate.keys
+
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         await _attempt("registry", deps.plans.refresh, deps.metrics)
@@ -68,6 +74,8 @@ def create_app(deps: Dependencies) -> FastAPI:
             asyncio.create_task(_repeat("registry", deps.plans.refresh, deps.registry_seconds, deps.metrics)),
             asyncio.create_task(_warm_then_repeat(deps)),
             asyncio.create_task(_repeat("served log", deps.served_log.poll, 1.0, deps.metrics)),
+            asyncio.create_task(_repeat("jobs", deps.jobs.sweep, SWEEP_SECONDS, deps.metrics)),
+            *([asyncio.create_task(_repeat("keys", keys.refresh, KEYS_SECONDS, deps.metrics))] if keys else []),
         ]
         try:
             yield
@@ -75,6 +83,7 @@ def create_app(deps: Dependencies) -> FastAPI:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+            await asyncio.to_thread(deps.jobs.close)
             await asyncio.to_thread(deps.served_log.close, DRAIN_SECONDS)
             await deps.close()
             gc.unfreeze()
@@ -82,15 +91,20 @@ def create_app(deps: Dependencies) -> FastAPI:
     app = FastAPI(
         title=TITLE,
         version=deps.version,
-        description="Online features and predictions. Errors of every route have one shape.",
+        description=DESCRIPTION,
         lifespan=lifespan,
         docs_url="/docs",
         redoc_url=None,
+        redirect_slashes=False,
     )
-    app.add_middleware(RequestScope, metrics=deps.metrics, max_body_bytes=deps.limits.body_bytes)
+    app.add_middleware(RequestScope, metrics=deps.metrics, gate=deps.gate, limits=deps.request_limits)
     errors.install(app)
     _feature_routes(app, deps)
+    _write_routes(app, deps)
+    historical_routes.add_routes(app, deps.historical, deps.jobs, deps.reads, deps.request_limits)
+    feast_rest.add_routes(app, deps.online, deps.plans, deps.push)
     _operation_routes(app, deps)
+    document_keys(app)
     return app
 
 
@@ -98,7 +112,7 @@ def _feature_routes(app: FastAPI, deps: Dependencies) -> None:
     @app.post(
         "/api/v1/features/online",
         response_model=schemas.OnlineResponse,
-        responses=_only(400, 404, 413, 422, 500, 503),
+        responses=faults(400, 404, 413, 422),
         tags=["features"],
         summary="Current feature values of entities",
     )
@@ -117,7 +131,7 @@ def _feature_routes(app: FastAPI, deps: Dependencies) -> None:
     @app.post(
         "/api/v1/predict/{model}",
         response_model=schemas.PredictResponse,
-        responses=_only(400, 404, 413, 422, 500, 503),
+        responses=faults(400, 404, 413, 422),
         tags=["predictions"],
         summary="Predict from the current features of entities",
     )
@@ -128,7 +142,7 @@ def _feature_routes(app: FastAPI, deps: Dependencies) -> None:
     @app.get(
         "/api/v1/features",
         response_model=schemas.Catalogue,
-        responses=_only(500),
+        responses=faults(),
         tags=["features"],
         summary="Feature views and services, with meaning, unit and owner",
     )
@@ -138,12 +152,26 @@ def _feature_routes(app: FastAPI, deps: Dependencies) -> None:
     @app.get(
         "/api/v1/features/{view}",
         response_model=schemas.ViewInfo,
-        responses=_only(404, 422, 500),
+        responses=faults(404, 422),
         tags=["features"],
         summary="One feature view",
     )
     def catalogue_view(view: str) -> Response:
         return JSONBytes(deps.catalogue.view(view).model_dump())
+
+
+def _write_routes(app: FastAPI, deps: Dependencies) -> None:
+    @app.post(
+        "/api/v1/features/push",
+        response_model=schemas.PushResponse,
+        responses=faults(400, 404, 413, 422),
+        tags=["features"],
+        summary="Write feature rows to the online store, the offline store or both",
+    )
+    async def push(body: schemas.PushRequest) -> Response:
+        """The newest (event_timestamp, created) of an entity stays. Safe to repeat; a windowed view is refused."""
+        pushed = await asyncio.to_thread(deps.push.push, body.feature_view, body.push_source, body.columns, body.to)
+        return JSONBytes({"rows": pushed.rows, "feature_views": pushed.feature_views, "to": body.to})
 
 
 def _operation_routes(app: FastAPI, deps: Dependencies) -> None:
@@ -174,16 +202,12 @@ def _operation_routes(app: FastAPI, deps: Dependencies) -> None:
     @app.get(
         "/metrics",
         response_class=Response,
-        responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}},
+        responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}, **faults()},
         tags=["operation"],
         summary="Prometheus metrics",
     )
     def metrics() -> Response:
         return Response(deps.metrics.expose(), media_type=deps.metrics.content_type)
-
-
-def _only(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    return {status: _FAULTS[status] for status in statuses}
 
 
 async def _redis_check(ping: Callable[[], Awaitable[None]]) -> tuple[bool, str]:

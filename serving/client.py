@@ -61,6 +61,7 @@ class FeatureClient:
         *,
         timeout: float = 5.0,
         retries: int = 3,
+        api_key: str | None = None,
         session: requests.Session | None = None,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
@@ -69,6 +70,7 @@ class FeatureClient:
         self._retries = retries
         self._session = session or requests.Session()
         self._sleep = sleep
+        self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
 
     def __enter__(self) -> FeatureClient:
         return self
@@ -129,7 +131,7 @@ class FeatureClient:
     def _send(
         self, method: str, path: str, body: dict[str, Any] | None, request_id: str | None, kind: type[Answer]
     ) -> Answer:
-        headers = {"X-Request-Id": request_id} if request_id else None
+        headers = {**self._headers, "X-Request-Id": request_id} if request_id else self._headers
         attempt = 0
         while True:
             wait = 0.0
@@ -179,7 +181,7 @@ def _error(response: requests.Response) -> PredictFlowError:
         fault = schemas.ErrorDetail(
             code="failure", message=f"HTTP {response.status_code}: {response.text[:200]}", valid=None, next=None
         )
-    kinds: dict[int, type[PredictFlowError]] = {404: NotFoundError, 503: UnavailableError}
+    kinds: dict[int, type[PredictFlowError]] = {404: NotFoundError, 429: UnavailableError, 503: UnavailableError}
     usage = UsageError if 400 <= response.status_code < 500 else PredictFlowError
     error = kinds.get(response.status_code, usage)(fault.message, valid=fault.valid, next_step=fault.next)
     error.code = fault.code

@@ -1,6 +1,7 @@
 """How an error becomes an HTTP answer: one JSON shape for all of them, a status for each kind.
 
 `{"error": {"code", "message", "valid", "next"}}`: `code` is stable, `valid` lists accepted values, `next` says what to do.
+On the routes of Feast's own server it is a JSON text as Feast writes it, from which its client makes its exceptions.
 """
 
 from __future__ import annotations
@@ -15,11 +16,22 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from feature_store.errors import NotFoundError, PredictFlowError, UnavailableError, UsageError
-from serving.encoding import JSONBytes
+from serving.encoding import JSONBytes, dumps
 
 RETRY_AFTER_SECONDS = 1
-STATUS_OF_CODE = {"too_many_rows": 413, "too_many_features": 413}
+STATUS_OF_CODE = {
+    "unauthorized": 401,
+    "forbidden": 403,
+    "no_result": 409,
+    "body_too_large": 413,
+    "too_many_rows": 413,
+    "too_many_features": 413,
+    "too_many_jobs": 429,
+    "timeout": 504,
+}
 HTTP_CODES = {404: "not_found", 405: "method_not_allowed", 413: "body_too_large"}
+FEAST_PATHS = frozenset({"/get-online-features", "/push", "/write-to-online-store", "/health"})
+_FEAST_CLASSES = {401: "FeastPermissionError", 403: "FeastPermissionError", 404: "FeastObjectNotFoundException"}
 
 
 class TooManyError(UsageError):
@@ -32,8 +44,18 @@ class TooManyError(UsageError):
         self.code = f"too_many_{what}"
 
 
+class BodyTooLargeError(UsageError):
+    """A body over the limit of its kind: HTTP 413."""
+
+    code = "body_too_large"
+
+    def __init__(self, limit: int) -> None:
+        super().__init__(f"the body is larger than {limit} bytes", next_step="split the request")
+
+
 def status_of(error: PredictFlowError) -> int:
-    """The HTTP status of an error: 400 usage, 404 not found, 413 over a limit, 503 a server is down, else 500."""
+    """The HTTP status of an error: 400 usage, 404 not found, 413 over a limit, 503 a server is down, else 500;
+    401, 403, 429 and 504 by code."""
     if error.code in STATUS_OF_CODE:
         return STATUS_OF_CODE[error.code]
     if isinstance(error, NotFoundError):
@@ -46,17 +68,31 @@ def status_of(error: PredictFlowError) -> int:
 
 
 def error_response(
-    status: int, code: str, message: str, valid: list[str] | None = None, next_step: str | None = None
+    status: int,
+    code: str,
+    message: str,
+    valid: list[str] | None = None,
+    next_step: str | None = None,
+    *,
+    path: str = "",
 ) -> Response:
-    """An answer in the one error shape; 503 carries Retry-After (seconds)."""
-    headers = {"Retry-After": str(RETRY_AFTER_SECONDS)} if status == 503 else None
+    """An answer in the error shape of `path`; 429 and 503 carry Retry-After (seconds), 401 WWW-Authenticate."""
+    headers = {"Retry-After": str(RETRY_AFTER_SECONDS)} if status in (429, 503) else {}
+    if status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
+    if path in FEAST_PATHS:
+        said = "; ".join(part for part in (message, valid and f"valid: {', '.join(valid)}", next_step) if part)
+        name = _FEAST_CLASSES.get(status, "FeastError")
+        text = dumps({"module": "feast.errors", "class": name, "message": said}).decode()
+        return JSONBytes(text, status_code=status, headers=headers)
     body = {"error": {"code": code, "message": message, "valid": valid, "next": next_step}}
     return JSONBytes(body, status_code=status, headers=headers)
 
 
-def response_of(error: PredictFlowError) -> Response:
+def response_of(error: PredictFlowError, path: str = "") -> Response:
+    """The answer that says `error`, in the shape of `path`."""
     message = error.what if error.value is None else f"{error.what}: {error.value!r}"
-    return error_response(status_of(error), error.code, message, error.valid, error.next_step)
+    return error_response(status_of(error), error.code, message, error.valid, error.next_step, path=path)
 
 
 def redis_unavailable(error: Exception) -> UnavailableError:
@@ -70,25 +106,25 @@ def install(app: FastAPI) -> None:
     """Registers the handlers that turn every error of a request into the one shape."""
 
     @app.exception_handler(PredictFlowError)
-    async def predictflow_error(_: Request, error: PredictFlowError) -> Response:
-        return response_of(error)
+    async def predictflow_error(request: Request, error: PredictFlowError) -> Response:
+        return response_of(error, request.url.path)
 
     @app.exception_handler(RedisConnectionError)
     @app.exception_handler(RedisTimeoutError)
-    async def redis_error(_: Request, error: Exception) -> Response:
-        return response_of(redis_unavailable(error))
+    async def redis_error(request: Request, error: Exception) -> Response:
+        return response_of(redis_unavailable(error), request.url.path)
 
     @app.exception_handler(RequestValidationError)
-    async def invalid_body(_: Request, error: RequestValidationError) -> Response:
-        return error_response(
-            422, "invalid_body", _first_fault(error.errors()), None, "see /docs for the body's schema"
-        )
+    async def invalid_body(request: Request, error: RequestValidationError) -> Response:
+        message, next_step = _first_fault(error.errors()), "see /docs for the body's schema"
+        return error_response(422, "invalid_body", message, None, next_step, path=request.url.path)
 
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> Response:
+        path = request.url.path
         code = HTTP_CODES.get(error.status_code, "usage")
-        message = f"{error.detail}: {request.method} {request.url.path}" if code != "body_too_large" else error.detail
-        response = error_response(error.status_code, code, message, None, "see /docs for the routes")
+        message = f"{error.detail}: {request.method} {path}" if code != "body_too_large" else error.detail
+        response = error_response(error.status_code, code, message, None, "see /docs for the routes", path=path)
         for name, value in (error.headers or {}).items():
             response.headers[name] = value
         return response

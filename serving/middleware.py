@@ -1,9 +1,11 @@
-"""What surrounds every request: its id, the body limit, latency metrics, one JSON access-log line, and the last resort
-for an unexpected error (500 in the one error shape, the traceback in the log under the request's id).
+"""What surrounds every request: its id, its API key, a slot, the body and time limits, latency metrics, one JSON
+access-log line, and the last resort for an unexpected error (500 in the one error shape, the traceback in the log under
+the request's id).
 """
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import re
 import time
@@ -13,26 +15,32 @@ from typing import TYPE_CHECKING, Any
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serving.errors import error_response
+from serving.access import scope_of
+from serving.errors import error_response, response_of
+from serving.limits import Gate, RequestLimits, TimeBudgetError
 
 if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    from feature_store.errors import PredictFlowError
     from serving.metrics import Metrics
 
 access = logging.getLogger("predictflow.access")
 log = logging.getLogger(__name__)
 
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._:/+=@-]{1,128}")
-QUIET_ROUTES = ("/healthz", "/readyz", "/metrics")
+QUIET_ROUTES = ("/healthz", "/readyz", "/metrics", "/health")
 """Polled every few seconds: logged at DEBUG."""
 
 
 class RequestScope:
     """ASGI middleware. `X-Request-Id` is taken from the request when it is well formed, else made, and always returned."""
 
-    def __init__(self, app: ASGIApp, metrics: Metrics, max_body_bytes: int) -> None:
+    def __init__(self, app: ASGIApp, metrics: Metrics, gate: Gate, limits: RequestLimits) -> None:
         self._app = app
         self._metrics = metrics
-        self._max_body = max_body_bytes
+        self._gate = gate
+        self._limits = limits
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -40,31 +48,68 @@ class RequestScope:
             return
         started = time.perf_counter()
         headers = dict(scope["headers"])
-        request_id = _request_id(headers.get(b"x-request-id"))
-        scope.setdefault("state", {})["request_id"] = request_id
-        status = 0
+        request_id = request_id_of(headers.get(b"x-request-id"))
+        caller = self._gate.caller(headers)
+        scope.setdefault("state", {}).update(request_id=request_id, caller=caller)
+        status, waiting = 0, True
+        budget = asyncio.timeout(self._limits.seconds)
 
         async def send_with_id(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
                 message = {**message, "headers": [*message["headers"], (b"x-request-id", request_id.encode())]}
+                if waiting:
+                    budget.reschedule(None)  # a download may take as long as its reader does
             await send(message)
+
+        async def refuse(error: PredictFlowError) -> None:
+            await response_of(error, scope["path"])(scope, receive, send_with_id)
 
         with self._metrics.in_flight.track_inprogress():
             try:
-                if _declared_length(headers) > self._max_body:
-                    response = error_response(413, "body_too_large", self._too_large())
-                    await response(scope, receive, send_with_id)
+                async with budget:
+                    await self._admit(scope, headers, receive, send_with_id, refuse)
+            except Exception as error:  # nothing may leave a client without an answer in the documented shape
+                waiting = False
+                if isinstance(error, TimeoutError) and budget.expired():
+                    what = f"no answer within {self._limits.seconds:g} s"
+                    await refuse(TimeBudgetError(what, next_step="ask for less, or try again later"))
                 else:
-                    await self._app(scope, self._limited(receive), send_with_id)
-            except Exception:  # nothing may leave a client without an answer in the documented shape
-                log.exception("request failed", extra={"request_id": request_id})
-                if status == 0:
-                    response = error_response(500, "internal", f"unexpected error; request id {request_id}")
-                    await response(scope, receive, send_with_id)
+                    log.exception("request failed", extra={"request_id": request_id})
+                    if status == 0:
+                        message = f"unexpected error; request id {request_id}"
+                        response = error_response(500, "internal", message, path=scope["path"])
+                        await response(scope, receive, send_with_id)
             finally:
                 self._finish(scope, request_id, status, time.perf_counter() - started)
+
+    async def _admit(
+        self,
+        scope: Scope,
+        headers: dict[bytes, bytes],
+        receive: Receive,
+        send: Send,
+        refuse: Callable[[PredictFlowError], Awaitable[None]],
+    ) -> None:
+        path = scope["path"]
+        needed = scope_of(path)
+        if needed is None:  # probes must be answered however busy the server is
+            await self._app(scope, self._limited(receive, self._limits.body_bytes), send)
+            return
+        refused = self._gate.judge(scope["state"]["caller"], headers, needed) or self._gate.acquire()
+        if refused is not None:
+            await refuse(refused)
+            return
+        try:
+            most = self._limits.body_of(path)
+            if _declared_length(headers) > most:
+                response = error_response(413, "body_too_large", _too_large(most), path=path)
+                await response(scope, receive, send)
+            else:
+                await self._app(scope, self._limited(receive, most), send)
+        finally:
+            self._gate.release()
 
     def _finish(self, scope: Scope, request_id: str, status: int, seconds: float) -> None:
         route = getattr(scope.get("route"), "path", "unmatched")
@@ -79,27 +124,31 @@ class RequestScope:
                 "status": status,
                 "ms": round(seconds * 1000, 3),
                 "client": scope["client"][0] if scope.get("client") else None,
+                "key": caller.name if (caller := scope["state"]["caller"]) else None,
             }
             access.log(level, "%s %s %s", scope["method"], scope["path"], status, extra=fields)
 
-    def _limited(self, receive: Receive) -> Receive:
+    @staticmethod
+    def _limited(receive: Receive, most: int) -> Receive:
         size = 0
 
         async def counted() -> Message:
             nonlocal size
             message = await receive()
             size += len(message.get("body", b""))
-            if size > self._max_body:
-                raise HTTPException(413, self._too_large())
+            if size > most:
+                raise HTTPException(413, _too_large(most))
             return message
 
         return counted
 
-    def _too_large(self) -> str:
-        return f"the body is larger than {self._max_body} bytes; split the request"
+
+def _too_large(most: int) -> str:
+    return f"the body is larger than {most} bytes; split the request"
 
 
-def _request_id(given: bytes | None) -> str:
+def request_id_of(given: bytes | None) -> str:
+    """The id of a request: the one it came with when that is well formed, else a new one."""
     if given is not None and _REQUEST_ID.fullmatch(given):
         return given.decode()
     return uuid.uuid4().hex

@@ -97,6 +97,72 @@ class PredictResponse(BaseModel):
     predictions: list[Prediction] = Field(description="One per entity, in the request's order.")
 
 
+Columns = Annotated[
+    dict[str, list[JsonValue]],
+    Field(description="Column name to its values; all lists have one length, one row per position.", min_length=1),
+]
+To = Literal["online", "offline", "online_and_offline"]
+
+
+class PushRequest(Body):
+    feature_view: str | None = Field(None, description="Name of a feature view; or give `push_source`.")
+    push_source: str | None = Field(None, description="Name of a push source; or give `feature_view`.")
+    columns: Annotated[
+        Columns,
+        Field(
+            description="Join keys, features and `event_timestamp`; `created` is the server's clock where it is missing.",
+            examples=[{"customer_id": ["C1"], "event_timestamp": ["2026-01-01T00:00:00Z"], "tenure_months": [12.5]}],
+        ),
+    ]
+    to: To = Field("online", description="Which stores to write to.")
+
+
+class PushResponse(BaseModel):
+    rows: int = Field(description="Rows of the request that were written.")
+    feature_views: list[str] = Field(description="The views they were written to.")
+    to: To
+
+
+class HistoricalRequest(Body):
+    feature_service: str | None = Field(None, description="Name of a feature service; or give `features`.")
+    features: list[str] | None = Field(
+        None, description="Feature references `view:feature`; or give `feature_service`."
+    )
+    entities: Annotated[
+        Columns,
+        Field(
+            description="Join keys, `event_timestamp` (each row's own time) and other columns, which come back as they are.",
+            examples=[{"customer_id": ["C1"], "event_timestamp": ["2026-01-01T00:00:00Z"]}],
+        ),
+    ]
+    as_known: bool = Field(True, description="Only what was known (`created`) by each row's time.")
+    full_feature_names: bool = Field(False, description="Name features `view__feature` instead of `feature`.")
+
+
+class HistoricalResponse(BaseModel):
+    feature_service: str | None
+    feature_names: list[str]
+    rows: int
+    columns: dict[str, list[JsonValue]] = Field(
+        description="The request's columns, then the features; one value per entity row, in the request's order."
+    )
+
+
+class JobError(BaseModel):
+    code: str
+    message: str
+
+
+class JobInfo(BaseModel):
+    id: str
+    status: Literal["queued", "running", "done", "failed"]
+    rows_done: int
+    rows_total: int
+    created_at: datetime
+    finished_at: datetime | None
+    error: JobError | None = Field(description="Why it failed.")
+
+
 class ErrorDetail(BaseModel):
     code: str
     message: str

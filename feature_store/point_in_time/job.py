@@ -56,6 +56,10 @@ class PredictFlowRetrievalJob(RetrievalJob):
     def _to_df_internal(self, timeout: int | None = None) -> pd.DataFrame:
         return self._to_arrow_internal(timeout).to_pandas()
 
+    def tables(self, rows: int | None = None) -> Iterator[pa.Table]:
+        """The result in tables of `rows` rows, without on-demand features; None: of as many as memory allows."""
+        return self._slices(rows)
+
     @property
     def full_feature_names(self) -> bool:
         return self._full_feature_names

@@ -3,232 +3,28 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
-import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import pytest
 import requests
+from serving_platform import MODEL, NOW, SERVICE, Platform, answers, serving, train, wait_until
 
-from feature_store.clock import to_micros
 from feature_store.errors import NotFoundError, UnavailableError
 from feature_store.registry import FeatureRegistry
-from predictflow.local import postgres, redis
 from predictflow.local.ports import HOST, free_port
-from predictflow.local.processes import Watched
-from predictflow.settings import Settings
 from serving import schemas
 from serving.client import FeatureClient
-
-ROOT = Path(__file__).parents[2]
-NOW = datetime(2026, 3, 1, 12, 0, 0, 250_000, tzinfo=UTC)
-MODEL = "churn-predictor"
-SERVICE = "churn_v1"
-
-
-@dataclass
-class Platform:
-    """A project with two customers: C1 has an account and events, C2 an account that expired, C9 nothing."""
-
-    settings: Settings
-    watched: Watched
-    redis_home: Path
-    redis_port: int
-    redis_pid: int
-    store: Any
-
-    def stop_redis(self) -> None:
-        os.kill(self.redis_pid, signal.SIGKILL)
-        wait_until(lambda: not redis.answers_ping(HOST, self.redis_port))
-
-    def start_redis(self) -> None:
-        log = self.redis_home.with_suffix(".log")
-        redis.start(self.watched, self.redis_home, self.redis_port, log, durable=True)
-        import redis as client
-
-        with client.Redis(port=self.redis_port) as connection:
-            self.redis_pid = int(connection.info("server")["process_id"])
-
-
-def wait_until(condition: Callable[[], object], seconds: float = 30.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.05)
-
-
-@contextmanager
-def serving(settings: Settings, **options: Any) -> Iterator[str]:
-    """The product's own application behind uvicorn, in a thread of this process."""
-    import uvicorn
-
-    from predictflow.cli_serve import ServeOptions, build_app
-
-    root = logging.getLogger()
-    before = list(root.handlers), root.level
-    with socket.socket() as listener:
-        listener.bind((HOST, 0))
-        chosen = replace(ServeOptions(served_log=False, models=(MODEL,), max_rows=50, workers=1), **options)
-        config = uvicorn.Config(
-            build_app(settings, chosen), log_config=None, access_log=False, lifespan="on", timeout_graceful_shutdown=5
-        )
-        server = uvicorn.Server(config)
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-        thread.start()
-        try:
-            wait_until(lambda: server.started or not thread.is_alive())
-            yield f"http://{HOST}:{listener.getsockname()[1]}"
-        finally:
-            server.should_exit = True
-            thread.join(20)
-            root.handlers[:], root.level = before[0], before[1]
-
-
-def train(mlflow_url: str, artifacts: Path, feature_names: list[str], bias: float, promote: bool = True) -> str:
-    """Registers a small real pipeline; returns its version. `bias` shifts its probabilities."""
-    import mlflow
-    import numpy as np
-    from sklearn.compose import ColumnTransformer
-    from sklearn.impute import SimpleImputer
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.pipeline import Pipeline, make_pipeline
-    from sklearn.preprocessing import OneHotEncoder
-
-    numbers = [f for f in feature_names if f != "payment_method"]
-    frame = pd.DataFrame({f: np.linspace(0, 10, 40) for f in numbers})
-    frame["payment_method"] = np.array(["card", "cash"] * 20, dtype=object)
-    frame = frame[feature_names]
-    prepare = ColumnTransformer(
-        [
-            ("numbers", SimpleImputer(), numbers),
-            (
-                "words",
-                make_pipeline(
-                    SimpleImputer(strategy="constant", fill_value="?"), OneHotEncoder(handle_unknown="ignore")
-                ),
-                ["payment_method"],
-            ),
-        ]
-    )
-    pipeline = Pipeline([("prepare", prepare), ("model", LogisticRegression(max_iter=200))])
-    pipeline.fit(frame, (np.arange(40) > 20 + bias).astype(int))
-    mlflow.set_tracking_uri(mlflow_url)
-    mlflow.set_registry_uri(mlflow_url)
-    if mlflow.get_experiment_by_name("serving-test") is None:
-        mlflow.create_experiment("serving-test", artifact_location=artifacts.as_uri())
-    mlflow.set_experiment("serving-test")
-    with mlflow.start_run():
-        info = mlflow.sklearn.log_model(
-            pipeline,
-            name="model",
-            registered_model_name=MODEL,
-            serialization_format="cloudpickle",
-            pip_requirements=["scikit-learn"],
-        )
-    client = mlflow.MlflowClient()
-    version = str(info.registered_model_version)
-    client.set_model_version_tag(MODEL, version, "feature_service", SERVICE)
-    if promote:
-        client.set_registered_model_alias(MODEL, "champion", version)
-    return version
-
-
-@pytest.fixture(scope="module")
-def platform(
-    postgres_server: str, _mlflow_template: str, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Platform]:
-    from feature_store.window_store import WindowStore
-    from feature_store.windows.state import EntityState, Event
-    from predictflow.wiring import feast_store
-
-    home = tmp_path_factory.mktemp("serving")
-    database = f"serving_{os.getpid()}"
-    postgres.create_database(postgres_server, database, template=_mlflow_template)
-    repo = home / "repo"
-    repo.mkdir()
-    shutil.copy(ROOT / "feature_store.yaml", repo)
-    (home / "offline").mkdir()
-    port = free_port()
-    url = f"{postgres_server.rpartition('/')[0]}/{database}"
-    environment = {
-        "POSTGRES_URL": url,
-        "REDIS_URL": f"redis://{HOST}:{port}/0",
-        "PREDICTFLOW_OFFLINE": str(home / "offline"),
-        "PREDICTFLOW_CLOCK": "replay",
-        "PREDICTFLOW_HOME": str(home / "home"),
-        "PREDICTFLOW_REPO": str(repo),
-        "MLFLOW_TRACKING_URI": url,
-        "KAFKA_BOOTSTRAP_SERVERS": f"{HOST}:{free_port()}",
-    }
-    with pytest.MonkeyPatch.context() as patch, Watched() as watched:
-        patch.syspath_prepend(str(ROOT))
-        for name, value in environment.items():
-            patch.setenv(name, value)
-        settings = Settings.from_environ(environment)
-        made = Platform(settings, watched, home / "redis", port, 0, None)
-        made.start_redis()
-        from features.behavioral_features import customer_behavior
-        from features.customer_features import churn_features
-        from features.entities import customer
-        from features.services import churn_v1
-
-        store = made.store = feast_store(settings)
-        store.apply([customer, churn_features, customer_behavior, churn_v1])
-        store.refresh_registry()
-        account = {"tenure_months": 12.1, "contract_months": 1, "payment_method": "card"}
-        rows = [
-            {"customer_id": "C1", "event_timestamp": NOW - timedelta(days=2), "monthly_charges": 0.1 + 0.2, **account},
-            {"customer_id": "C2", "event_timestamp": NOW - timedelta(days=31), "monthly_charges": 5.0, **account},
-        ]
-        frame = pd.DataFrame(rows).assign(created=NOW - timedelta(days=1))
-        store.write_to_online_store("churn_features", frame)
-        window = WindowStore(store, store.get_feature_view("customer_behavior"))
-        state = EntityState.empty(window.definition)
-        state.apply(
-            window.definition,
-            [
-                Event(
-                    to_micros(NOW - timedelta(days=age)),
-                    0,
-                    offset,
-                    to_micros(NOW),
-                    {"event_type": "usage", "quantity": 3, "amount_cents": 2**53 + 1},
-                    f"e{offset}",
-                )
-                for offset, age in enumerate([20, 3])
-            ],
-        )
-        window.write({("C1",): state})
-        window.set_clock(to_micros(NOW))
-        yield made
-    postgres.drop_database(postgres_server, database)
-
-
-@pytest.fixture(scope="module")
-def feature_names(platform: Platform) -> list[str]:
-    service = platform.store.get_feature_service(SERVICE)
-    return [f.name for p in service.feature_view_projections for f in p.features]
-
-
-@pytest.fixture(scope="module")
-def model(platform: Platform, feature_names: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Version 1 is the champion; returns where artifacts go."""
-    artifacts = tmp_path_factory.mktemp("artifacts")
-    train(platform.settings.need("mlflow_tracking_uri"), artifacts, feature_names, 0)
-    return artifacts
 
 
 @pytest.fixture(scope="module")
@@ -336,36 +132,44 @@ def test_an_unknown_model_names_the_command_that_makes_one(url: str) -> None:
         FeatureClient(url).predict("no-such-model", {"customer_id": ["C1"]})
 
 
-def test_promotion_swaps_the_model_without_a_failed_request(
+def test_promotion_under_load_swaps_the_model_without_a_failed_request(
     url: str, platform: Platform, model: Path, feature_names: list[str]
 ) -> None:
     before = FeatureClient(url).predict(MODEL, {"customer_id": ["C9"]})
     failed: list[object] = []
-    versions: list[str] = []
+    seen: list[list[str]] = [[] for _ in range(4)]
     stop = threading.Event()
 
-    def ask() -> None:
+    def ask(versions: list[str]) -> None:
+        body = {"entities": {"customer_id": ["C1", "C9"]}}
         with requests.Session() as session:
             while not stop.is_set():
-                body = {"entities": {"customer_id": ["C1"]}}
-                answer = session.post(f"{url}/api/v1/predict/{MODEL}", json=body, timeout=30)
+                try:
+                    answer = session.post(f"{url}/api/v1/predict/{MODEL}", json=body, timeout=30)
+                except requests.RequestException as e:  # a dropped connection is a failed request too
+                    failed.append(e)
+                    continue
                 if answer.ok:
                     versions.append(answer.json()["version"])
                 else:
                     failed.append(answer.text)
-                time.sleep(0.02)
 
-    asking = threading.Thread(target=ask)
-    asking.start()
+    asking = [threading.Thread(target=ask, args=(versions,)) for versions in seen]
+    for thread in asking:
+        thread.start()
     try:
         version = train(platform.settings.need("mlflow_tracking_uri"), model, feature_names, 5)
-        wait_until(lambda: versions and versions[-1] == version)
+        wait_until(lambda: all(versions and versions[-1] == version for versions in seen))
     finally:
         stop.set()
-        asking.join()
+        for thread in asking:
+            thread.join()
 
     after = FeatureClient(url).predict(MODEL, {"customer_id": ["C9"]})
     assert failed == []
+    for versions in seen:
+        assert list(dict.fromkeys(versions)) == [before.version, version]  # both, and never back
+        assert sorted(versions, key=int) == versions
     assert after.predictions[0].probability != before.predictions[0].probability
     assert f'predictflow_model_loaded{{model="{MODEL}",version="{version}"}} 1.0' in metrics(url)
     assert f'predictflow_model_loaded{{model="{MODEL}",version="{before.version}"}} 0.0' in metrics(url)
@@ -594,17 +398,24 @@ def test_the_command_serves_drains_on_sigterm_and_reports_a_busy_port(platform: 
     assert "--port" in busy.stderr
 
 
-def test_several_workers_share_port_and_metrics(platform: Platform) -> None:
-    port = free_port()
+def test_several_workers_share_both_ports_and_metrics_over_tls(platform: Platform, tmp_path: Path) -> None:
+    port, feast_port = free_port(), free_port()
+    cert, key = self_signed(tmp_path)
     command = [sys.executable, "-m", "predictflow.cli", "serve", "--no-served-log", "--no-model", "--workers", "2"]
-    address = f"http://{HOST}:{port}"
+    command += ["--tls-cert", str(cert), "--tls-key", str(key), "--feast-port", str(feast_port)]
+    address = f"https://{HOST}:{port}"
     server = subprocess.Popen([*command, "--port", str(port)], stderr=subprocess.PIPE, text=True)
     try:
-        wait_until(lambda: server.poll() is not None or answers(f"{address}/readyz"), 150)
+        wait_until(lambda: server.poll() is not None or answers(f"{address}/readyz", verify=str(cert)), 250)
+        body = {"feature_service": SERVICE, "entities": {"customer_id": ["C9"]}}
         for _ in range(10):
-            assert online(address, {"feature_service": SERVICE, "entities": {"customer_id": ["C9"]}}).ok
+            assert online(address, body, verify=str(cert)).ok
         line = 'predictflow_served_rows_total{service="churn_v1"} 10.0'
-        assert line in metrics(address)
+        assert line in requests.get(f"{address}/metrics", timeout=10, verify=str(cert)).text
+        feast = f"https://{HOST}:{feast_port}/get-online-features"
+        assert requests.post(feast, json=body, timeout=10, verify=str(cert)).ok
+        with pytest.raises(requests.ConnectionError):
+            requests.get(f"http://{HOST}:{port}/healthz", timeout=10)
         server.send_signal(signal.SIGTERM)
         _, log = server.communicate(timeout=60)
     finally:
@@ -613,8 +424,30 @@ def test_several_workers_share_port_and_metrics(platform: Platform) -> None:
     assert server.returncode == 0, log
 
 
-def answers(url: str) -> bool:
-    try:
-        return requests.get(url, timeout=2).ok
-    except (requests.ConnectionError, requests.Timeout):  # it listens before it answers
-        return False
+def self_signed(directory: Path) -> tuple[Path, Path]:
+    """A certificate for this machine's loopback address, and its key."""
+    from cryptography import x509
+    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "predictflow test")])
+    now = datetime.now(UTC)
+    built = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(1)
+        .not_valid_before(now - timedelta(days=1))
+        .not_valid_after(now + timedelta(days=1))
+        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ip_address(HOST))]), critical=False)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+        .sign(key, hashes.SHA256())
+    )
+    certificate, private = directory / "cert.pem", directory / "key.pem"
+    certificate.write_bytes(built.public_bytes(serialization.Encoding.PEM))
+    private.write_bytes(
+        key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    )
+    return certificate, private

@@ -15,7 +15,9 @@ from starlette.testclient import TestClient
 from feature_store.errors import DataError, NotFoundError, PredictFlowError, UnavailableError
 from feature_store.read_plan import OnlineRow, OnlineRows, ViewRead
 from serving import schemas
+from serving.access import Keys
 from serving.app import Dependencies, create_app
+from serving.limits import Gate, RequestLimits
 from serving.metrics import Metrics
 from serving.models import Model
 from serving.online import Limits, OnlineService
@@ -112,13 +114,22 @@ class FakeLog:
         self.closed = True
 
 
+class NoJobs:
+    def sweep(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
 class Server:
-    def __init__(self) -> None:
+    def __init__(self, keys: Keys | None = None, **request_limits: Any) -> None:
         self.reader, self.models, self.log, self.metrics = FakeReader(), FakeModels(), FakeLog(), Metrics()
         self.plans = FakePlans(self.reader)
         self.redis_error: Exception | None = None
         self.closed = False
-        limits = Limits(rows=3, features=2, body_bytes=2000)
+        limits = Limits(rows=3, features=2)
+        self.gate = Gate(keys, request_limits.get("concurrent", 8))
         online = OnlineService(
             self.plans,  # type: ignore[arg-type]
             self.models,
@@ -134,11 +145,16 @@ class Server:
                 plans=self.plans,  # type: ignore[arg-type]
                 models=self.models,
                 catalogue=None,  # type: ignore[arg-type]  # no test here asks for it
+                push=None,  # type: ignore[arg-type]  # nor for this
+                historical=None,  # type: ignore[arg-type]  # nor for this
+                jobs=NoJobs(),  # type: ignore[arg-type]
+                reads=ThreadPoolExecutor(1),
                 served_log=self.log,
                 metrics=self.metrics,
                 ping=self.ping,
                 close=self.close,
-                limits=limits,
+                gate=self.gate,
+                request_limits=RequestLimits(**{"body_bytes": 2000, **request_limits}),
             )
         )
 
@@ -313,7 +329,7 @@ def test_stopping_flushes_the_log_and_closes_connections(server: Server) -> None
 def test_the_openapi_document_shows_every_status_that_a_route_answers(client: TestClient) -> None:
     document = client.get("/openapi.json").json()
     online = document["paths"]["/api/v1/features/online"]["post"]["responses"]
-    assert set(online) == {"200", "400", "404", "413", "422", "500", "503"}
+    assert set(online) == {"200", "400", "401", "403", "404", "413", "422", "500", "503", "504"}
     for status in set(online) - {"200"}:
         assert online[status]["content"]["application/json"]["schema"]["$ref"].endswith("/ErrorResponse")
     assert "HTTPValidationError" not in document["components"]["schemas"]

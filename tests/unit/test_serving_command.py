@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from click.testing import CliRunner
 
 from feature_store.errors import UsageError
-from predictflow.cli_serve import _listen, serve
+from predictflow.cli_serve import listen, serve
 from predictflow.settings import VARIABLES
+from serving.access import add_key
 
 COMPLETE = {
     "POSTGRES_URL": "postgresql+psycopg2://u@127.0.0.1:1/x",
@@ -51,10 +54,34 @@ def test_a_setting_is_needed_only_for_what_is_switched_on(missing: str, switch: 
 
 
 def test_a_busy_port_is_one_clear_error() -> None:
-    with _listen("127.0.0.1", 0) as first:
+    with listen("127.0.0.1", 0) as first:
         first.listen()
         port = first.getsockname()[1]
         result = CliRunner().invoke(serve, ["--port", str(port)], env=COMPLETE)
     assert result.exit_code == 1
     assert f"cannot listen on 127.0.0.1:{port} (Address already in use)" in result.output
     assert not isinstance(result.exception, UsageError)
+
+
+def test_keys_open_the_door_to_the_network(tmp_path: Path) -> None:
+    keys = tmp_path / "keys"
+    add_key(keys, "ci", ["read"])
+    env = {"PREDICTFLOW_API_KEYS_FILE": str(keys)}
+    assert "POSTGRES_URL is not set" in CliRunner().invoke(serve, ["--host", "0.0.0.0"], env=env).output
+    missing = CliRunner().invoke(serve, ["--host", "0.0.0.0", "--api-keys", str(tmp_path / "none")], env=COMPLETE)
+    assert missing.exit_code == 2
+    assert "serve-key new" in missing.output
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (["--tls-cert", "cert.pem"], "--tls-key"),
+        (["--tls-cert", "nowhere.pem", "--tls-key", "nowhere.pem"], "nowhere.pem"),
+        (["--tls-cert", __file__, "--tls-key", __file__], "PEM"),
+    ],
+)
+def test_a_certificate_that_cannot_be_used_is_told_at_once(args: list[str], says: str) -> None:
+    result = CliRunner().invoke(serve, ["--port", "0", *args], env=COMPLETE)
+    assert result.exit_code == 2
+    assert says in result.output

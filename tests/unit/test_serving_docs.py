@@ -9,21 +9,19 @@ from typing import Any, cast
 from fastapi.routing import APIRoute
 from prometheus_client import CollectorRegistry
 
+from feature_store.errors import PredictFlowError
 from serving import errors
 from serving.app import Dependencies, create_app
 from serving.metrics import Metrics
-from serving.online import Limits
 
 PAGE = (Path(__file__).parents[2] / "docs/reference/rest.md").read_text()
 
 
 def test_every_route_is_documented() -> None:
     nothing = cast(Any, None)
-    app = create_app(
-        Dependencies(nothing, nothing, nothing, nothing, nothing, Metrics(), nothing, nothing, limits=Limits())
-    )
+    app = create_app(Dependencies(*[nothing] * 9, Metrics(), nothing, nothing))
     routes = [f"`{m} {path}`" for path, methods in app.openapi()["paths"].items() for m in map(str.upper, methods)]
-    assert len(routes) == 7
+    assert len(routes) == 16
     assert [r for r in routes if r not in PAGE] == []
     assert all(
         isinstance(r, APIRoute) or r.path in ("/openapi.json", "/docs", "/docs/oauth2-redirect") for r in app.routes
@@ -37,5 +35,18 @@ def test_every_metric_is_documented_and_no_other() -> None:
 
 
 def test_every_error_code_of_the_server_is_documented() -> None:
-    codes = {*errors.STATUS_OF_CODE, *errors.HTTP_CODES.values(), "usage", "invalid_body", "internal", "unavailable"}
+    def kinds(base: type[PredictFlowError]) -> set[type[PredictFlowError]]:
+        return {base}.union(*(kinds(kind) for kind in base.__subclasses__()))
+
+    own = {kind.code for kind in kinds(PredictFlowError) if kind.__module__.startswith("serving.")}
+    assert {"column", "windowed_view", "overloaded", "no_result"} <= own
+    codes = {
+        *own,
+        *errors.STATUS_OF_CODE,
+        *errors.HTTP_CODES.values(),
+        "usage",
+        "invalid_body",
+        "internal",
+        "unavailable",
+    }
     assert [c for c in codes if f"`{c}`" not in PAGE] == []

@@ -1,0 +1,185 @@
+"""Wires the REST server from settings: registry, Redis, MLflow, Kafka, jobs, keys. Everything else is passed in."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from predictflow.settings import Settings
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+    from feast import FeatureStore
+    from redis.asyncio import Redis
+
+    from serving.models import Model, Models
+    from serving.plans import Column, Plans
+    from serving.served_log import ServedLog
+
+REDIS_SECONDS = 1.0
+"""How long a request waits for Redis before it answers 503."""
+REDIS_CONNECTIONS = 64
+HISTORICAL_THREADS = 2
+
+
+@dataclass(frozen=True)
+class ServeOptions:
+    """What the command line says beyond the settings; sent to worker processes."""
+
+    served_log: bool
+    models: tuple[str, ...]
+    max_rows: int
+    workers: int
+    registry_seconds: float = 10.0
+    model_seconds: float = 3.0
+    max_concurrent: int = 256
+    seconds: float = 30.0
+    job_rows: int = 10_000
+    api_keys: Path | None = None
+    tls_cert: Path | None = None
+    tls_key: Path | None = None
+
+
+def build_app(settings: Settings, options: ServeOptions) -> FastAPI:
+    """The application on real servers. The registry must answer now; Redis, Kafka and MLflow may come later."""
+    from concurrent.futures import ThreadPoolExecutor
+    from importlib.metadata import version
+
+    from feature_store.read_plan import OnlineReader, ReadPlan
+    from predictflow.wiring import feast_store
+    from serving.access import Keys
+    from serving.app import Dependencies, create_app
+    from serving.catalogue import FeatureCatalogue
+    from serving.historical import Historical, HistoricalLimits
+    from serving.jobs import Jobs
+    from serving.limits import Gate, RequestLimits
+    from serving.logs import use_json
+    from serving.metrics import Metrics
+    from serving.online import Limits, OnlineService
+    from serving.plans import Plans
+    from serving.push import Pusher
+
+    use_json()
+    store = feast_store(settings)
+    metrics = Metrics(merge=options.workers > 1)
+    redis = _redis(settings.need("redis_url"))
+
+    def reader(plan: ReadPlan) -> OnlineReader:
+        return OnlineReader(plan, redis, store.project, settings.clock)
+
+    plans = Plans(store, reader)
+    models = _models(settings, options, plans, metrics)
+    served_log = _served_log(settings, options, metrics)
+    limits = Limits(rows=options.max_rows)
+    keys = Keys(options.api_keys) if options.api_keys else None
+    reads = ThreadPoolExecutor(max_workers=HISTORICAL_THREADS, thread_name_prefix="historical")
+    threads = ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1), thread_name_prefix="predict")
+    online = OnlineService(plans, models, served_log, metrics, threads, lambda: datetime.now(UTC), limits)
+
+    async def ping() -> None:
+        await cast(Awaitable[bool], redis.ping())
+
+    async def close() -> None:
+        threads.shutdown(wait=False, cancel_futures=True)
+        reads.shutdown(wait=False, cancel_futures=True)
+        await redis.aclose()
+
+    return create_app(
+        Dependencies(
+            online=online,
+            plans=plans,
+            models=models,
+            catalogue=FeatureCatalogue(store),
+            push=Pusher(store, _clock(settings, store)),
+            historical=Historical(store, HistoricalLimits(inline_rows=options.job_rows)),
+            jobs=Jobs(settings.home / "serving" / "jobs", lambda: datetime.now(UTC)),
+            reads=reads,
+            served_log=served_log,
+            metrics=metrics,
+            ping=ping,
+            close=close,
+            gate=Gate(keys, options.max_concurrent),
+            request_limits=RequestLimits(options.max_concurrent, options.seconds, limits.body_bytes),
+            version=version("predictflow"),
+            registry_seconds=options.registry_seconds,
+            model_seconds=options.model_seconds,
+        )
+    )
+
+
+def _redis(url: str) -> Redis:
+    """An asyncio client that gives up within a second and reconnects by itself; a read is safe to repeat once."""
+    from redis.asyncio import BlockingConnectionPool, Connection, Redis, SSLConnection
+    from redis.asyncio.retry import Retry
+    from redis.backoff import NoBackoff
+
+    from feature_store.redis_connection import connection_options
+
+    given = connection_options(url)
+    for timeout in ("socket_connect_timeout", "socket_timeout"):
+        if timeout not in url:
+            given[timeout] = REDIS_SECONDS
+    kind = SSLConnection if given.pop("ssl", False) else Connection
+    given.setdefault("max_connections", REDIS_CONNECTIONS)
+    pool = BlockingConnectionPool(connection_class=kind, timeout=REDIS_SECONDS, retry=Retry(NoBackoff(), 1), **given)
+    return Redis(connection_pool=pool)
+
+
+def _clock(settings: Settings, store: FeatureStore) -> Callable[[], datetime]:
+    """What time it is for rows that are pushed: the machine's, or the replay clock, which is in Redis."""
+    if settings.clock == "wall":
+        return lambda: datetime.now(UTC)
+    from feature_store.clock import from_micros, replay_clock_key
+    from feature_store.read_plan import ClockNotSetError
+    from feature_store.redis_connection import answering, connect
+
+    redis = connect(settings.need("redis_url"))
+
+    def now() -> datetime:
+        with answering(redis):
+            value = cast("bytes | None", redis.get(replay_clock_key(store.project)))
+        if value is None:
+            raise ClockNotSetError(
+                f"the replay clock of project {store.project} is not set",
+                next_step="`predictflow windows bootstrap` sets it; PREDICTFLOW_CLOCK=wall uses the machine's",
+            )
+        return from_micros(int(value))
+
+    return now
+
+
+def _models(settings: Settings, options: ServeOptions, plans: Plans, metrics: Any) -> Models:
+    from predictflow.wiring import feature_registry
+    from serving.models import MLflowModels, NoModels
+
+    if settings.mlflow_tracking_uri is None:
+        return NoModels()
+
+    def record(model: Model) -> None:
+        with feature_registry(settings) as registry:
+            registry.record_lineage(
+                [
+                    (
+                        ("model_version", f"{model.name}/{model.version}"),
+                        ("endpoint", f"POST /api/v1/predict/{model.name}"),
+                    )
+                ],
+                at=datetime.now(UTC),
+            )
+
+    def columns(feature_service: str) -> tuple[Column, ...]:
+        return plans.get(feature_service, False).columns
+
+    return MLflowModels(settings.mlflow_tracking_uri, options.models, metrics, columns, record)
+
+
+def _served_log(settings: Settings, options: ServeOptions, metrics: Any) -> ServedLog:
+    from serving.served_log import KafkaServedLog, NoServedLog
+
+    if not options.served_log:
+        return NoServedLog()
+    return KafkaServedLog.connect(settings.need("kafka_bootstrap_servers"), settings.served_topic, metrics)

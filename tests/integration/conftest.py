@@ -1,0 +1,5 @@
+"""Fixtures of the integration tests that several modules share."""
+
+from serving_platform import feature_names, model, platform
+
+__all__ = ["feature_names", "model", "platform"]
