@@ -11,6 +11,9 @@ from feature_store.clock import ClockMode, WallClock, from_micros, replay_clock_
 from feature_store.errors import UnavailableError, UsageError
 from feature_store.redis_connection import answering
 from feature_store.redis_layout import KeyLayout, KeyPart, datetime_of
+from feature_store.redis_socket import RedisSocket
+from feature_store.redis_stream import Done, RedisStream
+from feature_store.redis_wire import command, hmget_parts
 from feature_store.view_plan import ViewPlan, ViewRow, python_value, resolve
 
 if TYPE_CHECKING:
@@ -22,6 +25,7 @@ if TYPE_CHECKING:
 Entity = Mapping[str, object]
 Reply = Sequence[bytes | None]
 Requests = Sequence[tuple[bytes, list[bytes]]]
+_STRING_KEY = (2).to_bytes(4, "little")
 
 
 class AtNotAllowedError(UsageError):
@@ -71,12 +75,28 @@ class OnlineRows:
     rows: list[OnlineRow]
 
 
+class _Hmget:
+    """The bytes of one HMGET around its key; `name` is the join key where that is a single string."""
+
+    def __init__(self, layout: KeyLayout, head: bytes, tail: bytes) -> None:
+        self.layout = layout
+        self.head = head
+        self.tail = tail
+        self.name: str | None = None
+        if len(layout.parts) == 1 and layout.parts[0].type == "STRING":
+            self.name = layout.parts[0].requested
+        self.prefix = layout.prefix + _STRING_KEY
+        self.bare = len(self.prefix) + 4 + len(layout.suffix)
+        self.suffix = layout.suffix + tail
+
+
 class ReadPlan:
     """Immutable; no I/O after `compile`, which reads the registry (cached).
 
     `feature_names`: the result names, in the order asked for; `join_keys`: what every entity row must hold;
     `references`: result name -> (view, feature), where view is the key of `OnlineRow.views`;
-    `views`: that key -> name of the feature view (they differ where a service gave the view an alias or a version).
+    `views`: that key -> name of the feature view (they differ where a service gave the view an alias or a version);
+    `width`: how many HMGETs read one entity row.
     """
 
     def __init__(self, project: str, views: Sequence[ViewPlan]) -> None:
@@ -91,6 +111,10 @@ class ReadPlan:
         # Views of one key share one hash, so one HMGET reads them all.
         self._groups = [(KeyLayout(project, parts), members) for parts, members in groups.items()]
         self._fields = [[f for v in members for f in v.fields] for _, members in self._groups]
+        self._commands = [
+            _Hmget(layout, *hmget_parts(fields)) for (layout, _), fields in zip(self._groups, self._fields)
+        ]
+        self.width = len(self._groups)
         names = (p.requested for layout, _ in self._groups for p in layout.parts if p.requested is not None)
         self.join_keys: list[str] = list(dict.fromkeys(names))
         self._join_keys = frozenset(self.join_keys)
@@ -146,6 +170,51 @@ class ReadPlan:
             for (layout, _), fields in zip(self._groups, self._fields):
                 out.append((layout.encode(entity, i), fields))
         return out
+
+    def payload(self, entities: Sequence[Entity]) -> bytes:
+        """`requests` as the bytes to send: `len(entities) * width` HMGET commands. Errors as there."""
+        out: list[bytes] = []
+        wanted = self._join_keys
+        commands = self._commands
+        for i, entity in enumerate(entities):
+            if entity.keys() != wanted:
+                self._refuse(i, entity)
+            for made in commands:
+                value = entity[made.name] if made.name is not None else None
+                if type(value) is str:
+                    data = value.encode()
+                    size = len(data)
+                    out += (made.head, b"%d\r\n" % (made.bare + size), made.prefix, size.to_bytes(4, "little"))
+                    out += (data, made.suffix)
+                else:
+                    key = made.layout.encode(entity, i)
+                    out += (made.head, b"%d\r\n" % len(key), key, made.tail)
+        return b"".join(out)
+
+    def places(self) -> list[tuple[ViewPlan, int, int]]:
+        """Each view of `view_plans` with the number of its HMGET (of `width` per row) and its first field there."""
+        found = {}
+        for g, (_, members) in enumerate(self._groups):
+            at = 0
+            for view in members:
+                found[id(view)] = (view, g, at)
+                at += len(view.fields)
+        return [found[id(view)] for view in self.view_plans]
+
+    def windowed_at(self, replies: Sequence[Reply], t_us: int) -> tuple[int, list[dict[int, ViewRow]]]:
+        """As `at` for the windowed views alone: per entity row, position in `view_plans` to answer."""
+        width = self.width
+        places = [(k, *p) for k, p in enumerate(self.places()) if p[0].definition is not None]
+        held: list[list[tuple[int, ViewPlan, Any]]] = []
+        for start in range(0, len(replies), width):
+            row = []
+            for k, view, group, at in places:
+                parsed = view.parse(replies[start + group][at : at + len(view.fields)])
+                if parsed.state is not None and parsed.state.visible_at > t_us:
+                    t_us = parsed.state.visible_at
+                row.append((k, view, parsed))
+            held.append(row)
+        return t_us, [{k: view.at(parsed, t_us) for k, view, parsed in row} for row in held]
 
     def _refuse(self, i: int, entity: Entity) -> None:
         for name in self.join_keys:
@@ -206,16 +275,24 @@ class ReadPlan:
 class OnlineReader:
     """Plan + Redis + clock: one round trip per read. Safe to share between threads, as its Redis client is.
 
-    `redis`: a client that returns bytes; `read` needs a blocking one, `aread` an asyncio one.
+    `redis`: `read` needs a RedisSocket or a blocking client that returns bytes, `aread` a RedisStream or an asyncio one.
     """
 
     def __init__(
-        self, plan: ReadPlan, redis: redis.Redis | redis.asyncio.Redis, project: str, clock: ClockMode
+        self,
+        plan: ReadPlan,
+        redis: RedisSocket | RedisStream | redis.Redis | redis.asyncio.Redis,
+        project: str,
+        clock: ClockMode,
     ) -> None:
         self.plan = plan
         self._redis: Any = redis
+        self._direct = isinstance(redis, RedisSocket | RedisStream)
         self._clock = clock
         self._clock_key = replay_clock_key(project)
+        # Before the states: what the clock says was applied is in them.
+        self._first = command(b"GET", self._clock_key.encode()) if clock == "replay" else b""
+        self._extra = 1 if clock == "replay" else 0
 
     def read(self, entities: Sequence[Entity], at: datetime | None = None) -> OnlineRows:
         """Values and statuses of `entities` at the clock, or at `at` (replay only, not before the clock).
@@ -232,34 +309,69 @@ class OnlineReader:
 
     def fetch(self, entities: Sequence[Entity], at: datetime | None = None) -> tuple[list[Reply], int]:
         """The raw replies and the time to read them at, in microseconds: what `ReadPlan.at` and `decode` take."""
-        return self.fetch_keys(self.plan.requests(entities), at)
+        if not self._direct:
+            return self.fetch_keys(self.plan.requests(entities), at)
+        self._check(at)
+        payload = self._first + self.plan.payload(entities)
+        return self._answer(self._redis.ask(payload, self._extra + len(entities) * self.plan.width), at)
 
     async def afetch(self, entities: Sequence[Entity], at: datetime | None = None) -> tuple[list[Reply], int]:
         """As `fetch`, on an asyncio client."""
-        return await self.afetch_keys(self.plan.requests(entities), at)
+        if not self._direct:
+            return await self.afetch_keys(self.plan.requests(entities), at)
+        self._check(at)
+        payload = self._first + self.plan.payload(entities)
+        return self._answer(await self._redis.ask(payload, self._extra + len(entities) * self.plan.width), at)
+
+    def start(self, entities: Sequence[Entity], done: Done) -> bool:
+        """As `afetch` at the clock, without a task: `done` is called with the replies that `replied` takes.
+
+        False, and nothing is sent: this reader has no RedisStream. UsageError as `fetch`.
+        """
+        if not isinstance(self._redis, RedisStream):
+            return False
+        payload = self._first + self.plan.payload(entities)
+        self._redis.send(payload, self._extra + len(entities) * self.plan.width, done)
+        return True
+
+    def replied(self, replies: list[Any]) -> tuple[list[Reply], int]:
+        """What `afetch` gives, from what `start` called back with. ClockNotSetError under an unset replay clock."""
+        return self._answer(replies, None)
 
     def fetch_keys(self, requests: Requests, at: datetime | None = None) -> tuple[list[Reply], int]:
         """As `fetch`, for requests whose keys the caller made."""
-        pipe = self._pipeline(requests, at)
+        self._check(at)
+        if self._direct:
+            return self._answer(self._redis.ask(*self._commands(requests)), at)
+        pipe = self._pipeline(requests)
         with answering(self._redis):
             return self._answer(pipe.execute() if len(pipe) else [], at)
 
     async def afetch_keys(self, requests: Requests, at: datetime | None = None) -> tuple[list[Reply], int]:
         """As `fetch_keys`, on an asyncio client."""
-        pipe = self._pipeline(requests, at)
+        self._check(at)
+        if self._direct:
+            return self._answer(await self._redis.ask(*self._commands(requests)), at)
+        pipe = self._pipeline(requests)
         with answering(self._redis):
             return self._answer(await pipe.execute() if len(pipe) else [], at)
 
-    def _pipeline(self, requests: Requests, at: datetime | None) -> Any:
+    def _check(self, at: datetime | None) -> None:
         if at is not None and self._clock != "replay":
             raise AtNotAllowedError(
                 "`at` needs the replay clock",
                 value=at.isoformat(),
                 next_step="leave it out, or PREDICTFLOW_CLOCK=replay",
             )
+
+    def _commands(self, requests: Requests) -> tuple[bytes, int]:
+        made = b"".join([command(b"HMGET", key, *fields) for key, fields in requests])
+        return self._first + made, self._extra + len(requests)
+
+    def _pipeline(self, requests: Requests) -> Any:
         pipe = self._redis.pipeline(transaction=False)
         if self._clock == "replay":
-            pipe.get(self._clock_key)  # before the states: what it says was applied is in them
+            pipe.get(self._clock_key)
         for key, fields in requests:
             pipe.execute_command("HMGET", key, *fields)
         return pipe

@@ -42,12 +42,16 @@ class OnDemandViewError(UsageError):
 
 @dataclass(frozen=True, slots=True)
 class Feature:
-    """`name` in the view, `result` in the answer, `hint`: Feast's ValueType where the stored bytes do not say it all."""
+    """`name` in the view, `result` in the answer, `hint`: Feast's ValueType where the stored bytes do not say it all.
+
+    `is_double`: declared Float64, so that most of its values can be expected to be nine bytes.
+    """
 
     name: str
     result: str
     field: bytes
     hint: Any = None
+    is_double: bool = False
 
 
 @dataclass(slots=True)
@@ -85,13 +89,14 @@ class ViewPlan:
         ttl = getattr(view, "ttl", None)
         keep = getattr(config.online_store, "expired_values", "null") == "keep"
         self.ttl_ns: int | None = None if keep or not ttl else ttl // _MICROSECOND * 1000
-        hints = {f.name: _hint(f.dtype.to_value_type()) for f in view.features}
+        types = {f.name: f.dtype.to_value_type() for f in view.features}
         self.features = [
             Feature(
                 name,
                 f"{self.name}__{name}" if full_feature_names else name,
                 feature_field(self.stored, name),
-                hints.get(name),
+                _hint(types[name]) if name in types else None,
+                name in types and types[name].name == "DOUBLE",
             )
             for name in names
         ]

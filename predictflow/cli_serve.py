@@ -20,8 +20,8 @@ from feature_store.errors import PredictFlowError, UsageError
 from predictflow.settings import Settings
 
 if TYPE_CHECKING:
-    from fastapi import FastAPI
     from redis.asyncio import Redis
+    from starlette.types import ASGIApp
 
     from serving.models import Model, Models
     from serving.plans import Column, Plans
@@ -46,6 +46,7 @@ class ServeOptions:
     workers: int
     registry_seconds: float = 10.0
     model_seconds: float = 3.0
+    log_sample: float = 1.0
 
 
 @click.command()
@@ -59,6 +60,13 @@ class ServeOptions:
 )
 @click.option("--no-model", is_flag=True, help="Be ready without a model (features only).")
 @click.option("--no-served-log", is_flag=True, help="Do not log what is served to Kafka.")
+@click.option(
+    "--log-sample",
+    default=1.0,
+    show_default=True,
+    type=click.FloatRange(0, 1),
+    help="Part of the entities whose reads are logged, always the same ones.",
+)
 @click.option("--max-rows", default=1000, show_default=True, type=click.IntRange(1), help="Entities per request.")
 @click.option(
     "--allow-remote",
@@ -73,6 +81,7 @@ def serve(
     models: tuple[str, ...],
     no_model: bool,
     no_served_log: bool,
+    log_sample: float,
     max_rows: int,
     allow_remote: bool,
 ) -> None:
@@ -85,7 +94,7 @@ def serve(
         settings.need("kafka_bootstrap_servers")
     if not no_model:
         settings.need("mlflow_tracking_uri")
-    options = ServeOptions(not no_served_log, () if no_model else models, max_rows, workers)
+    options = ServeOptions(not no_served_log, () if no_model else models, max_rows, workers, log_sample=log_sample)
     with _listen(host, port) as listener:
         address = f"http://{'[' + host + ']' if ':' in host else host}:{listener.getsockname()[1]}"
         click.echo(f"PredictFlow serves on {address} (documents: {address}/docs)", err=True)
@@ -131,7 +140,7 @@ def _listen(host: str, port: int) -> socket.socket:
     return listener
 
 
-def _config(app: Callable[[], FastAPI], workers: int) -> Any:
+def _config(app: Callable[[], ASGIApp], workers: int) -> Any:
     import uvicorn
 
     return uvicorn.Config(
@@ -169,7 +178,7 @@ def _run_workers(settings: Settings, options: ServeOptions, listener: socket.soc
         Multiprocess(_config(functools.partial(_worker_app, settings, options), options.workers), [listener]).run()
 
 
-def _worker_app(settings: Settings, options: ServeOptions) -> FastAPI:
+def _worker_app(settings: Settings, options: ServeOptions) -> ASGIApp:
     try:
         return build_app(settings, options)
     except PredictFlowError as e:
@@ -177,15 +186,18 @@ def _worker_app(settings: Settings, options: ServeOptions) -> FastAPI:
         sys.exit(STARTUP_FAILURE)
 
 
-def build_app(settings: Settings, options: ServeOptions) -> FastAPI:
+def build_app(settings: Settings, options: ServeOptions) -> ASGIApp:
     """The application on real servers. The registry must answer now; Redis, Kafka and MLflow may come later."""
     from concurrent.futures import ThreadPoolExecutor
     from importlib.metadata import version
 
     from feature_store.read_plan import OnlineReader, ReadPlan
+    from feature_store.redis_stream import RedisStream
+    from feature_store.redis_wire import address_from
     from predictflow.wiring import feast_store
     from serving.app import Dependencies, create_app
     from serving.catalogue import FeatureCatalogue
+    from serving.hot import HotRoutes
     from serving.logs import use_json
     from serving.metrics import Metrics
     from serving.online import Limits, OnlineService
@@ -194,7 +206,8 @@ def build_app(settings: Settings, options: ServeOptions) -> FastAPI:
     use_json()
     store = feast_store(settings)
     metrics = Metrics(merge=options.workers > 1)
-    redis = _redis(settings.need("redis_url"))
+    address = address_from(_redis_options(settings.need("redis_url")))
+    redis = RedisStream(address) if address is not None else _redis(settings.need("redis_url"))
 
     def reader(plan: ReadPlan) -> OnlineReader:
         return OnlineReader(plan, redis, store.project, settings.clock)
@@ -207,13 +220,13 @@ def build_app(settings: Settings, options: ServeOptions) -> FastAPI:
     online = OnlineService(plans, models, served_log, metrics, threads, lambda: datetime.now(UTC), limits)
 
     async def ping() -> None:
-        await cast(Awaitable[bool], redis.ping())
+        await cast(Awaitable[object], redis.ping())
 
     async def close() -> None:
         threads.shutdown(wait=False, cancel_futures=True)
         await redis.aclose()
 
-    return create_app(
+    app = create_app(
         Dependencies(
             online=online,
             plans=plans,
@@ -229,6 +242,18 @@ def build_app(settings: Settings, options: ServeOptions) -> FastAPI:
             model_seconds=options.model_seconds,
         )
     )
+    return HotRoutes(app, online, metrics, limits)
+
+
+def _redis_options(url: str) -> dict[str, Any]:
+    """Of a client that gives up within a second."""
+    from feature_store.redis_connection import connection_options
+
+    given = connection_options(url)
+    for timeout in ("socket_connect_timeout", "socket_timeout"):
+        if timeout not in url:
+            given[timeout] = REDIS_SECONDS
+    return given
 
 
 def _redis(url: str) -> Redis:
@@ -237,12 +262,7 @@ def _redis(url: str) -> Redis:
     from redis.asyncio.retry import Retry
     from redis.backoff import NoBackoff
 
-    from feature_store.redis_connection import connection_options
-
-    given = connection_options(url)
-    for timeout in ("socket_connect_timeout", "socket_timeout"):
-        if timeout not in url:
-            given[timeout] = REDIS_SECONDS
+    given = _redis_options(url)
     kind = SSLConnection if given.pop("ssl", False) else Connection
     given.setdefault("max_connections", REDIS_CONNECTIONS)
     pool = BlockingConnectionPool(connection_class=kind, timeout=REDIS_SECONDS, retry=Retry(NoBackoff(), 1), **given)
@@ -279,4 +299,6 @@ def _served_log(settings: Settings, options: ServeOptions, metrics: Any) -> Serv
 
     if not options.served_log:
         return NoServedLog()
-    return KafkaServedLog.connect(settings.need("kafka_bootstrap_servers"), settings.served_topic, metrics)
+    return KafkaServedLog.connect(
+        settings.need("kafka_bootstrap_servers"), settings.served_topic, metrics, options.log_sample
+    )
