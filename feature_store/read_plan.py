@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 from feature_store.clock import ClockMode, WallClock, from_micros, replay_clock_key, to_micros
 from feature_store.errors import UnavailableError, UsageError
+from feature_store.on_demand import OnDemandPlan, with_function
 from feature_store.redis_connection import answering
 from feature_store.redis_layout import KeyLayout, KeyPart, datetime_of
 from feature_store.redis_socket import RedisSocket
 from feature_store.redis_stream import Done, RedisStream
 from feature_store.redis_wire import command, hmget_parts
-from feature_store.view_plan import ViewPlan, ViewRow, python_value, resolve
+from feature_store.view_plan import OnDemandViewError, ViewPlan, ViewRow, python_value, resolve
+from feature_store.windows.state import NEVER
 
 if TYPE_CHECKING:
     import redis
@@ -75,6 +77,12 @@ class OnlineRows:
     rows: list[OnlineRow]
 
 
+def _is_on_demand(view: Any) -> bool:
+    from feast import OnDemandFeatureView
+
+    return isinstance(view, OnDemandFeatureView)
+
+
 class _Hmget:
     """The bytes of one HMGET around its key; `name` is the join key where that is a single string."""
 
@@ -99,14 +107,17 @@ class ReadPlan:
     `width`: how many HMGETs read one entity row.
     """
 
-    def __init__(self, project: str, views: Sequence[ViewPlan]) -> None:
+    def __init__(self, project: str, views: Sequence[ViewPlan | OnDemandPlan]) -> None:
         self.project = project
-        self.view_plans = list(views)
+        # To readers of answers an on-demand view is a view like any other; its inputs are read, and not shown.
+        self.view_plans: list[ViewPlan] = list(views)  # type: ignore[arg-type]  # see OnDemandPlan
+        self.on_demand = [v for v in views if not isinstance(v, ViewPlan)]
+        read = [v for v in views if isinstance(v, ViewPlan)] + [i for v in self.on_demand for i in v.inputs]
         self.feature_names = [f.result for v in views for f in v.features]
         self.references = {f.result: (v.name, f.name) for v in views for f in v.features}
         self.views = {v.name: v.view for v in views}
         groups: dict[tuple[KeyPart, ...], list[ViewPlan]] = {}
-        for view in views:
+        for view in read:
             groups.setdefault(view.key_parts, []).append(view)
         # Views of one key share one hash, so one HMGET reads them all.
         self._groups = [(KeyLayout(project, parts), members) for parts, members in groups.items()]
@@ -116,7 +127,9 @@ class ReadPlan:
         ]
         self.width = len(self._groups)
         names = (p.requested for layout, _ in self._groups for p in layout.parts if p.requested is not None)
-        self.join_keys: list[str] = list(dict.fromkeys(names))
+        extra = (name for v in self.on_demand for name in v.request_keys)
+        self.key_types = {p.requested: p.type for layout, _ in self._groups for p in layout.parts if p.requested}
+        self.join_keys: list[str] = list(dict.fromkeys([*names, *extra]))
         self._join_keys = frozenset(self.join_keys)
 
     @classmethod
@@ -136,9 +149,19 @@ class ReadPlan:
         full_feature_names: bool = False,
     ) -> ReadPlan:
         """As `compile`, from the parts of a FeatureStore."""
-        return cls.of_views(
-            config, project, resolve(registry, project, features, full_feature_names), full_feature_names
-        )
+        wanted = resolve(registry, project, features, full_feature_names)
+        if not any(_is_on_demand(view) for view, _ in wanted):
+            return cls.of_views(config, project, wanted, full_feature_names)
+        plans: list[ViewPlan | OnDemandPlan] = []
+        for view, names in wanted:
+            if _is_on_demand(view):
+                made = with_function(config, registry, project, view)  # type: ignore[arg-type]  # it is on demand
+                projections = made.source_feature_view_projections.values()
+                sources = [(registry.get_feature_view(p.name, project, allow_cache=True), p) for p in projections]
+                plans.append(OnDemandPlan(made, names, sources, config, full_feature_names))
+            else:
+                plans += cls.of_views(config, project, [(view, names)], full_feature_names).view_plans
+        return cls(project, plans)
 
     @classmethod
     def of_views(
@@ -225,15 +248,21 @@ class ReadPlan:
         unknown = next(name for name in entity if name not in self._join_keys)
         raise UsageError(f"entity row {i}: unknown join key", value=unknown, valid=self.join_keys)
 
-    def at(self, replies: Sequence[Reply], t_us: int) -> tuple[int, list[list[ViewRow]]]:
-        """t, then per entity row the answer of each view in `view_plans`.
+    def at(
+        self, replies: Sequence[Reply], t_us: int, entities: Sequence[Entity] | None = None
+    ) -> tuple[int, list[list[ViewRow]]]:
+        """t, then per entity row the answer of each view in `view_plans`. On-demand views need the `entities` too.
 
         t is `t_us`, or the newest `visible_at` of the states read where that is later: a state cannot tell what was
         known before its last event.
         """
         width = len(self._groups)
-        held: list[list[Any]] = []
-        for start in range(0, len(replies), width):
+        if self.on_demand and entities is None:
+            raise OnDemandViewError(
+                "on-demand feature views are computed from the entities too", value=self.feature_names
+            )
+        held: list[list[Any]] = [] if width else [[] for _ in entities or ()]
+        for start in range(0, len(replies), width or 1):
             row = []
             for (_, members), reply in zip(self._groups, replies[start : start + width]):
                 i = 0
@@ -245,11 +274,15 @@ class ReadPlan:
                     row.append((view, parsed))
             held.append(row)
         answers = [{id(view): view.at(parsed, t_us) for view, parsed in row} for row in held]
+        for computed in self.on_demand:
+            made = computed.at(entities or (), answers)
+            for row_answers, answer in zip(answers, made):
+                row_answers[id(computed)] = answer
         return t_us, [[row[id(view)] for view in self.view_plans] for row in answers]
 
     def decode(self, entities: Sequence[Entity], replies: Sequence[Reply], t_us: int) -> OnlineRows:
         """What `replies` to `requests(entities)` say at `t_us` (microseconds since the epoch), or later: see `at`."""
-        return self.rows(entities, *self.at(replies, t_us))
+        return self.rows(entities, *self.at(replies, t_us, entities))
 
     def rows(self, entities: Sequence[Entity], t_us: int, answers: Sequence[list[ViewRow]]) -> OnlineRows:
         """What `at` answered, as Python values by name."""
@@ -264,7 +297,7 @@ class ReadPlan:
                 time,
                 None if answer.created_ns is None else datetime_of(answer.created_ns),
                 None if state is None else dict(state.offsets),
-                None if state is None else from_micros(state.visible_at),
+                None if state is None or state.visible_at == NEVER else from_micros(state.visible_at),
             )
             for feature, cell in zip(view.features, answer.cells):
                 row.statuses[feature.result], row.values[feature.result] = python_value(feature, cell)

@@ -23,6 +23,8 @@ Done = Callable[[Replies | None, PredictFlowError | None], None]
 
 LARGE = 16
 """Requests of at least this many commands go by the connection of the large ones."""
+STALLED = 0.2
+"""Seconds by which a timer is late when the loop itself stood still."""
 FAST_FAILURE = 0.1
 """Seconds that a request waits for a connection while the last attempt to make one has failed."""
 
@@ -93,6 +95,7 @@ class _Link:
         self._connecting: asyncio.Task[None] | None = None
         self._failed: str | None = None
         self._timer: asyncio.TimerHandle | None = None
+        self._due = 0.0
         self._closed = False
 
     def send(self, request: _Request) -> None:
@@ -112,6 +115,7 @@ class _Link:
     async def _connect(self) -> None:
         address = self._address
         wire = _Wire(self)
+        started = self._loop.time()
         try:
             async with asyncio.timeout(address.connect_timeout):
                 if address.path is not None:
@@ -134,6 +138,11 @@ class _Link:
             error = e if isinstance(e, PredictFlowError) else unavailable(address, self._failed)
             wire.abort()
             self._connecting = None
+            late = self._loop.time() - started - address.connect_timeout
+            if isinstance(e, TimeoutError) and late > STALLED and not self._closed:
+                self._failed = None
+                self._connecting = self._loop.create_task(self._connect())
+                return
             self._fail(self._waiting, error)
             return
         self._failed = self._connecting = None
@@ -152,7 +161,7 @@ class _Link:
     def _answer(self, request: _Request, replies: Replies | None, error: PredictFlowError | None) -> None:
         try:
             request.done(replies, error)
-        except Exception as e:  # one request's fault must not cost the others of this connection
+        except Exception as e:  # noqa: BLE001 - told by the loop; one request's fault must not cost the others of this connection
             self._loop.call_exception_handler({"message": "a reply could not be handled", "exception": e})
 
     def lost(self, wire: _Wire, reason: str) -> None:
@@ -169,12 +178,16 @@ class _Link:
                 self.send(request)
 
     def _watch(self) -> None:
-        self._timer = self._loop.call_later(min(0.05, self._address.timeout / 4), self._check)
+        self._due = self._loop.time() + min(0.05, self._address.timeout / 4)
+        self._timer = self._loop.call_at(self._due, self._check)
 
     def _check(self) -> None:
         """A request that waited too long: all behind it wait for the same silent connection."""
         self._timer = None
         now = self._loop.time()
+        if now - self._due > STALLED:  # it was this process that did not run: the answer may be there to be read
+            self._watch()
+            return
         wire = self._wire
         if wire is not None and wire.pending and now - wire.pending[0].since > self._address.timeout:
             self._wire = None

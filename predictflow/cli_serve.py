@@ -143,11 +143,13 @@ def _listen(host: str, port: int) -> socket.socket:
 def _config(app: Callable[[], ASGIApp], workers: int) -> Any:
     import uvicorn
 
+    from serving.hot_protocol import HotProtocol
+
     return uvicorn.Config(
         app,  # a factory
         factory=True,
         loop="uvloop",
-        http="httptools",
+        http=HotProtocol,
         ws="none",
         lifespan="on",
         log_config=None,
@@ -205,6 +207,8 @@ def build_app(settings: Settings, options: ServeOptions) -> ASGIApp:
 
     use_json()
     store = feast_store(settings)
+    if settings.allow_pickled_functions:
+        store.config.online_store.pickled_functions = "run"
     metrics = Metrics(merge=options.workers > 1)
     address = address_from(_redis_options(settings.need("redis_url")))
     redis = RedisStream(address) if address is not None else _redis(settings.need("redis_url"))

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import orjson
 
 from feature_store.clock import from_micros
 from feature_store.redis_layout import datetime_of, decode_pair, decode_timestamp, decode_value
+from feature_store.windows.state import NEVER
 from serving.encoding import dumps, plain
 from serving.served_log import Served, message_key
 
@@ -23,10 +25,13 @@ if TYPE_CHECKING:
     from feature_store.read_plan import ReadPlan, Reply
     from feature_store.view_plan import ViewPlan, ViewRow
 
-_DOUBLE, _FLOAT, _INT64, _INT32, _BOOL, _STRING = 0x29, 0x35, 0x20, 0x18, 0x38, 0x12
+_DOUBLE = 0x29
+_CELL = np.dtype([("tag", "u1"), ("value", "<f8")])
 _unpack_double = struct.Struct("<d").unpack_from
-_unpack_float = struct.Struct("<f").unpack_from
-_KEPT_TIMES = 65_536
+_KEPT = 65_536
+_LONGEST_KEPT = 64
+_COLUMNS_FROM = 4
+"""So many rows are decoded by column rather than by row."""
 
 
 class _Times(dict[bytes, tuple[int, bytes]]):
@@ -34,7 +39,7 @@ class _Times(dict[bytes, tuple[int, bytes]]):
 
     def __missing__(self, data: bytes) -> tuple[int, bytes]:
         ns = decode_timestamp(data)
-        if len(self) >= _KEPT_TIMES:
+        if len(self) >= _KEPT:
             self.clear()
         made = self[data] = (ns, _time(ns))
         return made
@@ -60,13 +65,25 @@ def _value(data: bytes | int | None, hint: Any) -> Any:
     return orjson.Fragment(dumps(plain(value)))
 
 
+class _Values(dict[bytes | None, Any]):
+    """Cell -> value, for types of which values repeat: numbers of things, flags, categories."""
+
+    def __missing__(self, data: bytes | None) -> Any:
+        made = _value(data, None) if data else None
+        if data is None or len(data) <= _LONGEST_KEPT:
+            if len(self) >= _KEPT:
+                self.clear()
+            self[data] = made
+        return made
+
+
 @dataclass(slots=True)
 class Part:
     """One view of one row. `statuses` None: every feature has `status`."""
 
-    values: list[Any]
+    values: Sequence[Any]
     status: str
-    statuses: list[str] | None
+    statuses: Sequence[str] | None
     time: bytes
     ns: int | None = None
     pair: bytes | None = None
@@ -88,9 +105,12 @@ class _View:
         self.ttl_ns = plan.ttl_ns
         self.windowed = plan.definition is not None
         self.hints = [f.hint for f in plan.features]
+        doubles = [f.type == "DOUBLE" for f in plan.features]
+        self.doubles = doubles
+        self.row = struct.Struct("<" + "xd" * self.n) if self.n and all(doubles) else None
+        self.tags = bytes([_DOUBLE]) * self.n
         self.hinted = any(h is not None for h in self.hints)
-        self.runs = [] if self.hinted else _runs(plan)
-        self.nulls = [None] * self.n
+        self.nulls: list[Any] = [None] * self.n
         self.names = [orjson.dumps(f.result) + b":" for f in plan.features]
         self.times = [(b"," if i else b"") + name for i, name in enumerate(self.names)] + [b""]
         self.uniform: dict[str, bytes] = {}
@@ -110,32 +130,66 @@ class _View:
             made = self.uniform[part.status] = b",".join([b'%b"%b"' % (n, status) for n in self.names])
         return made
 
-    def at(self, reply: Reply, t_ns: int, times: _Times) -> Part:
-        """A row view's part; `ViewPlan.parse` and `at` in one go."""
-        ts = reply[self.start]
-        if ts is None:
-            return Part(self.nulls, "NOT_FOUND", None, b"null")
-        ns, time = times[ts]
-        pair = reply[self.start + 1]
-        if self.ttl_ns is not None and t_ns - ns > self.ttl_ns:
-            return Part(self.nulls, "OUTSIDE_MAX_AGE", None, time, ns, pair)
-        values: list[Any] = []
-        for start, end, unpack, tags in self.runs:
-            cells = reply[self.first + start : self.first + end]
-            if tags is not None and None not in cells:
-                joined = b"".join(cells)  # type: ignore[arg-type]  # no None among them
-                if len(joined) == unpack.size and joined[::9] == tags:  # type: ignore[union-attr]  # set with tags
-                    numbers = unpack.unpack(joined)  # type: ignore[union-attr]  # set with tags
-                    if math.isfinite(sum(numbers)):
-                        values += numbers
-                        continue
-            _decode(cells, values)
-        if not self.runs:
-            values = [_value(d, h) for d, h in zip(reply[self.first : self.end], self.hints)]
-        if None in values:
-            statuses = ["NULL_VALUE" if v is None else "PRESENT" for v in values]
-            return Part(values, "", statuses, time, ns, pair)
-        return Part(values, "PRESENT", None, time, ns, pair)
+    def at(self, replies: Sequence[Reply], t_ns: int, times: _Times, memo: _Values) -> list[Part]:
+        """A row view's part of each row; `ViewPlan.parse` and `at` in one go."""
+        parts: list[Part] = []
+        live: list[Part] = []
+        cells: list[Sequence[bytes | None]] = []
+        start, first, end, ttl_ns = self.start, self.first, self.end, self.ttl_ns
+        for reply in replies:
+            ts = reply[start]
+            if ts is None:
+                parts.append(Part(self.nulls, "NOT_FOUND", None, b"null"))
+                continue
+            ns, time = times[ts]
+            if ttl_ns is not None and t_ns - ns > ttl_ns:
+                parts.append(Part(self.nulls, "OUTSIDE_MAX_AGE", None, time, ns, reply[start + 1]))
+                continue
+            part = Part(self.nulls, "PRESENT", None, time, ns, reply[start + 1])
+            parts.append(part)
+            live.append(part)
+            cells.append(reply[first:end])
+        decoded: Iterable[Sequence[Any]]
+        if self.hinted:
+            decoded = [[_value(d, h) for d, h in zip(row, self.hints)] for row in cells]
+        elif len(cells) < _COLUMNS_FROM:
+            decoded = [self._row(row, memo) for row in cells]
+        else:
+            columns = [self._column(c, double, memo) for c, double in zip(zip(*cells), self.doubles)]
+            decoded = zip(*columns) if columns else cells
+        for part, values in zip(live, decoded):
+            part.values = values
+            if None in values:
+                part.statuses = ["NULL_VALUE" if v is None else "PRESENT" for v in values]
+        return parts
+
+    def _row(self, cells: Sequence[bytes | None], memo: _Values) -> Sequence[Any]:
+        if self.row is not None and None not in cells:
+            joined = b"".join(cells)  # type: ignore[arg-type]  # no None among them
+            if len(joined) == self.row.size and joined[::9] == self.tags:
+                numbers = self.row.unpack(joined)
+                if math.isfinite(sum(numbers)):
+                    return numbers
+        return [
+            _unpack_double(d, 1)[0] if d and d[0] == _DOUBLE and len(d) == 9 and d[8] & 127 != 127 else memo[d]
+            for d in cells  # an exponent that high: huge, infinite or no number
+        ]
+
+    @staticmethod
+    def _column(cells: Sequence[bytes | None], double: bool, memo: _Values) -> Sequence[Any]:
+        if double and None not in cells:
+            joined = b"".join(cells)  # type: ignore[arg-type]  # no None among them
+            if len(joined) == 9 * len(cells):
+                column = np.frombuffer(joined, _CELL)
+                numbers = column["value"]
+                if (column["tag"] == _DOUBLE).all() and np.isfinite(numbers).all():
+                    return numbers.tolist()
+        if double:
+            return [
+                _unpack_double(d, 1)[0] if d and d[0] == _DOUBLE and len(d) == 9 and d[8] & 127 != 127 else memo[d]
+                for d in cells
+            ]
+        return [memo[d] for d in cells]
 
     def of(self, answer: ViewRow) -> Part:
         """The part of a view that was already read: a windowed one."""
@@ -150,44 +204,6 @@ class _View:
         return Part(values, "", statuses, time, None, None, answer)
 
 
-def _runs(plan: ViewPlan) -> list[tuple[int, int, struct.Struct | None, bytes | None]]:
-    """Neighbouring features that may be decoded at once: doubles have one width, so a row of them is one struct."""
-    out: list[tuple[int, int, struct.Struct | None, bytes | None]] = []
-    i = 0
-    features = plan.features
-    while i < len(features):
-        double = features[i].is_double
-        j = i
-        while j < len(features) and features[j].is_double == double:
-            j += 1
-        n = j - i
-        out.append((i, j, struct.Struct("<" + "xd" * n), bytes([_DOUBLE]) * n) if double else (i, j, None, None))
-        i = j
-    return out
-
-
-def _decode(cells: Sequence[bytes | None], out: list[Any]) -> None:
-    """Appends what orjson writes for each cell: scalars by their wire tag, all else through `decode_value`."""
-    for data in cells:
-        if not data:
-            out.append(None)
-            continue
-        tag = data[0]
-        size = len(data)
-        if tag == _DOUBLE and size == 9 and data[8] & 127 != 127:  # else: huge, infinite or no number
-            out.append(_unpack_double(data, 1)[0])
-        elif tag == _FLOAT and size == 5 and data[4] & 127 != 127:
-            out.append(_unpack_float(data, 1)[0])
-        elif (tag == _INT64 or tag == _INT32) and size == 2 and data[1] < 128:
-            out.append(data[1])
-        elif tag == _STRING and size > 2 and data[1] < 128 and size == data[1] + 2:
-            out.append(data[2:].decode())
-        elif tag == _BOOL and size == 2:
-            out.append(data[1] != 0)
-        else:
-            out.append(_value(data, None))
-
-
 @dataclass(slots=True)
 class Answered:
     """Rows that were read, as fragments: enough for the answer's body, the metrics and the served log."""
@@ -195,7 +211,7 @@ class Answered:
     plan: JsonPlan
     entities: Sequence[Mapping[str, Any]]
     t_us: int
-    rows: list[list[Part]]
+    rows: Sequence[Sequence[Part]]
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -211,6 +227,7 @@ class JsonPlan:
         self._width = plan.width
         self._windowed = any(v.windowed for v in self._views)
         self._times = _Times()
+        self._values = _Values()
         self._names = [f.result for v in plan.view_plans for f in v.features]
         self._head = b',"feature_service":%b,"feature_names":%b,"rows":[' % (
             orjson.dumps(name),
@@ -226,16 +243,13 @@ class JsonPlan:
         if self._windowed:
             t_us, answers = self.plan.windowed_at(replies, t_us)
         t_ns = t_us * 1000
-        rows = []
-        for i in range(len(entities)):
-            row = []
-            for k, view in enumerate(self._views):
-                if view.windowed:
-                    row.append(view.of(answers[i][k]))
-                else:
-                    row.append(view.at(replies[i * width + view.group], t_ns, times))
-            rows.append(row)
-        return Answered(self, entities, t_us, rows)
+        columns = []
+        for k, view in enumerate(self._views):
+            if view.windowed:
+                columns.append([view.of(row[k]) for row in answers])
+            else:
+                columns.append(view.at(replies[view.group :: width], t_ns, times, self._values))
+        return Answered(self, entities, t_us, list(zip(*columns)))
 
     def of_cells(self, entities: Sequence[Mapping[str, Any]], t_us: int, answers: Sequence[list[ViewRow]]) -> Answered:
         """The same from what `ReadPlan.at` said."""
@@ -271,7 +285,7 @@ class JsonPlan:
         out.append(b"]}")
         return b"".join(out)
 
-    def _offsets(self, parts: list[Part]) -> Iterator[bytes]:
+    def _offsets(self, parts: Sequence[Part]) -> Iterator[bytes]:
         for view, part in zip(self._views, parts):
             if part.answer is not None and part.answer.state is not None:
                 yield view.log_name + _offsets(part.answer.state.offsets)
@@ -342,7 +356,7 @@ def _log_view(part: Part) -> bytes:
         part.time,
         _time(answer.created_ns),
         b"null" if state is None else _offsets(state.offsets),
-        b"null" if state is None else _micros(state.visible_at),
+        b"null" if state is None or state.visible_at == NEVER else _micros(state.visible_at),
     )
 
 

@@ -124,7 +124,8 @@ class OnlineService:
         rows = entity_rows(entities, self._limits.rows)
         plan = await self._plan(asked, full_names)
         compiled = plan.reader.plan
-        t_us, answers = compiled.at(*await plan.reader.afetch(rows, at))
+        replies, now_us = await plan.reader.afetch(rows, at)
+        t_us, answers = compiled.at(replies, now_us, rows)
         if plan.json is not None:
             self._served(plan, plan.json.of_cells(rows, t_us, answers), request_id)
         else:
@@ -154,7 +155,7 @@ class OnlineService:
             try:
                 read = json.answered(rows, *reader.replied(replies))
                 body = json.body(read)
-            except Exception as e:  # whatever it is, the caller is waiting for an answer
+            except Exception as e:  # noqa: BLE001 - whatever it is, the caller waits for an answer, and logs it
                 done(None, e)
                 return
             done(body, None)
