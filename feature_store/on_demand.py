@@ -188,7 +188,7 @@ class OnDemandPlan:
                 next_step="its inputs can be null: let the function take that",
             ) from e
         cells = []
-        for feature, kind in zip(self.features, self._types):
+        for feature, value_type in zip(self.features, self._types):
             values = out.get(feature.name)
             if values is None or len(values) != len(entities):
                 raise DataError(
@@ -196,7 +196,7 @@ class OnDemandPlan:
                     value=feature.name,
                     valid=out,
                 )
-            cells.append(_cells(values, kind))
+            cells.append(_cells(values, value_type))
         return [ViewRow(None, None, None, [column[i] for column in cells]) for i in range(len(entities))]
 
     def _transform(self, columns: dict[str, list[Any]]) -> dict[str, list[Any]]:
