@@ -14,7 +14,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from feature_store.errors import DataError, UsageError
-from feature_store.view_plan import Feature, OnDemandViewError, ViewPlan, ViewRow, python_value
+from feature_store.view_plan import (
+    Feature,
+    OnDemandViewError,
+    UnsupportedOnDemandError,
+    ViewPlan,
+    ViewRow,
+    python_value,
+)
 
 if TYPE_CHECKING:
     from feast import OnDemandFeatureView, RepoConfig
@@ -55,7 +62,7 @@ def with_function(config: RepoConfig, registry: Any, project: str, view: OnDeman
             "(for `predictflow serve`: PREDICTFLOW_ALLOW_PICKLED_FUNCTIONS=1)",
         )
     if made.mode not in ("pandas", "python") or made.aggregations or made.write_to_online_store:
-        raise OnDemandViewError(
+        raise UnsupportedOnDemandError(
             "this kind of on-demand feature view is not computed at read time",
             value=f"{view.name} (mode {made.mode})",
             valid=["mode pandas", "mode python"],

@@ -33,6 +33,7 @@ from feature_store.redis_socket import RedisSocket
 from feature_store.redis_stream import RedisStream
 from feature_store.redis_wire import Address, address_from
 from feature_store.redis_writer import DROP_VIEW, NEWEST_WINS, Command, RowEncoder, arun_script, run_script
+from feature_store.view_plan import UnsupportedOnDemandError
 from feature_store.windows.definition import STATE_FIELD, definition_of
 
 if TYPE_CHECKING:
@@ -182,7 +183,21 @@ class PredictFlowOnlineStore(RedisOnlineStore):
         include_feature_view_version_metadata: bool = False,
     ) -> OnlineResponse:
         """Feast's read, with true statuses, ttl and windowed values at the clock; every status but PRESENT has no value."""
-        plan = self._plan(config, registry, project, features, full_feature_names)
+        try:
+            plan = self._plan(config, registry, project, features, full_feature_names)
+        except UnsupportedOnDemandError:
+            if config.online_store.pickled_functions != "run":
+                raise
+            # Feast computes these, from inputs that _read_features_per_fv below reads.
+            return super().get_online_features(
+                config,
+                features,
+                entity_rows,
+                registry,
+                project,
+                full_feature_names,
+                include_feature_view_version_metadata,
+            )
         columns, entities = online_response.entities_of(plan, entity_rows)
         replies, t_us = self._reader(config, plan).fetch(entities)
         return online_response.CellResponse(
@@ -200,7 +215,21 @@ class PredictFlowOnlineStore(RedisOnlineStore):
         include_feature_view_version_metadata: bool = False,
     ) -> OnlineResponse:
         """As `get_online_features`."""
-        plan = self._plan(config, registry, project, features, full_feature_names)
+        try:
+            plan = self._plan(config, registry, project, features, full_feature_names)
+        except UnsupportedOnDemandError:
+            if config.online_store.pickled_functions != "run":
+                raise
+            # Feast computes these, from inputs that _read_features_per_fv below reads.
+            return await super().get_online_features_async(
+                config,
+                features,
+                entity_rows,
+                registry,
+                project,
+                full_feature_names,
+                include_feature_view_version_metadata,
+            )
         columns, entities = online_response.entities_of(plan, entity_rows)
         replies, t_us = await (await self._areader(config, plan)).afetch(entities)
         return online_response.CellResponse(

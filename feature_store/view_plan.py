@@ -41,6 +41,10 @@ class OnDemandViewError(UsageError):
     code = "on_demand_view"
 
 
+class UnsupportedOnDemandError(OnDemandViewError):
+    """A kind of on-demand view that only Feast itself computes."""
+
+
 @dataclass(frozen=True, slots=True)
 class Feature:
     """`name` in the view, `result` in the answer, `hint`: Feast's ValueType where the stored bytes do not say it all.
