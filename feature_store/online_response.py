@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
-from feast.online_response import OnlineResponse
+from feast.online_response import TIMESTAMP_POSTFIX, OnlineResponse
 from feast.protos.feast.serving.ServingService_pb2 import FieldStatus, GetOnlineFeaturesResponse
 from feast.protos.feast.types.Value_pb2 import RepeatedValue, Value
-from feast.type_map import python_values_to_proto_values
+from feast.type_map import feast_value_type_to_python_type, python_values_to_proto_values
 from feast.value_type import ValueType
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from feature_store.errors import UsageError
 from feature_store.read_plan import ReadPlan
-from feature_store.redis_layout import datetime_of, encode_timestamp
+from feature_store.redis_layout import datetime_of, decode_value, encode_timestamp
 from feature_store.view_plan import Cell, Feature, ViewRow, python_value
 
 _EMPTY = Value()
+unpack_double = struct.Struct("<d").unpack_from
 _STATUS: dict[str, Any] = {name: FieldStatus.Value(name) for name in FieldStatus.keys()}  # noqa: SIM118  # an enum
 
 
@@ -29,6 +32,14 @@ def entities_of(
     As in Feast, a column that is no join key is left out of a read that has no use for it. UsageError for a missing join
     key and for columns of different lengths.
     """
+    if type(entity_rows) is list and len(plan.join_keys) == 1:  # the common case
+        (only,) = plan.join_keys
+        try:
+            values = [_python(row[only]) for row in entity_rows]
+        except KeyError:
+            pass  # said below
+        else:
+            return {only: values}, [{only: value} for value in values]
     if isinstance(entity_rows, Mapping):
         given = {k: list(v.val) if isinstance(v, RepeatedValue) else list(v) for k, v in entity_rows.items()}
         count = len(next(iter(given.values()), []))
@@ -49,24 +60,86 @@ def entities_of(
     return columns, rows
 
 
-def of_rows(
-    plan: ReadPlan, columns: Mapping[str, list[Any]], rows: list[list[ViewRow]], with_versions: bool
-) -> OnlineResponse:
-    """The response: join keys as given, then the features in the order asked for."""
-    response = GetOnlineFeaturesResponse()
-    types = {p.requested: p.type for v in plan.view_plans for p in v.key_parts}
-    for name, values in columns.items():
-        response.metadata.feature_names.val.append(name)
-        response.results.append(
-            GetOnlineFeaturesResponse.FeatureVector(
-                values=python_values_to_proto_values(values, ValueType[types[name]]),
-                statuses=[FieldStatus.PRESENT] * len(values),
-                event_timestamps=[Timestamp()] * len(values),
+class CellResponse(OnlineResponse):
+    """Feast's OnlineResponse over cells: `to_dict` decodes them itself, the protobuf message is made when asked for.
+
+    Join keys come first, as given, then the features in the order asked for. Building the message for a reader who wants
+    a dictionary or a frame costs more than the whole read.
+    """
+
+    def __init__(
+        self, plan: ReadPlan, columns: Mapping[str, list[Any]], rows: list[list[ViewRow]], with_versions: bool
+    ) -> None:
+        # Feast's own __init__ takes the finished message.
+        self._plan = plan
+        self._columns = columns
+        self._rows = rows
+        self._with_versions = with_versions
+
+    def _shown(self) -> list[tuple[str, list[Any]]]:
+        """The join keys; as in Feast, inputs of on-demand views that came with the request are not given back."""
+        return [(name, values) for name, values in self._columns.items() if name in self._plan.key_types]
+
+    @cached_property
+    def _feature_types(self) -> dict[str, Any]:  # type: ignore[override]  # Feast's is an attribute
+        return {f.result: f.hint for v in self._plan.view_plans for f in v.features if f.hint is not None}
+
+    @cached_property
+    def proto(self) -> GetOnlineFeaturesResponse:  # type: ignore[override]  # Feast's is an attribute
+        """The message that stock Feast returns."""
+        response = GetOnlineFeaturesResponse()
+        types = self._plan.key_types
+        for name, values in self._shown():
+            response.metadata.feature_names.val.append(name)
+            response.results.append(
+                GetOnlineFeaturesResponse.FeatureVector(
+                    values=python_values_to_proto_values(values, ValueType[types[name]]),
+                    statuses=[FieldStatus.PRESENT] * len(values),
+                    event_timestamps=[Timestamp()] * len(values),
+                )
             )
-        )
-    fill(response, plan, rows, with_versions)
-    hints = {f.result: f.hint for v in plan.view_plans for f in v.features if f.hint is not None}
-    return OnlineResponse(response, feature_types=hints)
+        fill(response, self._plan, self._rows, self._with_versions)
+        return response
+
+    def to_dict(self, include_event_timestamps: bool = False) -> dict[str, Any]:
+        """Name -> values, one per entity row; with `{name}__ts` -> whole seconds since 1970, if asked for."""
+        types = self._plan.key_types
+        out: dict[str, Any] = {}
+        for name, given in self._shown():
+            out[name] = _keys(given, types[name])
+            if include_event_timestamps:
+                out[name + TIMESTAMP_POSTFIX] = [0] * len(given)
+        for v, view in enumerate(self._plan.view_plans):
+            answers = [row[v] for row in self._rows]
+            seconds = [(a.event_ns or 0) // 1_000_000_000 for a in answers] if include_event_timestamps else []
+            columns = zip(*[a.cells for a in answers]) if answers else [() for _ in view.features]
+            for feature, cells in zip(view.features, columns):
+                out[feature.result] = _python_column(feature, cells)
+                if include_event_timestamps:
+                    out[feature.result + TIMESTAMP_POSTFIX] = list(seconds)
+        return out
+
+
+def _keys(values: list[Any], key_type: str) -> list[Any]:
+    """Join keys as they come back out of Feast's message."""
+    wanted: type = {"STRING": str, "INT32": int, "INT64": int}.get(key_type, type(None))
+    if all(type(v) is wanted for v in values):
+        return list(values)
+    protos = python_values_to_proto_values(values, ValueType[key_type])
+    return [feast_value_type_to_python_type(v) for v in protos]
+
+
+def _python_column(feature: Feature, cells: Sequence[Cell]) -> list[Any]:
+    if feature.hint is not None:
+        return [python_value(feature, cell)[1] for cell in cells]
+    return [
+        unpack_double(v, 1)[0]
+        if type(v) is bytes and v[0] == 0x29 and len(v) == 9
+        else decode_value(v)
+        if type(v) is bytes
+        else v
+        for _, v in cells
+    ]
 
 
 def fill(response: GetOnlineFeaturesResponse, plan: ReadPlan, rows: list[list[ViewRow]], with_versions: bool) -> None:

@@ -27,10 +27,13 @@ from feature_store.clock import CLOCK_MODES, WallClock, replay_clock_key
 from feature_store.config_check import require_expanded, with_defaults
 from feature_store.errors import DataError, UsageError
 from feature_store.read_plan import OnlineReader, ReadPlan
-from feature_store.redis_connection import answering, connect, connect_async
+from feature_store.redis_connection import answering, connect, connect_async, connection_options
 from feature_store.redis_layout import feature_field, join_keys_of, nanos_of, pair_field, timestamp_field
+from feature_store.redis_socket import RedisSocket
+from feature_store.redis_stream import RedisStream
+from feature_store.redis_wire import Address, address_from
 from feature_store.redis_writer import DROP_VIEW, NEWEST_WINS, Command, RowEncoder, arun_script, run_script
-from feature_store.view_plan import OnDemandViewError
+from feature_store.view_plan import UnsupportedOnDemandError
 from feature_store.windows.definition import STATE_FIELD, definition_of
 
 if TYPE_CHECKING:
@@ -49,12 +52,14 @@ class PredictFlowOnlineStoreConfig(RedisOnlineStoreConfig):
     """Section `online_store` of feature_store.yaml.
 
     `connection_string`: `redis[s]://...`, or Feast's `host:port,db=0,password=...`; `clock`: wall (default) or replay;
-    `expired_values`: null (default: a value older than its view's ttl is not served), or keep (stock Feast's behaviour).
+    `expired_values`: null (default: a value older than its view's ttl is not served), or keep (stock Feast's behaviour);
+    `pickled_functions`: refuse (default: on-demand views run the function of the checkout), or run those of the registry.
     """
 
     type: Literal[_TYPE] = _TYPE  # type: ignore[valid-type]  # Feast wants each store to narrow it
     clock: Literal["wall", "replay"] = "wall"
     expired_values: Literal["null", "keep"] = "null"
+    pickled_functions: Literal["refuse", "run"] = "refuse"
 
     @model_validator(mode="before")
     @classmethod
@@ -89,7 +94,9 @@ class PredictFlowOnlineStore(RedisOnlineStore):
 
     def __init__(self) -> None:
         self._client_loop: AbstractEventLoop | None = None
-        self._readers: dict[Any, tuple[Any, ReadPlan]] = {}
+        self._plans: dict[Any, tuple[Any, ReadPlan]] = {}
+        self._sockets: dict[str, RedisSocket | None] = {}
+        self._streams: dict[str, RedisStream | None] = {}
 
     # --- connections --------------------------------------------------------------------------------------------------
 
@@ -178,7 +185,10 @@ class PredictFlowOnlineStore(RedisOnlineStore):
         """Feast's read, with true statuses, ttl and windowed values at the clock; every status but PRESENT has no value."""
         try:
             plan = self._plan(config, registry, project, features, full_feature_names)
-        except OnDemandViewError:  # Feast computes these, from inputs that _read_features_per_fv below reads
+        except UnsupportedOnDemandError:
+            if config.online_store.pickled_functions != "run":
+                raise
+            # Feast computes these, from inputs that _read_features_per_fv below reads.
             return super().get_online_features(
                 config,
                 features,
@@ -190,7 +200,9 @@ class PredictFlowOnlineStore(RedisOnlineStore):
             )
         columns, entities = online_response.entities_of(plan, entity_rows)
         replies, t_us = self._reader(config, plan).fetch(entities)
-        return online_response.of_rows(plan, columns, plan.at(replies, t_us)[1], include_feature_view_version_metadata)
+        return online_response.CellResponse(
+            plan, columns, plan.at(replies, t_us, entities)[1], include_feature_view_version_metadata
+        )
 
     async def get_online_features_async(
         self,
@@ -205,7 +217,10 @@ class PredictFlowOnlineStore(RedisOnlineStore):
         """As `get_online_features`."""
         try:
             plan = self._plan(config, registry, project, features, full_feature_names)
-        except OnDemandViewError:
+        except UnsupportedOnDemandError:
+            if config.online_store.pickled_functions != "run":
+                raise
+            # Feast computes these, from inputs that _read_features_per_fv below reads.
             return await super().get_online_features_async(
                 config,
                 features,
@@ -217,7 +232,9 @@ class PredictFlowOnlineStore(RedisOnlineStore):
             )
         columns, entities = online_response.entities_of(plan, entity_rows)
         replies, t_us = await (await self._areader(config, plan)).afetch(entities)
-        return online_response.of_rows(plan, columns, plan.at(replies, t_us)[1], include_feature_view_version_metadata)
+        return online_response.CellResponse(
+            plan, columns, plan.at(replies, t_us, entities)[1], include_feature_view_version_metadata
+        )
 
     def _read_features_per_fv(
         self,
@@ -233,7 +250,7 @@ class PredictFlowOnlineStore(RedisOnlineStore):
         _, entities = online_response.entities_of(plan, join_key_values)
         replies, t_us = self._reader(config, plan).fetch(entities)
         online_response.fill(
-            online_features_response, plan, plan.at(replies, t_us)[1], include_feature_view_version_metadata
+            online_features_response, plan, plan.at(replies, t_us, entities)[1], include_feature_view_version_metadata
         )
 
     async def _read_features_per_fv_async(
@@ -250,7 +267,7 @@ class PredictFlowOnlineStore(RedisOnlineStore):
         _, entities = online_response.entities_of(plan, join_key_values)
         replies, t_us = await (await self._areader(config, plan)).afetch(entities)
         online_response.fill(
-            online_features_response, plan, plan.at(replies, t_us)[1], include_feature_view_version_metadata
+            online_features_response, plan, plan.at(replies, t_us, entities)[1], include_feature_view_version_metadata
         )
 
     def online_read(
@@ -281,11 +298,27 @@ class PredictFlowOnlineStore(RedisOnlineStore):
         return online_response.read_rows(plan, plan.at(replies, t_us)[1])
 
     def _reader(self, config: RepoConfig, plan: ReadPlan) -> OnlineReader:
-        return OnlineReader(plan, self._get_client(config.online_store), plan.project, config.online_store.clock)
+        redis: Any = self._direct(config.online_store, self._sockets, RedisSocket)
+        if redis is None:
+            redis = self._get_client(config.online_store)
+        return OnlineReader(plan, redis, plan.project, config.online_store.clock)
 
     async def _areader(self, config: RepoConfig, plan: ReadPlan) -> OnlineReader:
-        client = await self._get_client_async(config.online_store)
-        return OnlineReader(plan, client, plan.project, config.online_store.clock)
+        redis: Any = self._direct(config.online_store, self._streams, RedisStream)
+        if redis is None:
+            redis = await self._get_client_async(config.online_store)
+        return OnlineReader(plan, redis, plan.project, config.online_store.clock)
+
+    @staticmethod
+    def _direct(config: RedisOnlineStoreConfig, made: dict[str, Any], kind: Callable[[Address], Any]) -> Any:
+        """Our own client of a single server; None for a cluster, a sentinel or an option it does not know."""
+        if config.redis_type != RedisType.redis:
+            return None
+        text = config.connection_string
+        if text not in made:
+            address = address_from(connection_options(text))
+            made[text] = None if address is None else kind(address)
+        return made[text]
 
     def _plan(
         self,
@@ -296,18 +329,19 @@ class PredictFlowOnlineStore(RedisOnlineStore):
         full_feature_names: bool,
     ) -> ReadPlan:
         """The compiled plan, kept until the registry's cache is refreshed."""
+        # A service is told from a list of one reference by its second element.
         asked = tuple(features) if isinstance(features, list) else (features.name, None)
         version = getattr(registry, "cached_registry_proto_created", None)
         key = (asked, project, full_feature_names)
         fresh = version is not None and registry.is_cache_valid()
-        kept = self._readers.get(key)
+        kept = self._plans.get(key)
         if fresh and kept is not None and kept[0] == version:
             return kept[1]
         plan = ReadPlan.of_registry(config, registry, project, features, full_feature_names)
         if fresh:
-            if len(self._readers) >= 256:
-                self._readers.clear()
-            self._readers[key] = (version, plan)
+            if len(self._plans) >= 256:
+                self._plans.clear()
+            self._plans[key] = (version, plan)
         return plan
 
     # --- what `feast apply` and `feast teardown` change ---------------------------------------------------------------

@@ -9,9 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 from feature_store.clock import ClockMode, WallClock, from_micros, replay_clock_key, to_micros
 from feature_store.errors import UnavailableError, UsageError
+from feature_store.on_demand import OnDemandPlan, with_function
 from feature_store.redis_connection import answering
 from feature_store.redis_layout import KeyLayout, KeyPart, datetime_of
-from feature_store.view_plan import ViewPlan, ViewRow, python_value, resolve
+from feature_store.redis_socket import RedisSocket
+from feature_store.redis_stream import Done, RedisStream
+from feature_store.redis_wire import command, hmget_parts
+from feature_store.view_plan import OnDemandViewError, ViewPlan, ViewRow, python_value, resolve
+from feature_store.windows.state import NEVER
 
 if TYPE_CHECKING:
     import redis
@@ -22,6 +27,7 @@ if TYPE_CHECKING:
 Entity = Mapping[str, object]
 Reply = Sequence[bytes | None]
 Requests = Sequence[tuple[bytes, list[bytes]]]
+_STRING_KEY = (2).to_bytes(4, "little")
 
 
 class AtNotAllowedError(UsageError):
@@ -71,28 +77,59 @@ class OnlineRows:
     rows: list[OnlineRow]
 
 
+def _is_on_demand(view: Any) -> bool:
+    from feast import OnDemandFeatureView
+
+    return isinstance(view, OnDemandFeatureView)
+
+
+class _Hmget:
+    """The bytes of one HMGET around its key; `name` is the join key where that is a single string."""
+
+    def __init__(self, layout: KeyLayout, head: bytes, tail: bytes) -> None:
+        self.layout = layout
+        self.head = head
+        self.tail = tail
+        self.name: str | None = None
+        if len(layout.parts) == 1 and layout.parts[0].type == "STRING":
+            self.name = layout.parts[0].requested
+        self.prefix = layout.prefix + _STRING_KEY
+        self.bare = len(self.prefix) + 4 + len(layout.suffix)
+        self.suffix = layout.suffix + tail
+
+
 class ReadPlan:
     """Immutable; no I/O after `compile`, which reads the registry (cached).
 
     `feature_names`: the result names, in the order asked for; `join_keys`: what every entity row must hold;
     `references`: result name -> (view, feature), where view is the key of `OnlineRow.views`;
-    `views`: that key -> name of the feature view (they differ where a service gave the view an alias or a version).
+    `views`: that key -> name of the feature view (they differ where a service gave the view an alias or a version);
+    `width`: how many HMGETs read one entity row.
     """
 
-    def __init__(self, project: str, views: Sequence[ViewPlan]) -> None:
+    def __init__(self, project: str, views: Sequence[ViewPlan | OnDemandPlan]) -> None:
         self.project = project
-        self.view_plans = list(views)
+        # To readers of answers an on-demand view is a view like any other; its inputs are read, and not shown.
+        self.view_plans: list[ViewPlan] = list(views)  # type: ignore[arg-type]  # see OnDemandPlan
+        self.on_demand = [v for v in views if not isinstance(v, ViewPlan)]
+        read = [v for v in views if isinstance(v, ViewPlan)] + [i for v in self.on_demand for i in v.inputs]
         self.feature_names = [f.result for v in views for f in v.features]
         self.references = {f.result: (v.name, f.name) for v in views for f in v.features}
         self.views = {v.name: v.view for v in views}
         groups: dict[tuple[KeyPart, ...], list[ViewPlan]] = {}
-        for view in views:
+        for view in read:
             groups.setdefault(view.key_parts, []).append(view)
         # Views of one key share one hash, so one HMGET reads them all.
         self._groups = [(KeyLayout(project, parts), members) for parts, members in groups.items()]
         self._fields = [[f for v in members for f in v.fields] for _, members in self._groups]
+        self._commands = [
+            _Hmget(layout, *hmget_parts(fields)) for (layout, _), fields in zip(self._groups, self._fields)
+        ]
+        self.width = len(self._groups)
         names = (p.requested for layout, _ in self._groups for p in layout.parts if p.requested is not None)
-        self.join_keys: list[str] = list(dict.fromkeys(names))
+        extra = (name for v in self.on_demand for name in v.request_keys)
+        self.key_types = {p.requested: p.type for layout, _ in self._groups for p in layout.parts if p.requested}
+        self.join_keys: list[str] = list(dict.fromkeys([*names, *extra]))
         self._join_keys = frozenset(self.join_keys)
 
     @classmethod
@@ -112,9 +149,19 @@ class ReadPlan:
         full_feature_names: bool = False,
     ) -> ReadPlan:
         """As `compile`, from the parts of a FeatureStore."""
-        return cls.of_views(
-            config, project, resolve(registry, project, features, full_feature_names), full_feature_names
-        )
+        wanted = resolve(registry, project, features, full_feature_names)
+        if not any(_is_on_demand(view) for view, _ in wanted):
+            return cls.of_views(config, project, wanted, full_feature_names)
+        plans: list[ViewPlan | OnDemandPlan] = []
+        for view, names in wanted:
+            if _is_on_demand(view):
+                made = with_function(config, registry, project, view)  # type: ignore[arg-type]  # it is on demand
+                projections = made.source_feature_view_projections.values()
+                sources = [(registry.get_feature_view(p.name, project, allow_cache=True), p) for p in projections]
+                plans.append(OnDemandPlan(made, names, sources, config, full_feature_names))
+            else:
+                plans += cls.of_views(config, project, [(view, names)], full_feature_names).view_plans
+        return cls(project, plans)
 
     @classmethod
     def of_views(
@@ -147,6 +194,51 @@ class ReadPlan:
                 out.append((layout.encode(entity, i), fields))
         return out
 
+    def payload(self, entities: Sequence[Entity]) -> bytes:
+        """`requests` as the bytes to send: `len(entities) * width` HMGET commands. Errors as there."""
+        out: list[bytes] = []
+        wanted = self._join_keys
+        commands = self._commands
+        for i, entity in enumerate(entities):
+            if entity.keys() != wanted:
+                self._refuse(i, entity)
+            for made in commands:
+                value = entity[made.name] if made.name is not None else None
+                if type(value) is str:
+                    data = value.encode()
+                    size = len(data)
+                    out += (made.head, b"%d\r\n" % (made.bare + size), made.prefix, size.to_bytes(4, "little"))
+                    out += (data, made.suffix)
+                else:
+                    key = made.layout.encode(entity, i)
+                    out += (made.head, b"%d\r\n" % len(key), key, made.tail)
+        return b"".join(out)
+
+    def places(self) -> list[tuple[ViewPlan, int, int]]:
+        """Each view of `view_plans` with the number of its HMGET (of `width` per row) and its first field there."""
+        found = {}
+        for g, (_, members) in enumerate(self._groups):
+            at = 0
+            for view in members:
+                found[id(view)] = (view, g, at)
+                at += len(view.fields)
+        return [found[id(view)] for view in self.view_plans]
+
+    def windowed_at(self, replies: Sequence[Reply], t_us: int) -> tuple[int, list[dict[int, ViewRow]]]:
+        """As `at` for the windowed views alone: per entity row, position in `view_plans` to answer."""
+        width = self.width
+        places = [(k, *p) for k, p in enumerate(self.places()) if p[0].definition is not None]
+        held: list[list[tuple[int, ViewPlan, Any]]] = []
+        for start in range(0, len(replies), width):
+            row = []
+            for k, view, group, at in places:
+                parsed = view.parse(replies[start + group][at : at + len(view.fields)])
+                if parsed.state is not None and parsed.state.visible_at > t_us:
+                    t_us = parsed.state.visible_at
+                row.append((k, view, parsed))
+            held.append(row)
+        return t_us, [{k: view.at(parsed, t_us) for k, view, parsed in row} for row in held]
+
     def _refuse(self, i: int, entity: Entity) -> None:
         for name in self.join_keys:
             if name not in entity:
@@ -156,15 +248,21 @@ class ReadPlan:
         unknown = next(name for name in entity if name not in self._join_keys)
         raise UsageError(f"entity row {i}: unknown join key", value=unknown, valid=self.join_keys)
 
-    def at(self, replies: Sequence[Reply], t_us: int) -> tuple[int, list[list[ViewRow]]]:
-        """t, then per entity row the answer of each view in `view_plans`.
+    def at(
+        self, replies: Sequence[Reply], t_us: int, entities: Sequence[Entity] | None = None
+    ) -> tuple[int, list[list[ViewRow]]]:
+        """t, then per entity row the answer of each view in `view_plans`. On-demand views need the `entities` too.
 
         t is `t_us`, or the newest `visible_at` of the states read where that is later: a state cannot tell what was
         known before its last event.
         """
         width = len(self._groups)
-        held: list[list[Any]] = []
-        for start in range(0, len(replies), width):
+        if self.on_demand and entities is None:
+            raise OnDemandViewError(
+                "on-demand feature views are computed from the entities too", value=self.feature_names
+            )
+        held: list[list[Any]] = [] if width else [[] for _ in entities or ()]
+        for start in range(0, len(replies), width or 1):
             row = []
             for (_, members), reply in zip(self._groups, replies[start : start + width]):
                 i = 0
@@ -176,11 +274,15 @@ class ReadPlan:
                     row.append((view, parsed))
             held.append(row)
         answers = [{id(view): view.at(parsed, t_us) for view, parsed in row} for row in held]
+        for computed in self.on_demand:
+            made = computed.at(entities or (), answers)
+            for row_answers, answer in zip(answers, made):
+                row_answers[id(computed)] = answer
         return t_us, [[row[id(view)] for view in self.view_plans] for row in answers]
 
     def decode(self, entities: Sequence[Entity], replies: Sequence[Reply], t_us: int) -> OnlineRows:
         """What `replies` to `requests(entities)` say at `t_us` (microseconds since the epoch), or later: see `at`."""
-        return self.rows(entities, *self.at(replies, t_us))
+        return self.rows(entities, *self.at(replies, t_us, entities))
 
     def rows(self, entities: Sequence[Entity], t_us: int, answers: Sequence[list[ViewRow]]) -> OnlineRows:
         """What `at` answered, as Python values by name."""
@@ -195,7 +297,7 @@ class ReadPlan:
                 time,
                 None if answer.created_ns is None else datetime_of(answer.created_ns),
                 None if state is None else dict(state.offsets),
-                None if state is None else from_micros(state.visible_at),
+                None if state is None or state.visible_at == NEVER else from_micros(state.visible_at),
             )
             for feature, cell in zip(view.features, answer.cells):
                 row.statuses[feature.result], row.values[feature.result] = python_value(feature, cell)
@@ -206,16 +308,24 @@ class ReadPlan:
 class OnlineReader:
     """Plan + Redis + clock: one round trip per read. Safe to share between threads, as its Redis client is.
 
-    `redis`: a client that returns bytes; `read` needs a blocking one, `aread` an asyncio one.
+    `redis`: `read` needs a RedisSocket or a blocking client that returns bytes, `aread` a RedisStream or an asyncio one.
     """
 
     def __init__(
-        self, plan: ReadPlan, redis: redis.Redis | redis.asyncio.Redis, project: str, clock: ClockMode
+        self,
+        plan: ReadPlan,
+        redis: RedisSocket | RedisStream | redis.Redis | redis.asyncio.Redis,
+        project: str,
+        clock: ClockMode,
     ) -> None:
         self.plan = plan
         self._redis: Any = redis
+        self._direct = isinstance(redis, RedisSocket | RedisStream)
         self._clock = clock
         self._clock_key = replay_clock_key(project)
+        # Before the states: what the clock says was applied is in them.
+        self._first = command(b"GET", self._clock_key.encode()) if clock == "replay" else b""
+        self._extra = 1 if clock == "replay" else 0
 
     def read(self, entities: Sequence[Entity], at: datetime | None = None) -> OnlineRows:
         """Values and statuses of `entities` at the clock, or at `at` (replay only, not before the clock).
@@ -232,34 +342,69 @@ class OnlineReader:
 
     def fetch(self, entities: Sequence[Entity], at: datetime | None = None) -> tuple[list[Reply], int]:
         """The raw replies and the time to read them at, in microseconds: what `ReadPlan.at` and `decode` take."""
-        return self.fetch_keys(self.plan.requests(entities), at)
+        if not self._direct:
+            return self.fetch_keys(self.plan.requests(entities), at)
+        self._check(at)
+        payload = self._first + self.plan.payload(entities)
+        return self._answer(self._redis.ask(payload, self._extra + len(entities) * self.plan.width), at)
 
     async def afetch(self, entities: Sequence[Entity], at: datetime | None = None) -> tuple[list[Reply], int]:
         """As `fetch`, on an asyncio client."""
-        return await self.afetch_keys(self.plan.requests(entities), at)
+        if not self._direct:
+            return await self.afetch_keys(self.plan.requests(entities), at)
+        self._check(at)
+        payload = self._first + self.plan.payload(entities)
+        return self._answer(await self._redis.ask(payload, self._extra + len(entities) * self.plan.width), at)
+
+    def start(self, entities: Sequence[Entity], done: Done) -> bool:
+        """As `afetch` at the clock, without a task: `done` is called with the replies that `replied` takes.
+
+        False, and nothing is sent: this reader has no RedisStream. UsageError as `fetch`.
+        """
+        if not isinstance(self._redis, RedisStream):
+            return False
+        payload = self._first + self.plan.payload(entities)
+        self._redis.send(payload, self._extra + len(entities) * self.plan.width, done)
+        return True
+
+    def replied(self, replies: list[Any]) -> tuple[list[Reply], int]:
+        """What `afetch` gives, from what `start` called back with. ClockNotSetError under an unset replay clock."""
+        return self._answer(replies, None)
 
     def fetch_keys(self, requests: Requests, at: datetime | None = None) -> tuple[list[Reply], int]:
         """As `fetch`, for requests whose keys the caller made."""
-        pipe = self._pipeline(requests, at)
+        self._check(at)
+        if self._direct:
+            return self._answer(self._redis.ask(*self._commands(requests)), at)
+        pipe = self._pipeline(requests)
         with answering(self._redis):
             return self._answer(pipe.execute() if len(pipe) else [], at)
 
     async def afetch_keys(self, requests: Requests, at: datetime | None = None) -> tuple[list[Reply], int]:
         """As `fetch_keys`, on an asyncio client."""
-        pipe = self._pipeline(requests, at)
+        self._check(at)
+        if self._direct:
+            return self._answer(await self._redis.ask(*self._commands(requests)), at)
+        pipe = self._pipeline(requests)
         with answering(self._redis):
             return self._answer(await pipe.execute() if len(pipe) else [], at)
 
-    def _pipeline(self, requests: Requests, at: datetime | None) -> Any:
+    def _check(self, at: datetime | None) -> None:
         if at is not None and self._clock != "replay":
             raise AtNotAllowedError(
                 "`at` needs the replay clock",
                 value=at.isoformat(),
                 next_step="leave it out, or PREDICTFLOW_CLOCK=replay",
             )
+
+    def _commands(self, requests: Requests) -> tuple[bytes, int]:
+        made = b"".join([command(b"HMGET", key, *fields) for key, fields in requests])
+        return self._first + made, self._extra + len(requests)
+
+    def _pipeline(self, requests: Requests) -> Any:
         pipe = self._redis.pipeline(transaction=False)
         if self._clock == "replay":
-            pipe.get(self._clock_key)  # before the states: what it says was applied is in them
+            pipe.get(self._clock_key)
         for key, fields in requests:
             pipe.execute_command("HMGET", key, *fields)
         return pipe

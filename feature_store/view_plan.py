@@ -6,6 +6,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal
 
 from feature_store.errors import NotFoundError, UsageError
@@ -35,19 +36,27 @@ _MICROSECOND = timedelta(microseconds=1)
 
 
 class OnDemandViewError(UsageError):
-    """An on-demand view where only stored features can be read."""
+    """An on-demand view that cannot be computed here: no definition to run, or a kind that is not supported."""
 
     code = "on_demand_view"
 
 
+class UnsupportedOnDemandError(OnDemandViewError):
+    """A kind of on-demand view that only Feast itself computes."""
+
+
 @dataclass(frozen=True, slots=True)
 class Feature:
-    """`name` in the view, `result` in the answer, `hint`: Feast's ValueType where the stored bytes do not say it all."""
+    """`name` in the view, `result` in the answer, `hint`: Feast's ValueType where the stored bytes do not say it all.
+
+    `type`: name of the declared ValueType.
+    """
 
     name: str
     result: str
     field: bytes
     hint: Any = None
+    type: str = ""
 
 
 @dataclass(slots=True)
@@ -85,13 +94,14 @@ class ViewPlan:
         ttl = getattr(view, "ttl", None)
         keep = getattr(config.online_store, "expired_values", "null") == "keep"
         self.ttl_ns: int | None = None if keep or not ttl else ttl // _MICROSECOND * 1000
-        hints = {f.name: _hint(f.dtype.to_value_type()) for f in view.features}
+        types = {f.name: f.dtype.to_value_type() for f in view.features}
         self.features = [
             Feature(
                 name,
                 f"{self.name}__{name}" if full_feature_names else name,
                 feature_field(self.stored, name),
-                hints.get(name),
+                _hint(types[name]) if name in types else None,
+                types[name].name if name in types else "",
             )
             for name in names
         ]
@@ -107,7 +117,7 @@ class ViewPlan:
         ts = reply[0]
         if ts is None:
             return Held(None, None, None, reply)
-        event = decode_timestamp(ts)
+        event = _timestamp(ts)
         created = None
         if reply[1]:
             held_event, held_created = decode_pair(reply[1])
@@ -129,7 +139,7 @@ class ViewPlan:
             return self._without_value("NOT_FOUND", held, None)
         if self.ttl_ns is not None and t_us * 1000 - held.event_ns > self.ttl_ns:
             return self._without_value("OUTSIDE_MAX_AGE", held, held.event_ns)
-        return ViewRow(held.event_ns, held.created_ns, None, [_cell(v) for v in held.values])
+        return ViewRow(held.event_ns, held.created_ns, None, [("PRESENT", v) if v else _NULL for v in held.values])
 
     def _windowed_at(self, definition: WindowedView, held: Held, t_us: int) -> ViewRow:
         state = held.state
@@ -182,10 +192,10 @@ def resolve(
 ) -> list[tuple[FeatureView, list[str]]]:
     """The views of a service or of `view:feature` references, with the names to read of each, in the order asked for.
 
-    NotFoundError for an unknown service, view or feature; OnDemandViewError for an on-demand view; UsageError for two
-    features of one name.
+    On-demand views come without their functions (see `on_demand.py`). NotFoundError for an unknown service, view or
+    feature; UsageError for two features of one name.
     """
-    from feast import OnDemandFeatureView, utils
+    from feast import utils
     from feast.errors import FeatureNameCollisionError, FeatureServiceNotFoundException
 
     wanted: list[tuple[FeatureView, list[str]]] = []
@@ -201,9 +211,7 @@ def resolve(
             ) from e
         for projection in service.feature_view_projections:
             view = _view(registry, project, projection.name, projection.version_tag)
-            if not isinstance(view, OnDemandFeatureView):
-                view = view.with_projection(projection)
-            wanted.append((view, [f.name for f in projection.features]))
+            wanted.append((view.with_projection(projection), [f.name for f in projection.features]))
     else:
         by_view: dict[tuple[str, int | None], list[str]] = {}
         for ref in features:
@@ -215,13 +223,6 @@ def resolve(
         wanted = [(_view(registry, project, *key), names) for key, names in by_view.items()]
     if not wanted:
         raise UsageError("no features asked for", next_step="name a feature service, or view:feature references")
-    on_demand = [view.name for view, _ in wanted if isinstance(view, OnDemandFeatureView)]
-    if on_demand:
-        raise OnDemandViewError(
-            "on-demand feature views cannot be read here",
-            value=", ".join(on_demand),
-            next_step="read them with the Feast SDK: store.get_online_features(...)",
-        )
     for view, names in wanted:
         valid = [f.name for f in view.projection.features]
         for name in names:
@@ -242,9 +243,11 @@ def resolve(
 def _view(registry: BaseRegistry, project: str, name: str, version: int | None) -> Any:
     from feast.errors import FeatureViewNotFoundException
 
+    from feature_store.on_demand import stored
+
     try:
         if version is None:
-            view = registry.get_any_feature_view(name, project, allow_cache=True)
+            view = stored(registry, project, name) or registry.get_any_feature_view(name, project, allow_cache=True)
         elif not getattr(registry, "enable_online_versioning", False):
             raise UsageError(
                 "versioned reads are off",
@@ -277,6 +280,10 @@ def _key_parts(view: FeatureView) -> tuple[KeyPart, ...]:
 def _hint(value_type: Any) -> Any:
     """Only identifiers were ever stored as strings (by older Feasts); for all else the bytes say what they are."""
     return value_type if "UUID" in value_type.name else None
+
+
+_NULL: Cell = ("NULL_VALUE", None)
+_timestamp = lru_cache(maxsize=65_536)(decode_timestamp)  # rows written together share their time
 
 
 def _cell(data: bytes | None) -> Cell:

@@ -24,7 +24,7 @@ from predictflow.settings import Settings
 from serving.access import read_keys
 
 if TYPE_CHECKING:
-    from fastapi import FastAPI
+    from starlette.types import ASGIApp
 
 DEFAULT_PORT = 9094
 DEFAULT_MODEL = "churn-predictor"
@@ -45,6 +45,13 @@ STARTUP_FAILURE = 3
 )
 @click.option("--no-model", is_flag=True, help="Be ready without a model (features only).")
 @click.option("--no-served-log", is_flag=True, help="Do not log what is served to Kafka.")
+@click.option(
+    "--log-sample",
+    default=1.0,
+    show_default=True,
+    type=click.FloatRange(0, 1),
+    help="Part of the entities whose reads are logged, always the same ones.",
+)
 @click.option("--max-rows", default=1000, show_default=True, type=click.IntRange(1), help="Entities per request.")
 @click.option(
     "--max-concurrent",
@@ -89,6 +96,7 @@ def serve(
     models: tuple[str, ...],
     no_model: bool,
     no_served_log: bool,
+    log_sample: float,
     max_rows: int,
     max_concurrent: int,
     timeout: float,
@@ -113,6 +121,7 @@ def serve(
         read_keys(api_keys)  # a server that nobody could call must not start
     options = ServeOptions(
         served_log=not no_served_log,
+        log_sample=log_sample,
         models=() if no_model else models,
         max_rows=max_rows,
         workers=workers,
@@ -190,14 +199,16 @@ def listen(host: str, port: int) -> socket.socket:
     return listener
 
 
-def _config(app: Callable[[], FastAPI], options: ServeOptions) -> Any:
+def _config(app: Callable[[], ASGIApp], options: ServeOptions) -> Any:
     import uvicorn
+
+    from serving.hot_protocol import HotProtocol
 
     return uvicorn.Config(
         app,  # a factory
         factory=True,
         loop="uvloop",
-        http="httptools",
+        http=HotProtocol,
         ws="none",
         lifespan="on",
         log_config=None,
@@ -230,7 +241,7 @@ def _run_workers(settings: Settings, options: ServeOptions, listeners: list[sock
         Multiprocess(_config(functools.partial(_worker_app, settings, options), options), listeners).run()
 
 
-def _worker_app(settings: Settings, options: ServeOptions) -> FastAPI:
+def _worker_app(settings: Settings, options: ServeOptions) -> ASGIApp:
     _end_with_parent()
     try:
         return build_app(settings, options)

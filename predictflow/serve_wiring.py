@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any, cast
 from predictflow.settings import Settings
 
 if TYPE_CHECKING:
-    from fastapi import FastAPI
     from feast import FeatureStore
     from redis.asyncio import Redis
+    from starlette.types import ASGIApp
 
     from serving.models import Model, Models
     from serving.plans import Column, Plans
@@ -36,6 +36,7 @@ class ServeOptions:
     workers: int
     registry_seconds: float = 10.0
     model_seconds: float = 3.0
+    log_sample: float = 1.0
     max_concurrent: int = 256
     seconds: float = 30.0
     job_rows: int = 10_000
@@ -44,19 +45,22 @@ class ServeOptions:
     tls_key: Path | None = None
 
 
-def build_app(settings: Settings, options: ServeOptions) -> FastAPI:
+def build_app(settings: Settings, options: ServeOptions) -> ASGIApp:
     """The application on real servers. The registry must answer now; Redis, Kafka and MLflow may come later."""
     from concurrent.futures import ThreadPoolExecutor
     from importlib.metadata import version
 
     from feature_store.read_plan import OnlineReader, ReadPlan
+    from feature_store.redis_stream import RedisStream
+    from feature_store.redis_wire import address_from
     from predictflow.wiring import feast_store
-    from serving.access import Keys
+    from serving.access import Keys, scope_of
     from serving.app import Dependencies, create_app
     from serving.catalogue import FeatureCatalogue
     from serving.historical import Historical, HistoricalLimits
+    from serving.hot import PATH, HotRoutes
     from serving.jobs import Jobs
-    from serving.limits import Gate, RequestLimits
+    from serving.limits import Admission, Gate, RequestLimits
     from serving.logs import use_json
     from serving.metrics import Metrics
     from serving.online import Limits, OnlineService
@@ -66,7 +70,10 @@ def build_app(settings: Settings, options: ServeOptions) -> FastAPI:
     use_json()
     store = feast_store(settings)
     metrics = Metrics(merge=options.workers > 1)
-    redis = _redis(settings.need("redis_url"))
+    if settings.allow_pickled_functions:
+        store.config.online_store.pickled_functions = "run"
+    address = address_from(_redis_options(settings.need("redis_url")))
+    redis = RedisStream(address) if address is not None else _redis(settings.need("redis_url"))
 
     def reader(plan: ReadPlan) -> OnlineReader:
         return OnlineReader(plan, redis, store.project, settings.clock)
@@ -81,14 +88,15 @@ def build_app(settings: Settings, options: ServeOptions) -> FastAPI:
     online = OnlineService(plans, models, served_log, metrics, threads, lambda: datetime.now(UTC), limits)
 
     async def ping() -> None:
-        await cast(Awaitable[bool], redis.ping())
+        await cast(Awaitable[object], redis.ping())
 
     async def close() -> None:
         threads.shutdown(wait=False, cancel_futures=True)
         reads.shutdown(wait=False, cancel_futures=True)
         await redis.aclose()
 
-    return create_app(
+    gate = Gate(keys, options.max_concurrent)
+    app = create_app(
         Dependencies(
             online=online,
             plans=plans,
@@ -102,13 +110,25 @@ def build_app(settings: Settings, options: ServeOptions) -> FastAPI:
             metrics=metrics,
             ping=ping,
             close=close,
-            gate=Gate(keys, options.max_concurrent),
+            gate=gate,
             request_limits=RequestLimits(options.max_concurrent, options.seconds, limits.body_bytes),
             version=version("predictflow"),
             registry_seconds=options.registry_seconds,
             model_seconds=options.model_seconds,
         )
     )
+    return HotRoutes(app, online, metrics, limits, Admission(gate, scope_of(PATH)))
+
+
+def _redis_options(url: str) -> dict[str, Any]:
+    """Of a client that gives up within a second."""
+    from feature_store.redis_connection import connection_options
+
+    given = connection_options(url)
+    for timeout in ("socket_connect_timeout", "socket_timeout"):
+        if timeout not in url:
+            given[timeout] = REDIS_SECONDS
+    return given
 
 
 def _redis(url: str) -> Redis:
@@ -117,12 +137,7 @@ def _redis(url: str) -> Redis:
     from redis.asyncio.retry import Retry
     from redis.backoff import NoBackoff
 
-    from feature_store.redis_connection import connection_options
-
-    given = connection_options(url)
-    for timeout in ("socket_connect_timeout", "socket_timeout"):
-        if timeout not in url:
-            given[timeout] = REDIS_SECONDS
+    given = _redis_options(url)
     kind = SSLConnection if given.pop("ssl", False) else Connection
     given.setdefault("max_connections", REDIS_CONNECTIONS)
     pool = BlockingConnectionPool(connection_class=kind, timeout=REDIS_SECONDS, retry=Retry(NoBackoff(), 1), **given)
@@ -182,4 +197,6 @@ def _served_log(settings: Settings, options: ServeOptions, metrics: Any) -> Serv
 
     if not options.served_log:
         return NoServedLog()
-    return KafkaServedLog.connect(settings.need("kafka_bootstrap_servers"), settings.served_topic, metrics)
+    return KafkaServedLog.connect(
+        settings.need("kafka_bootstrap_servers"), settings.served_topic, metrics, options.log_sample
+    )

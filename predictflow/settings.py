@@ -21,6 +21,7 @@ VARIABLES = {
     "PREDICTFLOW_REPO": "directory of feature_store.yaml (default the working directory)",
     "PREDICTFLOW_SERVED_TOPIC": "Kafka topic of the served log (default predictflow-served)",
     "PREDICTFLOW_API_KEYS_FILE": "digests of the API keys that `predictflow serve` asks for (default: none, loopback only)",
+    "PREDICTFLOW_ALLOW_PICKLED_FUNCTIONS": "1: the server may run functions of on-demand views out of the registry",
 }
 """Every variable the product reads, with its meaning; docs/reference/settings.md is checked against this table."""
 
@@ -50,6 +51,7 @@ class Settings:
     kafka_bootstrap_servers: str | None = None
     mlflow_tracking_uri: str | None = None
     offline_path: str | None = None
+    allow_pickled_functions: bool = False
 
     @classmethod
     def from_environ(cls, environ: Mapping[str, str] | None = None) -> Settings:
@@ -69,6 +71,7 @@ class Settings:
             kafka_bootstrap_servers=env.get("KAFKA_BOOTSTRAP_SERVERS"),
             mlflow_tracking_uri=env.get("MLFLOW_TRACKING_URI"),
             offline_path=env.get("PREDICTFLOW_OFFLINE"),
+            allow_pickled_functions=env.get("PREDICTFLOW_ALLOW_PICKLED_FUNCTIONS") == "1",
         )
 
     def need(self, name: str) -> str:

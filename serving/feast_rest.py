@@ -142,8 +142,8 @@ def _feast_answer(read: Any, with_versions: bool) -> dict[str, Any]:
     """Feast's JSON of what was read: join keys first, then features, each with its statuses and event times."""
     from feast.feature_server_utils import convert_response_to_dict
 
-    from feature_store.online_response import of_rows
+    from feature_store.online_response import CellResponse
 
     plan = read.plan.reader.plan
     columns = {key: [row[key] for row in read.entities] for key in plan.join_keys}
-    return convert_response_to_dict(of_rows(plan, columns, read.rows, with_versions).proto)
+    return convert_response_to_dict(CellResponse(plan, columns, read.rows, with_versions).proto)

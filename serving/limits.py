@@ -5,7 +5,7 @@ The gate knows no framework: the middleware of the application and any faster pa
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from feature_store.errors import PredictFlowError, UnavailableError
@@ -98,3 +98,23 @@ class Gate:
     def release(self) -> None:
         """Gives a slot back."""
         self.busy -= 1
+
+
+class Admission:
+    """One route's way through a gate, for a path that leaves every refusal to the application's own answer."""
+
+    def __init__(self, gate: Gate, scope_needed: str | None) -> None:
+        self._gate = gate
+        self._scope_needed = scope_needed
+
+    def admit(self, headers: Sequence[tuple[bytes, bytes]]) -> bool:
+        """Takes a slot for a request that may pass. `headers`: names in lower case."""
+        gate = self._gate
+        asked = gate.keys is not None and self._scope_needed is not None
+        if asked and gate.guard(dict(headers), str(self._scope_needed)) is not None:
+            return False
+        return gate.acquire() is None
+
+    def release(self) -> None:
+        """Gives the slot back."""
+        self._gate.release()

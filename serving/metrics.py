@@ -63,10 +63,37 @@ class Metrics:
             registry=self.registry,
         )
 
+        self._status: dict[tuple[str, str], Counter] = {}
+        self._rows: dict[str, Counter] = {}
+        self._seconds: dict[tuple[str, str, int], Histogram] = {}
+
+    # Looking a child up by its labels costs more than counting in it, so each is looked up once.
+
+    def add_status(self, view: str, status: str, n: int) -> None:
+        """Counts n values of one view with one status."""
+        child = self._status.get((view, status))
+        if child is None:
+            child = self._status[view, status] = self.statuses.labels(view, status)
+        child.inc(n)
+
+    def add_rows(self, service: str, n: int) -> None:
+        """Counts n entity rows; `service` is empty for a list of features."""
+        child = self._rows.get(service)
+        if child is None:
+            child = self._rows[service] = self.rows.labels(service)
+        child.inc(n)
+
+    def observe(self, method: str, route: str, status: int, seconds: float) -> None:
+        """One answered request."""
+        child = self._seconds.get((method, route, status))
+        if child is None:
+            child = self._seconds[method, route, status] = self.request_seconds.labels(method, route, str(status))
+        child.observe(seconds)
+
     def count_statuses(self, counts: Iterable[tuple[tuple[str, str], int]]) -> None:
         """Adds ((view, status), n) pairs."""
         for (view, status), n in counts:
-            self.statuses.labels(view, status).inc(n)
+            self.add_status(view, status, n)
 
     def expose(self) -> bytes:
         """The text exposition: of this process, or of all workers when they share a directory."""

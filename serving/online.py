@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
-from feature_store.errors import UsageError
+from feature_store.errors import PredictFlowError, UsageError
 from serving.encoding import plain
 from serving.errors import TooManyError
 from serving.served_log import Served, ServedLog
@@ -18,9 +18,13 @@ from serving.served_log import Served, ServedLog
 if TYPE_CHECKING:
     from feature_store.read_plan import OnlineRow, OnlineRows
     from feature_store.view_plan import ViewRow
+    from serving.json_plan import Answered
     from serving.metrics import Metrics
     from serving.models import Models
     from serving.plans import Asked, Plans, ServicePlan
+
+Done = Callable[[bytes | None, Exception | None], None]
+"""Called once, with the body of the answer or with the error."""
 
 
 @dataclass(frozen=True)
@@ -120,11 +124,52 @@ class OnlineService:
         rows = entity_rows(entities, self._limits.rows)
         plan = await self._plan(asked, full_names)
         compiled = plan.reader.plan
-        t_us, answers = compiled.at(*await plan.reader.afetch(rows, at))
-        read = compiled.rows(rows, t_us, answers)
-        self._count(plan, read)
-        self._log.write(Served(request_id, self._wall(), self._plans.project), plan, read)
+        replies, now_us = await plan.reader.afetch(rows, at)
+        t_us, answers = compiled.at(replies, now_us, rows)
+        if plan.json is not None:
+            self._served(plan, plan.json.of_cells(rows, t_us, answers), request_id)
+        else:
+            read = compiled.rows(rows, t_us, answers)
+            self._count(plan, read)
+            self._log.write(Served(request_id, self._wall(), self._plans.project), plan, read)
         return CellRead(plan, rows, t_us, answers)
+
+    def begin(
+        self, rows: Sequence[Mapping[str, object]], asked: Asked, full_names: bool, request_id: str, done: Done
+    ) -> bool:
+        """As `features` at the clock, without a task, for a request that was checked: `done` gets the body or the error.
+
+        False, and `done` is not called, for what needs the other path: a plan that is not compiled yet or not plain, too
+        many features, entities that `features` refuses.
+        """
+        plan = self._plans.cached(asked, full_names)
+        json = None if plan is None else plan.json
+        if plan is None or json is None or (not isinstance(asked, str) and len(asked) > self._limits.features):
+            return False
+        reader: Any = plan.reader
+
+        def replied(replies: list[Any] | None, error: PredictFlowError | None) -> None:
+            if replies is None:
+                done(None, error)
+                return
+            try:
+                read = json.answered(rows, *reader.replied(replies))
+                body = json.body(read)
+            except Exception as e:  # noqa: BLE001 - whatever it is, the caller waits for an answer, and logs it
+                done(None, e)
+                return
+            done(body, None)
+            self._served(plan, read, request_id)
+
+        try:
+            return bool(reader.start(rows, replied))
+        except UsageError:
+            return False
+
+    def _served(self, plan: ServicePlan, read: Answered, request_id: str) -> None:
+        self._metrics.add_rows(plan.name or "", len(read))
+        read.plan.count(read, self._metrics.add_status)
+        self._log.write_read(Served(request_id, self._wall(), self._plans.project), read)
 
     async def predict(
         self, model_name: str, entities: Mapping[str, Sequence[object]], at: datetime | None, request_id: str
@@ -155,7 +200,7 @@ class OnlineService:
         return plan if plan is not None else await asyncio.to_thread(self._plans.get, asked, full_names)
 
     def _count(self, plan: ServicePlan, read: OnlineRows) -> None:
-        self._metrics.rows.labels(plan.name or "").inc(len(read.rows))
+        self._metrics.add_rows(plan.name or "", len(read.rows))
         counts = Counter((c.view, row.statuses[c.name]) for row in read.rows for c in plan.columns)
         self._metrics.count_statuses(counts.items())
 

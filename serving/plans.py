@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from feast import FeatureService, FeatureStore
 
     from feature_store.read_plan import OnlineRows, ReadPlan
+    from serving.json_plan import JsonPlan
 
 log = logging.getLogger(__name__)
 
@@ -55,12 +56,16 @@ class Column:
 
 @dataclass(frozen=True)
 class ServicePlan:
-    """A compiled plan: `name` is the feature service's, None for a list of features."""
+    """A compiled plan: `name` is the feature service's, None for a list of features.
+
+    `json`: how replies become JSON without Python values; None where they must be computed with first.
+    """
 
     name: str | None
     columns: tuple[Column, ...]
     join_keys: tuple[str, ...]
     reader: Reader
+    json: JsonPlan | None = None
 
 
 class Plans:
@@ -161,6 +166,7 @@ class Plans:
 
     def _compile(self, asked: Asked, full_names: bool, service: FeatureService | None = None) -> ServicePlan:
         from feature_store.read_plan import ReadPlan
+        from serving.json_plan import JsonPlan
 
         features: FeatureService | Sequence[str]
         if isinstance(asked, str):
@@ -168,16 +174,10 @@ class Plans:
         else:
             features = list(asked)
         plan = ReadPlan.compile(self._store, features, full_feature_names=full_names)
-        columns = []
-        for result in plan.feature_names:
-            view, feature = plan.references[result]
-            columns.append(Column(result, view, feature, self._numeric(plan.views[view], feature)))
+        columns = [Column(f.result, v.name, f.name, f.type in NUMERIC) for v in plan.view_plans for f in v.features]
         name = asked if isinstance(asked, str) else None
-        return ServicePlan(name, tuple(columns), tuple(plan.join_keys), self._make_reader(plan))
-
-    def _numeric(self, view: str, feature: str) -> bool:
-        fields = self._store.registry.get_any_feature_view(view, self.project, allow_cache=True).features
-        return any(f.name == feature and f.dtype.to_value_type().name in NUMERIC for f in fields)
+        json = None if plan.on_demand else JsonPlan(plan, name)
+        return ServicePlan(name, tuple(columns), tuple(plan.join_keys), self._make_reader(plan), json)
 
     def _feature_service(self, name: str) -> FeatureService:
         from feast.errors import FeatureServiceNotFoundException

@@ -31,7 +31,17 @@ At = Annotated[
 """A time in a request; one without an offset is UTC; digits below the microsecond are cut off (never into the future)."""
 
 Int64 = Annotated[int, Field(strict=True, ge=-_INT64, lt=_INT64)]
-Key = Annotated[str, Field(strict=True)] | Annotated[bool, Field(strict=True)] | Int64 | None
+
+
+def _no_whole_number(value: Any) -> Any:
+    if not isinstance(value, float):  # else a whole number too large for a join key would pass as a float
+        raise ValueError("Input should be a number with a fraction")
+    return value
+
+
+Input = Annotated[float, BeforeValidator(_no_whole_number), Field(strict=True, allow_inf_nan=False)]
+"""No join key is one; on-demand views take them from the request."""
+Key = Annotated[str, Field(strict=True)] | Annotated[bool, Field(strict=True)] | Int64 | Input | None
 Entities = Annotated[
     dict[str, list[Key]],
     Field(

@@ -5,10 +5,14 @@ Writing never blocks or fails a request: a record that cannot be queued or deliv
 
 from __future__ import annotations
 
+import asyncio
 import logging
-from collections.abc import Mapping, Sequence
+import zlib
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from itertools import islice
 from typing import TYPE_CHECKING, Any, Protocol
 
 from serving.encoding import dumps, plain
@@ -17,10 +21,17 @@ if TYPE_CHECKING:
     from confluent_kafka import KafkaError, Message, Producer
 
     from feature_store.read_plan import OnlineRows
+    from serving.json_plan import Answered
     from serving.metrics import Metrics
     from serving.plans import ServicePlan
 
 log = logging.getLogger(__name__)
+
+MAX_WAITING = 20_000
+"""Rows that may wait to be made into records."""
+FLUSH_SECONDS = 0.005
+FLUSH_ROWS = 64
+"""So many records are made in one go, well under a millisecond, before requests have their turn again."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +51,8 @@ class ServedLog(Protocol):
     def write(
         self, served: Served, plan: ServicePlan, rows: OnlineRows, probabilities: Sequence[float] | None = None
     ) -> None: ...
+
+    def write_read(self, served: Served, read: Answered) -> None: ...
 
     def poll(self) -> None: ...
 
@@ -103,6 +116,9 @@ class NoServedLog:
     ) -> None:
         pass
 
+    def write_read(self, served: Served, read: Answered) -> None:
+        pass
+
     def poll(self) -> None:
         pass
 
@@ -110,16 +126,34 @@ class NoServedLog:
         pass
 
 
-class KafkaServedLog:
-    """Queues records in librdkafka, which sends them from its own thread."""
+@dataclass(slots=True)
+class _Batch:
+    """The records of one request, made as they are taken; `left` are not yet."""
 
-    def __init__(self, producer: Producer, topic: str, metrics: Metrics) -> None:
+    records: Iterator[tuple[bytes, bytes]]
+    left: int
+
+
+class KafkaServedLog:
+    """Queues records in librdkafka, which sends them from its own thread.
+
+    On an event loop, what features were read (`write_read`) is kept as read and made into records a few at a time after
+    the requests have their answers: on the loop itself, since a thread would hold the interpreter for as long. At most
+    `MAX_WAITING` rows wait; more are dropped and counted. `sample`: which part of all entities is logged, 0 to 1.
+    """
+
+    def __init__(self, producer: Producer, topic: str, metrics: Metrics, sample: float = 1.0) -> None:
         self._producer = producer
         self._topic = topic
         self._metrics = metrics
+        self._below = round(sample * 2**32)
+        self._waiting: deque[_Batch] = deque()
+        self._rows = 0
+        self._scheduled = False
+        self._closed = False
 
     @classmethod
-    def connect(cls, bootstrap_servers: str, topic: str, metrics: Metrics) -> KafkaServedLog:
+    def connect(cls, bootstrap_servers: str, topic: str, metrics: Metrics, sample: float = 1.0) -> KafkaServedLog:
         """A log on a Kafka topic; connects in the background, and again whenever the broker comes back."""
         from confluent_kafka import Producer
 
@@ -133,25 +167,76 @@ class KafkaServedLog:
             "queue.buffering.max.kbytes": 131_072,
             "log_level": 2,  # an unreachable broker is told by the dropped counter, not by a line per attempt
         }
-        return cls(Producer(config), topic, metrics)
+        return cls(Producer(config), topic, metrics, sample)
 
     def write(
         self, served: Served, plan: ServicePlan, rows: OnlineRows, probabilities: Sequence[float] | None = None
     ) -> None:
         """Queues one record per row; safe to call from the event loop. A repeated request is a record of its own."""
-        queued = 0
+        done = 0
         try:
             for record in records(served, plan, rows, probabilities):
-                self._producer.produce(
-                    self._topic, dumps(record), message_key(record["entity"]), on_delivery=self._delivered
-                )
-                queued += 1
+                key = message_key(record["entity"])
+                if self._sampled(key):
+                    self._produce(key, dumps(record))
+                done += 1
             self._producer.poll(0)
         except BufferError:
-            self._metrics.log_dropped.labels("queue_full").inc(len(rows.rows) - queued)
+            self._metrics.log_dropped.labels("queue_full").inc(len(rows.rows) - done)
         except Exception:  # the request has its answer; losing its record is counted, and the reason logged
-            self._metrics.log_dropped.labels("error").inc(len(rows.rows) - queued)
+            self._metrics.log_dropped.labels("error").inc(len(rows.rows) - done)
             log.exception("served log: record not queued")
+
+    def write_read(self, served: Served, read: Answered) -> None:
+        """As `write` for features that were read, later."""
+        rows = len(read)
+        if self._rows + rows > MAX_WAITING or self._closed:
+            self._metrics.log_dropped.labels("shutdown" if self._closed else "queue_full").inc(rows)
+            return
+        self._waiting.append(_Batch(read.plan.records(served, read), rows))
+        self._rows += rows
+        if not self._scheduled:
+            self._scheduled = True
+            asyncio.get_running_loop().call_later(FLUSH_SECONDS, self._flush_some)
+
+    def _flush_some(self) -> None:
+        if self._closed:
+            return
+        self._flush(FLUSH_ROWS)
+        self._scheduled = bool(self._waiting)
+        if self._scheduled:
+            asyncio.get_running_loop().call_soon(self._flush_some)
+
+    def _flush(self, limit: int) -> None:
+        """Makes and queues records of at most `limit` of the rows that wait, oldest first."""
+        while self._waiting and limit > 0:
+            batch = self._waiting[0]
+            reason = None
+            try:
+                for key, record in islice(batch.records, limit):
+                    if self._sampled(key):
+                        self._produce(key, record)
+                    batch.left -= 1
+                    self._rows -= 1
+                    limit -= 1
+            except BufferError:
+                reason = "queue_full"
+            except Exception:  # the request has its answer; losing its record is counted, and the reason logged
+                reason = "error"
+                log.exception("served log: record not queued")
+            if reason is not None:
+                self._metrics.log_dropped.labels(reason).inc(batch.left)
+                self._rows -= batch.left
+                batch.left = 0
+            if not batch.left:
+                self._waiting.popleft()
+        self._producer.poll(0)
+
+    def _sampled(self, key: bytes) -> bool:
+        return self._below >= 2**32 or zlib.crc32(key) < self._below
+
+    def _produce(self, key: bytes, record: bytes) -> None:
+        self._producer.produce(self._topic, record, key, on_delivery=self._delivered)
 
     def poll(self) -> None:
         """Takes delivery reports in; call it now and then when no request does."""
@@ -159,6 +244,8 @@ class KafkaServedLog:
 
     def close(self, timeout: float) -> None:
         """Waits up to `timeout` seconds for what is queued; counts what is left as dropped. Safe to call twice."""
+        self._closed = True
+        self._flush(MAX_WAITING)
         left = self._producer.flush(timeout)
         if left:
             self._metrics.log_dropped.labels("shutdown").inc(left)

@@ -12,6 +12,7 @@ and per summed column. Events are sorted by time.
 from __future__ import annotations
 
 import struct
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -36,6 +37,8 @@ Outcome = Literal["applied", "duplicate", "replayed"]
 _VERSION = 1
 _HEADER = struct.Struct("<BxHI8sqqqq")  # version, partitions, events, definition hash, visible_at, last_seen, ...
 _INT64_MAX = 2**63 - 1
+_FEW = 256
+"""Up to so many events, plain Python is faster than numpy (measured: 8 against 24 us at 40 events, even at 400)."""
 _DAMAGED = "rebuild it with `predictflow windows bootstrap`"
 
 
@@ -256,6 +259,8 @@ class EntityState:
 
     def last_seen_at(self, t_us: int) -> int | None:
         """Greatest event time seen by t, pending events not yet; None: never seen by t (status NOT_FOUND)."""
+        if len(self.times) and (newest := int(self.times[-1])) <= t_us:
+            return newest if newest > NEVER else None
         n = int(np.searchsorted(self.times, t_us, side="right"))
         seen = int(self.times[n - 1]) if n else self.evicted_last
         return seen if NEVER < seen <= t_us else None
@@ -278,6 +283,8 @@ class EntityState:
                 value=plan.cap,
                 next_step="raise max_events_per_entity, then `predictflow windows bootstrap`",
             )
+        if len(self.times) <= _FEW and self.masks.itemsize == 1:
+            return self._finalise_few(plan, definition, t_us)
         end = int(np.searchsorted(self.times, t_us, side="right"))
         starts = np.searchsorted(self.times, t_us - plan.windows, side="left").tolist()
         out: dict[str, int | None] = {}
@@ -292,6 +299,33 @@ class EntityState:
             bits = self.masks.dtype.type(need)
             numbers = self.columns[column][start:end][(self.masks[start:end] & bits) == bits]
             out[name] = _exact_sum(numbers, f"{definition.name}.{name}")
+        return out
+
+    def _finalise_few(self, plan: _Plan, definition: WindowedView, t_us: int) -> dict[str, int | None]:
+        """The same for few events, where numpy's calls would cost more than the numbers."""
+        times = self.times.tolist()
+        end = bisect_right(times, t_us)
+        starts = [bisect_left(times, t_us - window) for window in plan.windows.tolist()]
+        masks = self.masks.tobytes()
+        kinds = set(masks)
+        columns: dict[int, list[int]] = {}
+        out: dict[str, int | None] = {}
+        for name, window, need, column in plan.aggregates:
+            start = starts[window]
+            if column is None:
+                hits = [masks.count(m, start, end) for m in kinds if m & need] if need else [end - start]
+                out[name] = sum(hits)
+                continue
+            n = sum([masks.count(m, start, end) for m in kinds if m & need == need])
+            if not n:
+                out[name] = None
+                continue
+            if column not in columns:
+                columns[column] = self.columns[column].tolist()
+            numbers = columns[column][start:end]
+            if n < len(numbers):
+                numbers = [x for x, m in zip(numbers, masks[start:end]) if m & need == need]
+            out[name] = _in_int64(sum(numbers), f"{definition.name}.{name}")
         return out
 
     def encode(self, definition: WindowedView) -> bytes:
@@ -369,7 +403,10 @@ def _exact_sum(numbers: Array, name: str) -> int | None:
     largest = max(int(numbers.max()), -int(numbers.min()))
     if largest * len(numbers) <= _INT64_MAX:
         return int(numbers.sum())
-    total = sum(numbers.tolist())
+    return _in_int64(sum(numbers.tolist()), name)
+
+
+def _in_int64(total: int, name: str) -> int:
     if not NEVER <= total <= _INT64_MAX:
         raise SumOverflowError(f"{name}: the sum does not fit into an int64", value=total)
     return total

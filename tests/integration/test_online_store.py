@@ -388,6 +388,7 @@ def test_on_demand_views_are_computed_from_what_the_plan_reads(repo: Repo) -> No
         return pd.DataFrame({"double": inputs["charges"].astype(float) * 2})
 
     repo.ours.apply([doubled])
+    repo.ours.config.online_store.pickled_functions = "run"  # no checkout defines it
     t = now()
     repo.write_account(repo.ours, "gold", t, of="A")
     repo.write_account(repo.ours, "old", t - 2 * DAY, of="B")

@@ -276,7 +276,7 @@ def test_wrong_entity_rows_are_refused(store: FeatureStore, entity: dict[str, ob
         (["account"], UsageError, "next: write view:feature"),
         ([], UsageError, "no features asked for"),
         (["account:plan", "account:plan"], UsageError, "two features of one name"),
-        (["doubled:double"], OnDemandViewError, "Feast SDK"),
+        (["doubled:double"], OnDemandViewError, "not in the checkout"),
         (FeatureService(name="everythin", features=[account]), NotFoundError, "did you mean 'everything'?"),
     ],
 )

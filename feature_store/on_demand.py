@@ -1,0 +1,232 @@
+"""On-demand feature views in an online read: inputs read with the rest, transformed for all rows at once, in Feast's modes.
+
+The functions come from the definitions in the checkout (`features/*.py`), never out of the registry, where they are
+pickled code: unpickling runs whatever was put there. `online_store.pickled_functions: run` (for the server,
+PREDICTFLOW_ALLOW_PICKLED_FUNCTIONS=1) allows it where there is no checkout.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from feature_store.errors import DataError, UsageError
+from feature_store.view_plan import (
+    Feature,
+    OnDemandViewError,
+    UnsupportedOnDemandError,
+    ViewPlan,
+    ViewRow,
+    python_value,
+)
+
+if TYPE_CHECKING:
+    from feast import OnDemandFeatureView, RepoConfig
+
+Entity = Mapping[str, object]
+
+
+def stored(registry: Any, project: str, name: str) -> OnDemandFeatureView | None:
+    """The on-demand view as applied, without its function; None where the name is not an on-demand view's."""
+    from feast import OnDemandFeatureView
+
+    proto = _proto(registry, project, name)
+    return None if proto is None else OnDemandFeatureView.from_proto(proto, skip_udf=True)
+
+
+def with_function(config: RepoConfig, registry: Any, project: str, view: OnDemandFeatureView) -> OnDemandFeatureView:
+    """`view` with the function to run, from the checkout. OnDemandViewError where it is not there or not as applied."""
+    from feast import OnDemandFeatureView
+
+    proto = _proto(registry, project, view.name)
+    found = _definitions(getattr(config, "repo_path", None)).get(view.name)
+    if found is not None:
+        if _shape(found.to_proto().spec) != _shape(proto.spec):
+            raise OnDemandViewError(
+                "the on-demand feature view in the checkout is not the applied one",
+                value=view.name,
+                next_step="feast apply, or check out what was applied",
+            )
+        made = found
+    elif getattr(config.online_store, "pickled_functions", "refuse") == "run":
+        made = OnDemandFeatureView.from_proto(proto)
+    else:
+        raise OnDemandViewError(
+            "the definition of this on-demand feature view is not in the checkout, and functions out of the registry "
+            "are not run",
+            value=view.name,
+            next_step="run from the checkout that was applied, or set online_store.pickled_functions: run "
+            "(for `predictflow serve`: PREDICTFLOW_ALLOW_PICKLED_FUNCTIONS=1)",
+        )
+    if made.mode not in ("pandas", "python") or made.aggregations or made.write_to_online_store:
+        raise UnsupportedOnDemandError(
+            "this kind of on-demand feature view is not computed at read time",
+            value=f"{view.name} (mode {made.mode})",
+            valid=["mode pandas", "mode python"],
+            next_step="without aggregations, and without write_to_online_store",
+        )
+    copy: OnDemandFeatureView = made.with_projection(view.projection)
+    return copy
+
+
+def _proto(registry: Any, project: str, name: str) -> Any:
+    """From the registry's cached message: its Python objects would come with their functions unpickled."""
+    for view in _message(registry, project).on_demand_feature_views:
+        if view.spec.name == name and view.spec.project == project:
+            return view
+    return None
+
+
+def _message(registry: Any, project: str) -> Any:
+    if hasattr(registry, "_get_registry_proto"):  # Feast's file registry
+        return registry._get_registry_proto(project=project, allow_cache=True)
+    if hasattr(registry, "_refresh_cached_registry_if_necessary"):  # its SQL and other caching registries
+        registry._refresh_cached_registry_if_necessary()
+        return registry.cached_registry_proto
+    return registry.proto()
+
+
+def _shape(spec: Any) -> Any:
+    """What must agree between checkout and registry: everything that decides a value, the function's text included."""
+    function = spec.feature_transformation.user_defined_function
+    sources = []
+    for name, source in spec.sources.items():
+        kind = source.WhichOneof("source")
+        if kind == "request_data_source":
+            schema = source.request_data_source.request_data_options.schema
+            sources.append((name, kind, sorted((f.name, f.value_type) for f in schema)))
+        else:
+            projection = source.feature_view_projection
+            view = projection.feature_view_name or source.feature_view.spec.name
+            names = [f.name for f in projection.feature_columns or source.feature_view.spec.features]
+            sources.append((name, view, sorted(names)))
+    features = sorted((f.name, f.value_type) for f in spec.features)
+    return spec.mode or "pandas", spec.singleton, features, sorted(sources), function.body_text.strip()
+
+
+def _definitions(repo: Path | str | None) -> dict[str, OnDemandFeatureView]:
+    """The on-demand views that the modules of a Feast repository define, as `feast apply` would find them."""
+    from feast import OnDemandFeatureView
+    from feast.repo_operations import get_repo_files
+
+    if repo is None or not Path(repo).is_dir():
+        return {}
+    root = Path(repo).resolve()
+    if str(root) not in sys.path:
+        sys.path.append(str(root))  # last, as Feast's own command line does
+    found = {}
+    for path in get_repo_files(root):
+        name = ".".join(path.relative_to(root).with_suffix("").parts)
+        module = importlib.import_module(name)
+        if Path(module.__file__ or "").resolve() != path:
+            raise UsageError(
+                "a module of the feature repository is hidden by another of its name",
+                value=name,
+                next_step=f"rename {path}, or uninstall {module.__file__}",
+            )
+        for value in vars(module).values():
+            if isinstance(value, OnDemandFeatureView):
+                found[value.name] = value
+    return found
+
+
+class OnDemandPlan:
+    """One on-demand view of a read plan; has the attributes of a `ViewPlan` that readers of answers need.
+
+    `inputs`: the plans of its source views, read for it alone. `request_keys`: inputs that come with the request.
+    """
+
+    definition = None
+    key_parts = ()
+    fields: Sequence[bytes] = ()
+    ttl_ns = None
+
+    def __init__(
+        self,
+        view: OnDemandFeatureView,
+        names: Sequence[str],
+        sources: Sequence[tuple[Any, Any]],
+        config: RepoConfig,
+        full_feature_names: bool,
+    ) -> None:
+        self.name: str = view.projection.name_to_use()
+        self.view: str = view.name
+        self.stored: str = view.name
+        self.version: int = getattr(view, "current_version_number", 0) or 0
+        types = {f.name: f.dtype.to_value_type() for f in view.features}
+        self._types = [types[name] for name in names]
+        self.features = [
+            Feature(name, f"{self.name}__{name}" if full_feature_names else name, b"", None, types[name].name)
+            for name in names
+        ]
+        self.inputs = [ViewPlan(source, [f.name for f in p.features], config, False) for source, p in sources]
+        self._columns = [
+            (v, i, f, f"{p.name}__{f.name}" if full_feature_names else f.name)
+            for v, (_, p) in zip(self.inputs, sources)
+            for i, f in enumerate(v.features)
+        ]
+        self._request = {
+            name: kind.name
+            for source in view.source_request_sources.values()
+            for name, kind in ((f.name, f.dtype.to_value_type()) for f in source.schema)
+        }
+        self.request_keys = list(self._request)
+        self._view = view
+        self._full = full_feature_names
+
+    def at(self, entities: Sequence[Entity], answers: Sequence[Mapping[int, ViewRow]]) -> list[ViewRow]:
+        """The view's part of each row. DataError when the function fails or does not give what it declares."""
+        if not entities:
+            return []
+        columns: dict[str, list[Any]] = {name: [e[name] for e in entities] for name in entities[0]}
+        for name, kind in self._request.items():
+            if kind in ("FLOAT", "DOUBLE"):
+                columns[name] = [float(v) if type(v) is int else v for v in columns[name]]
+        for view, i, feature, name in self._columns:
+            columns[name] = [python_value(feature, row[id(view)].cells[i])[1] for row in answers]
+        try:
+            out = self._transform(columns)
+        except Exception as e:  # the function is the user's: whatever it raises is told under the view's name
+            raise DataError(
+                f"on-demand feature view {self.view} failed ({type(e).__name__}: {e})",
+                next_step="its inputs can be null: let the function take that",
+            ) from e
+        cells = []
+        for feature, value_type in zip(self.features, self._types):
+            values = out.get(feature.name)
+            if values is None or len(values) != len(entities):
+                raise DataError(
+                    f"on-demand feature view {self.view} gives no value per row for a declared feature",
+                    value=feature.name,
+                    valid=out,
+                )
+            cells.append(_cells(values, value_type))
+        return [ViewRow(None, None, None, [column[i] for column in cells]) for i in range(len(entities))]
+
+    def _transform(self, columns: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        view = self._view
+        if view.mode == "python":
+            if not view.singleton:
+                return {name: list(values) for name, values in view.transform_dict(columns).items()}
+            count = len(next(iter(columns.values())))
+            rows = [view.transform_dict({k: [v[i]] for k, v in columns.items()}) for i in range(count)]
+            return {name: [row[name] for row in rows] for name in rows[0]}
+        import pyarrow as pa
+
+        table = view.transform_arrow(pa.Table.from_pydict(columns), False)
+        return {name: table.column(name).to_pylist() for name in table.column_names}
+
+
+def _cells(values: list[Any], kind: Any) -> list[Any]:
+    from feast.type_map import python_values_to_proto_values
+
+    out: list[Any] = [("NULL_VALUE", None)] * len(values)
+    present = [i for i, v in enumerate(values) if v is not None]
+    for i, proto in zip(present, python_values_to_proto_values([values[i] for i in present], kind)):
+        data = proto.SerializeToString()
+        if data:
+            out[i] = ("PRESENT", data)
+    return out

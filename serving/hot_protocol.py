@@ -1,0 +1,115 @@
+"""uvicorn's HTTP protocol with a short cut: a hot request is answered without an ASGI scope, a task and their messages.
+
+uvicorn parses as ever (httptools). A POST to the hot route is kept until its body is complete and offered to
+`HotRoutes.begin`; what that declines goes on as if nothing had been looked at. Order of pipelined requests, keep-alive,
+back-pressure and graceful shutdown stay uvicorn's, through a stand-in for its request cycle.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+
+from serving.hot import PATH, Headers, HotRoutes
+
+_PATH = PATH.encode()
+_KEPT = 64
+"""A body in more pieces than this goes on to the application as it arrives."""
+_HEAD = b"%bcontent-type: application/json\r\ncontent-length: %d\r\nx-request-id: %b\r\n%b\r\n"
+_ENDS_HERE = frozenset((b"x-forwarded-for", b"x-forwarded-proto", b"expect"))
+
+
+class _Event:
+    """In place of the event on which an application waits for more of the body."""
+
+    def set(self) -> None:
+        pass
+
+
+class _HotCycle:
+    """What the protocol asks of the request under way; see uvicorn's RequestResponseCycle."""
+
+    message_event = _Event()
+
+    def __init__(self, keep_alive: bool) -> None:
+        self.keep_alive = keep_alive
+        self.response_complete = False
+        self.disconnected = False
+
+
+class HotProtocol(HttpToolsProtocol):
+    """One per connection. `_kept`: the request that may turn out hot, while its body is read, and that body."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        app: Any = self.app
+        while not isinstance(app, HotRoutes) and hasattr(app, "app"):
+            app = app.app
+        usable = isinstance(app, HotRoutes) and not self.root_path and self.limit_concurrency is None
+        self._hot: HotRoutes | None = app if usable else None
+        self._kept: tuple[_HotCycle, list[bytes]] | None = None
+
+    def on_headers_complete(self) -> None:
+        if (
+            self.url == _PATH
+            and self._hot is not None
+            and (self.cycle is None or self.cycle.response_complete)
+            and not self.flow.write_paused  # uvicorn waits for a client that does not read
+            and self.parser.get_method() == b"POST"
+            and self.parser.get_http_version() == "1.1"
+            and not self.parser.should_upgrade()
+            and _ENDS_HERE.isdisjoint([name for name, _ in self.headers])
+        ):
+            cycle = _HotCycle(self.parser.should_keep_alive())
+            self.cycle = cycle  # type: ignore[assignment]  # see _HotCycle
+            self._kept = cycle, []
+        else:
+            super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        if self._kept is None:
+            super().on_body(body)
+            return
+        self._kept[1].append(body)
+        if len(self._kept[1]) > _KEPT:
+            self._decline()
+
+    def on_message_complete(self) -> None:
+        if self._kept is None or self._hot is None:
+            super().on_message_complete()
+            return
+        cycle, parts = self._kept
+        body = parts[0] if len(parts) == 1 else b"".join(parts)
+
+        def answer(status: int, content: bytes, request_id: str, more: Headers) -> None:
+            self._answer(cycle, status, content, request_id, more)
+
+        if self._hot.begin(self.headers, body, self.client[0] if self.client else None, answer):
+            self._kept = None
+        else:
+            self._decline()
+            super().on_message_complete()
+
+    def _decline(self) -> None:
+        """Goes on as uvicorn would have at the end of the headers."""
+        if self._kept is None:
+            return
+        (cycle, parts), self._kept = self._kept, None
+        cycle.response_complete = True  # so that the next one begins at once
+        super().on_headers_complete()
+        self.cycle.keep_alive = self.cycle.keep_alive and cycle.keep_alive  # a shutdown may have begun
+        for part in parts:
+            super().on_body(part)
+
+    def _answer(self, cycle: _HotCycle, status: int, content: bytes, request_id: str, more: Headers) -> None:
+        cycle.response_complete = True
+        if not cycle.disconnected and not self.transport.is_closing():
+            extra = b"".join([b"%b: %b\r\n" % header for header in (*self.server_state.default_headers, *more)])
+            if not cycle.keep_alive:
+                extra += b"connection: close\r\n"
+            head = _HEAD % (STATUS_LINE[status], len(content), request_id.encode(), extra)
+            self.transport.write(head + content)
+            if not cycle.keep_alive:
+                self.transport.close()
+        self.on_response_complete()

@@ -1,0 +1,321 @@
+"""The short cut for the common request: what it takes, what it leaves to the application, and HTTP around it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
+from typing import Any
+
+import pytest
+import uvicorn
+from fastapi import FastAPI, Request
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+from starlette.responses import PlainTextResponse
+
+from feature_store.errors import PredictFlowError, UnavailableError
+from serving.hot import PATH, Headers, HotRoutes, _parse
+from serving.hot_protocol import HotProtocol
+from serving.metrics import Metrics
+from serving.online import Limits, OnlineService, entity_rows
+from serving.plans import ServicePlan
+from serving.schemas import OnlineRequest
+from serving.served_log import NoServedLog
+
+T = datetime(2026, 1, 1, tzinfo=UTC)
+
+
+class Reader:
+    """Answers when told to: `waiting` are the reads under way."""
+
+    plan: Any = None
+
+    def __init__(self) -> None:
+        self.waiting: list[Callable[..., None]] = []
+        self.hold = False
+        self.error: PredictFlowError | None = None
+
+    def start(self, entities: Sequence[Any], done: Callable[..., None]) -> bool:
+        def answer() -> None:
+            done(None if self.error else list(entities), self.error)
+
+        if self.hold:
+            self.waiting.append(answer)
+        else:
+            asyncio.get_running_loop().call_soon(answer)
+        return True
+
+    def replied(self, replies: list[Any]) -> tuple[list[Any], int]:
+        return replies, 0
+
+
+class Json:
+    """In place of a JsonPlan: the body is the entities."""
+
+    plan: Any = None
+
+    def answered(self, entities: Any, replies: list[Any], t_us: int) -> Any:
+        return Read(self, replies)
+
+    def body(self, read: Read) -> bytes:
+        return json.dumps({"hot": read.rows}).encode()
+
+    def count(self, read: Read, add: Callable[[str, str, int], None]) -> None:
+        add("v", "PRESENT", len(read))
+
+
+class Read:
+    def __init__(self, plan: Any, rows: list[Any]) -> None:
+        self.plan, self.rows = plan, rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
+class Plans:
+    project = "p"
+
+    def __init__(self, reader: Reader) -> None:
+        self._plan = ServicePlan("s", (), ("id",), reader, Json())  # type: ignore[arg-type]  # stand-ins
+
+    def cached(self, asked: Any, full_names: bool) -> ServicePlan | None:
+        return self._plan if asked == "s" else None
+
+
+class Guard:
+    def __init__(self) -> None:
+        self.open = True
+        self.inside = 0
+
+    def admit(self, headers: Headers) -> bool:
+        self.inside += self.open
+        return self.open
+
+    def release(self) -> None:
+        self.inside -= 1
+
+
+class Server:
+    """HotRoutes in front of an application that says what it was given, behind uvicorn with HotProtocol or its own."""
+
+    def __init__(self, http: Any) -> None:
+        self.reader, self.guard, self.metrics = Reader(), Guard(), Metrics()
+        limits = Limits(rows=3, body_bytes=5_000)
+        online = OnlineService(
+            Plans(self.reader),  # type: ignore[arg-type]
+            None,  # type: ignore[arg-type]  # no predictions here
+            NoServedLog(),
+            self.metrics,
+            ThreadPoolExecutor(1),
+            lambda: T,
+            limits,
+        )
+        app = FastAPI()
+
+        @app.post(PATH)
+        async def slow(request: Request) -> PlainTextResponse:
+            return PlainTextResponse("slow " + (await request.body()).decode())
+
+        self.hot = HotRoutes(app, online, self.metrics, limits, self.guard)
+        config = uvicorn.Config(
+            self.hot, port=0, http=http, loop="asyncio", lifespan="off", log_config=None, access_log=False
+        )
+        self.uvicorn = uvicorn.Server(config)
+        self.config = config
+
+    async def __aenter__(self) -> Server:
+        self.config.load()
+        self.uvicorn.lifespan = self.config.lifespan_class(self.config)
+        await self.uvicorn.startup()
+        self.port = self.uvicorn.servers[0].sockets[0].getsockname()[1]
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.uvicorn.shutdown()
+
+
+def request(body: dict[str, Any] | bytes, *headers: str, path: str = PATH) -> bytes:
+    data = body if isinstance(body, bytes) else json.dumps(body).encode()
+    lines = [f"POST {path} HTTP/1.1", "host: x", "content-type: application/json", f"content-length: {len(data)}"]
+    return "\r\n".join([*lines, *headers, "", ""]).encode() + data
+
+
+GOOD: dict[str, Any] = {"feature_service": "s", "entities": {"id": ["a"]}}
+
+
+def answers(data: bytes) -> list[tuple[int, bytes]]:
+    out = []
+    while data:
+        head, _, rest = data.partition(b"\r\n\r\n")
+        length = int(head.lower().split(b"content-length:")[1].split(b"\r\n")[0])
+        out.append((int(head.split()[1]), rest[:length]))
+        data = rest[length:]
+    return out
+
+
+async def talk(port: int, *pieces: bytes, count: int) -> list[tuple[int, bytes]]:
+    """Sends pieces one by one, reads `count` answers."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    for piece in pieces:
+        writer.write(piece)
+        await writer.drain()
+        await asyncio.sleep(0.01)
+    data = b""
+    async with asyncio.timeout(20):
+        while True:
+            try:
+                found = answers(data)
+            except (IndexError, ValueError):
+                found = []
+            if len(found) == count and sum(map(len, (b for _, b in found))):
+                break
+            chunk = await reader.read(65536)
+            if not chunk:
+                break
+            data += chunk
+    writer.close()
+    return answers(data)
+
+
+@pytest.fixture(params=[HotProtocol, "httptools"], ids=["protocol", "asgi"])
+def http(request: pytest.FixtureRequest) -> Any:
+    return request.param
+
+
+HOT = b'{"hot": [{"id": "a"}]}'
+
+
+def test_a_common_request_is_answered_hot_and_any_other_by_the_application(http: Any) -> None:
+    async def run() -> None:
+        async with Server(http) as server:
+            unusual = {**GOOD, "at": "2026-01-01T00:00:00Z"}
+            unknown = {**GOOD, "feature_service": "t"}
+            big = {**GOOD, "entities": {"id": ["a" * 6_000]}}
+            for body, expected in ((GOOD, HOT), (unusual, None), (unknown, None), (big, None), (b"{", None)):
+                ((status, content),) = await talk(server.port, request(body), count=1)
+                sent = body if isinstance(body, bytes) else json.dumps(body).encode()
+                assert (status, content) == (200, expected or b"slow " + sent)
+            plain = request(GOOD).replace(b"application/json", b"text/plain")
+            assert (await talk(server.port, plain, count=1))[0][1].startswith(b"slow")
+            assert server.guard.inside == 0
+
+    asyncio.run(run())
+
+
+def test_a_request_in_pieces_and_pipelined_ones_are_answered_in_order(http: Any) -> None:
+    async def run() -> None:
+        async with Server(http) as server:
+            data = request(GOOD)
+            ((_, whole),) = await talk(server.port, data[:30], data[30:-5], data[-5:], count=1)
+            assert whole == (HOT if http is HotProtocol else b"slow " + json.dumps(GOOD).encode())
+            slow = request({**GOOD, "feature_service": "t"})
+            got = await talk(server.port, data + slow + data + data, count=4)
+            assert [content[:6] for _, content in got] == [HOT[:6], b"slow {", HOT[:6], HOT[:6]]
+
+    asyncio.run(run())
+
+
+def test_keep_alive_close_is_honoured_and_ids_are_returned(http: Any) -> None:
+    async def run() -> None:
+        async with Server(http) as server:
+            reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+            writer.write(request(GOOD, "X-Request-Id: mine", "Connection: close"))
+            data = await asyncio.wait_for(reader.read(), 10)  # until the server closes
+            assert b"x-request-id: mine\r\n" in data
+            assert b"connection: close" in data
+            assert data.endswith(HOT)
+            writer.close()
+
+    asyncio.run(run())
+
+
+def test_an_error_has_the_one_shape_and_a_bug_is_a_500(http: Any) -> None:
+    async def run() -> None:
+        async with Server(http) as server:
+            server.reader.error = UnavailableError("Redis does not answer", next_step="start it")
+            ((status, content),) = await talk(server.port, request(GOOD), count=1)
+            assert (status, json.loads(content)["error"]["code"]) == (503, "unavailable")
+            server.reader.error = None
+            server.reader.replied = lambda _: 1 / 0  # type: ignore[assignment,return-value]  # a bug
+            ((status, content),) = await talk(server.port, request(GOOD), count=1)
+            assert (status, json.loads(content)["error"]["code"]) == (500, "internal")
+            text = server.metrics.expose().decode()
+            assert f'predictflow_request_seconds_count{{method="POST",route="{PATH}",status="503"}} 1.0' in text
+            assert "predictflow_requests_in_flight 0.0" in text
+            assert server.guard.inside == 0
+
+    asyncio.run(run())
+
+
+def test_who_is_not_admitted_goes_to_the_application(http: Any) -> None:
+    async def run() -> None:
+        async with Server(http) as server:
+            server.guard.open = False
+            assert (await talk(server.port, request(GOOD), count=1))[0][1].startswith(b"slow")
+
+    asyncio.run(run())
+
+
+def test_a_shutdown_waits_for_the_answer_and_a_client_that_left_harms_nobody(http: Any) -> None:
+    async def run() -> None:
+        async with Server(http) as server:
+            server.reader.hold = True
+            reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+            writer.write(request(GOOD))
+            _, gone = await asyncio.open_connection("127.0.0.1", server.port)
+            gone.write(request(GOOD))
+            while len(server.reader.waiting) < 2:
+                await asyncio.sleep(0.01)
+            gone.close()
+            await asyncio.sleep(0.05)
+            for connection in list(server.uvicorn.server_state.connections):
+                connection.shutdown()
+            for answer in server.reader.waiting:
+                answer()
+            data = await asyncio.wait_for(reader.read(), 10)  # answered, then closed
+            assert data.endswith(HOT)
+            writer.close()
+
+    asyncio.run(run())
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**65), 2**65) | st.floats() | st.text(max_size=3),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["id", "k"]), inner, max_size=2),
+    max_leaves=4,
+)
+bodies = st.fixed_dictionaries(
+    {},
+    optional={
+        "feature_service": st.just("s") | json_values,
+        "features": st.lists(st.text(max_size=3), max_size=2) | json_values,
+        "entities": st.dictionaries(st.sampled_from(["id", "k"]), st.lists(json_values, max_size=4)) | json_values,
+        "at": st.none() | json_values,
+        "full_feature_names": st.booleans() | json_values,
+        "other": st.none(),
+    },
+)
+
+
+@settings(max_examples=400, deadline=None)
+@given(body=bodies)
+def test_what_is_taken_is_valid_and_means_the_same_to_the_application(body: dict[str, Any]) -> None:
+    data = json.dumps(body).encode()
+    taken = _parse(data, 3)
+    try:
+        model = OnlineRequest.model_validate(json.loads(data))
+    except ValidationError:
+        assert taken is None
+        return
+    if taken is None:
+        return
+    rows, asked, full_names = taken
+    assert model.at is None
+    assert asked == (model.feature_service if model.features is None else tuple(model.features))
+    assert (model.feature_service is None) != (model.features is None)
+    assert rows == entity_rows(model.entities, 3)
+    assert full_names == model.full_feature_names

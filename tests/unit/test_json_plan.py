@@ -1,0 +1,189 @@
+"""Answers and served-log records made of fragments are those made of Python values, whatever Redis holds."""
+
+from __future__ import annotations
+
+import json
+import math
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from feast import Entity, FeatureStore, FeatureView, Field, FileSource, RepoConfig, ValueType
+from feast.protos.feast.types.Value_pb2 import DoubleList, Value
+from feast.types import Array, Bool, Bytes, Float32, Float64, Int64, String, UnixTimestamp
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from feature_store.clock import to_micros
+from feature_store.read_plan import ReadPlan
+from feature_store.redis_layout import encode_pair, encode_timestamp, nanos_of
+from feature_store.windows import Aggregate, windowed_feature_view
+from feature_store.windows.definition import definition_of
+from feature_store.windows.state import EntityState, Event
+from serving.encoding import dumps
+from serving.json_plan import JsonPlan
+from serving.online import _row
+from serving.plans import Column, ServicePlan
+from serving.served_log import Served, message_key, records
+
+T = datetime(2026, 1, 10, 12, 0, 0, 250_000, tzinfo=UTC)
+DAY = timedelta(days=1)
+customer = Entity(name="customer", join_keys=["customer_id"], value_type=ValueType.STRING)
+
+
+def _source(name: str) -> FileSource:
+    return FileSource(name=name, path=f"{name}.parquet", timestamp_field="event_timestamp")
+
+
+TYPES = [Float64, Float64, Float32, Int64, String, Bool, Bytes, UnixTimestamp, Array(Float64), Float64]
+mixed = FeatureView(
+    name="mixed",
+    entities=[customer],
+    ttl=2 * DAY,
+    schema=[Field(name=f"f{i}", dtype=t) for i, t in enumerate(TYPES)],
+    source=_source("m"),
+)
+doubles = FeatureView(
+    name="doubles",
+    entities=[customer],
+    ttl=timedelta(0),
+    schema=[Field(name=f"d{i}", dtype=Float64) for i in range(4)],
+    source=_source("d"),
+)
+behavior = windowed_feature_view(
+    name="behavior",
+    entity=customer,
+    topic="events",
+    path="events",
+    columns={"amount": "int64"},
+    aggregates=[Aggregate("n", "count", window=7 * DAY), Aggregate("total", "sum", "amount", window=7 * DAY)],
+    ttl=30 * DAY,
+    sql="SELECT 1",
+)
+
+
+@pytest.fixture(scope="module")
+def plan(tmp_path_factory: pytest.TempPathFactory) -> ReadPlan:
+    home: Path = tmp_path_factory.mktemp("repo")
+    store = FeatureStore(
+        config=RepoConfig(
+            project="unit",
+            provider="local",
+            registry=str(home / "registry.db"),
+            online_store={
+                "type": "feature_store.online_store.PredictFlowOnlineStore",
+                "connection_string": "redis://127.0.0.1:1/0",
+            },
+            entity_key_serialization_version=3,
+        )
+    )
+    store.apply([customer, mixed, doubles, behavior])
+    names = [f"mixed:f{i}" for i in range(len(TYPES))] + [f"doubles:d{i}" for i in range(4)]
+    return ReadPlan.compile(store, [*names, "behavior:n", "behavior:total"])
+
+
+floats = st.floats(allow_nan=True, allow_infinity=True)
+VALUES = {
+    "DOUBLE": floats.map(lambda v: Value(double_val=v)),
+    "FLOAT": st.floats(width=32).map(lambda v: Value(float_val=v)),
+    "INT64": st.integers(-(2**63), 2**63 - 1).map(lambda v: Value(int64_val=v)),
+    "STRING": st.text(max_size=200).map(lambda v: Value(string_val=v)),
+    "BOOL": st.booleans().map(lambda v: Value(bool_val=v)),
+    "BYTES": st.binary(max_size=9).map(lambda v: Value(bytes_val=v)),
+    "UNIX_TIMESTAMP": st.integers(0, 2**33).map(lambda v: Value(unix_timestamp_val=v)),
+    "DOUBLE_LIST": st.lists(floats, max_size=3).map(lambda v: Value(double_list_val=DoubleList(val=v))),
+}
+times = st.sampled_from([T, T - DAY, T - 2 * DAY, T - 3 * DAY, T.replace(microsecond=0), T + timedelta(microseconds=1)])
+
+
+@st.composite
+def replies(draw: st.DrawFn) -> Any:
+    """What the one HMGET of a row may answer."""
+
+    def cells(types: list[str]) -> list[bytes | None]:
+        kinds = [st.one_of(VALUES[t].map(Value.SerializeToString), st.none(), st.just(b"")) for t in types]
+        return [draw(k) for k in kinds]
+
+    def head() -> list[bytes | None]:
+        event = draw(st.none() | times)
+        if event is None:
+            return [None, None]
+        other = draw(st.sampled_from([event, event, T - 9 * DAY]))
+        pair = draw(st.none() | st.just(encode_pair(nanos_of(other), draw(st.none() | times.map(nanos_of)))))
+        return [encode_timestamp(nanos_of(event)), pair]
+
+    state = EntityState.empty(definition_of(behavior))  # type: ignore[arg-type]  # it is windowed
+    ages = draw(st.lists(st.integers(0, 40), max_size=4))
+    state.apply(
+        definition_of(behavior),  # type: ignore[arg-type]
+        [Event(to_micros(T - a * DAY), 0, i, to_micros(T), {"amount": a}) for i, a in enumerate(ages)],
+    )
+    state_bytes = state.encode(definition_of(behavior))  # type: ignore[arg-type]
+    blob = Value(bytes_val=state_bytes).SerializeToString()
+    damaged = Value(bytes_val=state_bytes[:-1]).SerializeToString()
+    return [
+        *head(),
+        *cells([t.to_value_type().name for t in TYPES]),
+        *head(),
+        *cells(["DOUBLE"] * 4),
+        *head(),
+        None,
+        None,
+        draw(st.sampled_from([None, blob, blob, damaged])),
+    ]
+
+
+@settings(max_examples=150, deadline=None)
+@given(rows=st.lists(replies(), min_size=1, max_size=6))
+def test_fragments_make_the_documents_of_python_values(plan: ReadPlan, rows: list[Any]) -> None:
+    entities = [{"customer_id": f'"C{i}'} for i in range(len(rows))]
+    made = JsonPlan(plan, "s")
+    slow = plan.decode(entities, rows, to_micros(T))
+    fast = made.answered(entities, rows, to_micros(T))
+    expected = {
+        "t": slow.t,
+        "feature_service": "s",
+        "feature_names": plan.feature_names,
+        "rows": [{**_row(row), "event_timestamps": row.event_timestamps} for row in slow.rows],
+    }
+    assert json.loads(made.body(fast)) == json.loads(dumps(expected))
+
+    columns = tuple(Column(f.result, v.name, f.name, False) for v in plan.view_plans for f in v.features)
+    service = ServicePlan("s", columns, ("customer_id",), None)  # type: ignore[arg-type]  # nothing is read
+    served = Served("r", T, "p")
+    wanted = [(message_key(r["entity"]), json.loads(dumps(r))) for r in records(served, service, slow, None)]
+    assert [(key, json.loads(record)) for key, record in made.records(served, fast)] == wanted
+
+    counts: dict[tuple[str, str], int] = {}
+    made.count(fast, lambda view, status, n: counts.update({(view, status): counts.get((view, status), 0) + n}))
+    assert sum(counts.values()) == len(columns) * len(rows)
+    for column in columns:
+        for row in slow.rows:
+            counts[column.view, row.statuses[column.name]] -= 1
+    assert not any(counts.values())
+
+
+@settings(max_examples=30, deadline=None)
+@given(rows=st.lists(replies(), min_size=1, max_size=5))
+def test_undecoded_cells_make_the_same_document(plan: ReadPlan, rows: list[Any]) -> None:
+    entities = [{"customer_id": f"C{i}"} for i in range(len(rows))]
+    made = JsonPlan(plan, None)
+    direct = made.body(made.answered(entities, rows, to_micros(T)))
+    t_us, answers = plan.at(rows, to_micros(T))
+    assert json.loads(made.body(made.of_cells(entities, t_us, answers))) == json.loads(direct)
+
+
+def test_doubles_keep_every_bit_and_what_json_cannot_hold_is_text(plan: ReadPlan) -> None:
+    values = [0.1 + 0.2, 5e-324, 1.7976931348623157e308, -0.0]
+    odd = [math.nan, math.inf, -math.inf, 1.0]
+    stamp = encode_timestamp(nanos_of(T))
+    rows = [
+        [None] * 12 + [stamp, None, *(Value(double_val=v).SerializeToString() for v in row)] + [None] * 5
+        for row in (values, odd)
+    ]
+    made = JsonPlan(plan, None)
+    entities = [{"customer_id": "a"}, {"customer_id": "b"}]
+    got = json.loads(made.body(made.answered(entities, rows, to_micros(T))))["rows"]
+    assert [got[0]["values"][f"d{i}"].hex() for i in range(4)] == [v.hex() for v in values]
+    assert [got[1]["values"][f"d{i}"] for i in range(4)] == ["NaN", "Infinity", "-Infinity", 1.0]

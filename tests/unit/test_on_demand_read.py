@@ -1,0 +1,171 @@
+"""On-demand feature views in an online read: what they are given, what comes back, and whose functions run. No server."""
+
+from __future__ import annotations
+
+import importlib
+import linecache
+import sys
+import textwrap
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+from feast import FeatureStore
+from feast.protos.feast.types.Value_pb2 import Value
+
+from feature_store.clock import to_micros
+from feature_store.errors import DataError, UsageError
+from feature_store.read_plan import OnlineRow, ReadPlan
+from feature_store.redis_layout import nanos_of
+from feature_store.redis_writer import RowEncoder
+from feature_store.view_plan import OnDemandViewError
+
+T = datetime(2026, 1, 10, tzinfo=UTC)
+DEFINITIONS = """
+    import pandas as pd
+    from feast import Entity, FeatureService, FeatureView, Field, FileSource, RequestSource, ValueType
+    from feast.on_demand_feature_view import on_demand_feature_view
+    from feast.types import Float64, Int64, String
+
+    customer = Entity(name="customer", join_keys=["customer_id"], value_type=ValueType.STRING)
+    account = FeatureView(
+        name="account", entities=[customer],
+        schema=[Field(name="charges", dtype=Float64), Field(name="n", dtype=Int64)],
+        source=FileSource(name="s", path="s.parquet", timestamp_field="event_timestamp"),
+    )
+    asked = RequestSource(name="asked", schema=[Field(name="factor", dtype=Float64)])
+
+    @on_demand_feature_view(sources=[account, asked], schema=[Field(name="product", dtype=Float64)])
+    def by_frame(inputs: pd.DataFrame) -> pd.DataFrame:
+        return pd.DataFrame({"product": inputs["charges"] * inputs["factor"]})
+
+    @on_demand_feature_view(
+        sources=[account], schema=[Field(name="more", dtype=Int64), Field(name="text", dtype=String)], mode="python"
+    )
+    def by_dict(inputs):
+        return {
+            "more": [None if n is None else n + 1 for n in inputs["n"]],
+            "text": [str(c) for c in inputs.get("customer_id", inputs["n"])],  # Feast infers without join keys
+        }
+
+    @on_demand_feature_view(
+        sources=[account], schema=[Field(name="less", dtype=Int64)], mode="python", singleton=True
+    )
+    def by_row(inputs):
+        return {"less": inputs["n"] - 1}
+
+    service = FeatureService(name="service", features=[account[["n"]], by_frame, by_dict[["more"]]])
+"""
+
+
+@pytest.fixture
+def repo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A Feast repository whose module has a name of its own: modules of one name are imported once per process."""
+    name = f"defined_{abs(hash(str(tmp_path)))}"
+    (tmp_path / f"{name}.py").write_text(textwrap.dedent(DEFINITIONS))
+    (tmp_path / "feature_store.yaml").write_text(
+        f"""
+project: unit
+provider: local
+registry: {tmp_path}/registry.db
+online_store:
+  type: feature_store.online_store.PredictFlowOnlineStore
+  connection_string: redis://127.0.0.1:1/0
+entity_key_serialization_version: 3
+"""
+    )
+    monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path)])
+    yield tmp_path
+    sys.modules.pop(name, None)
+
+
+@pytest.fixture
+def store(repo: Path) -> FeatureStore:
+    (path,) = repo.glob("defined_*.py")
+    module = importlib.import_module(path.stem)
+    store = FeatureStore(repo_path=str(repo))
+    names = ("customer", "account", "asked", "by_frame", "by_dict", "by_row", "service")
+    store.apply([getattr(module, n) for n in names if n != "asked"])
+    return store
+
+
+def read(plan: ReadPlan, *entities: dict[str, Any]) -> list[OnlineRow]:
+    """Rows of C1 (charges 2.5, n 3); any other customer was never written."""
+    values = {"charges": Value(double_val=2.5), "n": Value(int64_val=3)}
+    key = plan.requests([{**entities[0], "customer_id": "C1"}])[0][0]
+    args = (
+        RowEncoder("account").encode(key, {k: v.SerializeToString() for k, v in values.items()}, nanos_of(T), None).args
+    )
+    held = {key: dict(zip(args[::2], args[1::2]))}
+    replies = [[held.get(k, {}).get(f) for f in fields] for k, fields in plan.requests(entities)]
+    return plan.decode(entities, replies, to_micros(T)).rows
+
+
+def test_only_what_was_asked_for_comes_back_and_inputs_are_read_for_it(store: FeatureStore) -> None:
+    plan = ReadPlan.compile(store, store.get_feature_service("service"))
+    assert plan.feature_names == ["n", "product", "more"]
+    assert sorted(plan.join_keys) == ["customer_id", "factor"]
+    seen, unknown = read(plan, {"customer_id": "C1", "factor": 2}, {"customer_id": "C9", "factor": 2})
+    assert seen.values == {"n": 3, "product": 5.0, "more": 4}
+    assert set(seen.statuses.values()) == {"PRESENT"}
+    assert unknown.values == {"n": None, "product": None, "more": None}
+    assert unknown.statuses == {"n": "NOT_FOUND", "product": "NULL_VALUE", "more": "NULL_VALUE"}
+    assert seen.event_timestamps == {"n": T, "product": None, "more": None}
+
+
+def test_python_mode_sees_join_keys_and_full_names_are_prefixed(store: FeatureStore) -> None:
+    plan = ReadPlan.compile(store, ["by_dict:text", "by_dict:more"], full_feature_names=True)
+    (row,) = read(plan, {"customer_id": "C1"})
+    assert row.values == {"by_dict__text": "C1", "by_dict__more": 4}
+
+
+def test_a_function_of_one_row_is_called_per_row_and_its_fault_is_told_under_its_name(store: FeatureStore) -> None:
+    plan = ReadPlan.compile(store, ["by_row:less"])
+    assert [r.values for r in read(plan, {"customer_id": "C1"}, {"customer_id": "C1"})] == [{"less": 2}] * 2
+    with pytest.raises(DataError, match="by_row failed"):
+        read(plan, {"customer_id": "C9"})
+
+
+def test_an_input_of_the_request_is_demanded(store: FeatureStore) -> None:
+    plan = ReadPlan.compile(store, ["by_frame:product"])
+    with pytest.raises(UsageError, match="factor is missing"):
+        plan.requests([{"customer_id": "C1"}])
+
+
+def test_undecoded_answers_hold_feasts_protobuf_values(store: FeatureStore) -> None:
+    plan = ReadPlan.compile(store, ["by_dict:more"])
+    entities = [{"customer_id": "C9"}]
+    replies = [[None] * len(fields) for _, fields in plan.requests(entities)]
+    assert plan.at(replies, to_micros(T), entities)[1][0][0].cells == [("NULL_VALUE", None)]
+    with pytest.raises(OnDemandViewError):
+        plan.at(replies, to_micros(T))
+
+
+def test_a_function_changed_since_the_apply_is_not_run(store: FeatureStore, repo: Path) -> None:
+    (path,) = repo.glob("defined_*.py")
+    path.write_text(path.read_text().replace("n + 1", "n + 2"))
+    sys.modules.pop(path.stem)
+    importlib.invalidate_caches()
+    linecache.clearcache()
+    for cached in (repo / "__pycache__").glob("*"):
+        cached.unlink()  # the change may fall into the second that the cache's time stamp holds
+    with pytest.raises(OnDemandViewError, match="not the applied one"):
+        ReadPlan.compile(store, ["by_dict:more"])
+
+
+def test_the_registrys_pickled_functions_run_only_where_that_is_allowed(
+    store: FeatureStore, repo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import dill
+
+    (path,) = repo.glob("defined_*.py")
+    path.unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr(dill, "loads", lambda *_, **__: pytest.fail("a pickled function was loaded"))
+        with pytest.raises(OnDemandViewError, match="PREDICTFLOW_ALLOW_PICKLED_FUNCTIONS"):
+            ReadPlan.compile(store, ["by_dict:more"])
+    monkeypatch.setattr(store.config.online_store, "pickled_functions", "run")
+    (row,) = read(ReadPlan.compile(store, ["by_dict:more"]), {"customer_id": "C1"})
+    assert row.values == {"more": 4}
