@@ -26,12 +26,13 @@ from feature_store import online_response
 from feature_store.clock import CLOCK_MODES, WallClock, replay_clock_key
 from feature_store.config_check import require_expanded, with_defaults
 from feature_store.errors import DataError, UsageError
+from feature_store.online_write import OnlineWriter
 from feature_store.read_plan import OnlineReader, ReadPlan
 from feature_store.redis_connection import answering, connect, connect_async
-from feature_store.redis_layout import feature_field, join_keys_of, nanos_of, pair_field, timestamp_field
-from feature_store.redis_writer import DROP_VIEW, NEWEST_WINS, Command, RowEncoder, arun_script, run_script
+from feature_store.redis_layout import feature_field, join_keys_of, pair_field, timestamp_field
+from feature_store.redis_writer import DROP_VIEW, Command, run_script
 from feature_store.view_plan import OnDemandViewError
-from feature_store.windows.definition import STATE_FIELD, definition_of
+from feature_store.windows.definition import STATE_FIELD
 
 if TYPE_CHECKING:
     from feast import Entity, FeatureService, FeatureView, RepoConfig
@@ -118,50 +119,18 @@ class PredictFlowOnlineStore(RedisOnlineStore):
         """Writes rows; of each key the greatest (event time, created) stays, whatever the order of rows and writers.
 
         A row without `created` counts as known at its event time; of equal pairs the last write stays. Rows of a
-        windowed view without a window state are left out and logged. Safe to repeat. DataError for a null join key,
-        UnavailableError when Redis does not answer (rows of earlier batches are then written).
+        windowed view without a window state are left out and logged. Safe to repeat. DataError, before anything is written,
+        for a null join key and for a row dated after the clock; UnavailableError when Redis does not answer (rows of
+        earlier batches are then written).
         """
-        skipped, commands = self._commands(config, table, data)
-        for replies in run_script(self._get_client(config.online_store), NEWEST_WINS, commands):
-            if progress:
-                progress(len(replies))
-        if progress and skipped:
-            progress(skipped)
+        # Feast passes no time: a direct write happens now.
+        OnlineWriter(self, config, table).write_rows(data, wall=WallClock(), progress=progress)
 
     async def online_write_batch_async(
         self, config: RepoConfig, table: FeatureView, data: list[Row], progress: Callable[[int], Any] | None
     ) -> None:
         """As `online_write_batch`."""
-        _, commands = self._commands(config, table, data)
-        await arun_script(await self._get_client_async(config.online_store), NEWEST_WINS, commands)
-        if progress:
-            progress(len(data))
-
-    def _commands(self, config: RepoConfig, table: FeatureView, data: list[Row]) -> tuple[int, Iterator[Command]]:
-        """How many rows are left out, and the writes of the others."""
-        rows = data
-        if definition_of(table) is not None:
-            rows = [row for row in data if STATE_FIELD in row[1] and row[1][STATE_FIELD].bytes_val]
-            if len(rows) < len(data):
-                log.warning(
-                    "%s: %d of %d rows have no window state and are not written; to fill it from history: "
-                    "predictflow windows bootstrap %s",
-                    table.name,
-                    len(data) - len(rows),
-                    len(data),
-                    table.name,
-                )
-        return len(data) - len(rows), self._encoded(config, table, rows)
-
-    def _encoded(self, config: RepoConfig, table: FeatureView, rows: list[Row]) -> Iterator[Command]:
-        encoder = RowEncoder(_stored_name(config, table))
-        for entity_key, values, event, created in rows:
-            yield encoder.encode(
-                _key(config, table, entity_key),
-                {name: value.SerializeToString() for name, value in values.items()},
-                nanos_of(event),
-                None if created is None or created != created else nanos_of(created),  # NaT differs from itself
-            )
+        await OnlineWriter(self, config, table).awrite_rows(data, wall=WallClock(), progress=progress)
 
     # --- reads --------------------------------------------------------------------------------------------------------
 
