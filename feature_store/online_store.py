@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from feast.feature_view import DUMMY_ENTITY_ID, DUMMY_ENTITY_VAL
 from feast.infra.key_encoding_utils import serialize_entity_key
 from feast.infra.online_stores.helpers import compute_versioned_name
-from feast.infra.online_stores.redis import RedisOnlineStore, RedisOnlineStoreConfig, RedisType
+from feast.infra.online_stores.redis import RedisOnlineStore, RedisOnlineStoreConfig
 from feast.online_response import OnlineResponse
 from feast.protos.feast.serving.ServingService_pb2 import GetOnlineFeaturesResponse
 from feast.protos.feast.types.EntityKey_pb2 import EntityKey
@@ -23,6 +23,7 @@ from feast.protos.feast.types.Value_pb2 import Value
 from pydantic import field_validator, model_validator
 
 from feature_store import online_response
+from feature_store.apply_hook import guard_apply, record_apply_of_store
 from feature_store.clock import CLOCK_MODES, WallClock, replay_clock_key
 from feature_store.config_check import require_expanded, with_defaults
 from feature_store.errors import DataError, UsageError
@@ -49,7 +50,8 @@ ReadRow = tuple[datetime | None, dict[str, Value] | None]
 class PredictFlowOnlineStoreConfig(RedisOnlineStoreConfig):
     """Section `online_store` of feature_store.yaml.
 
-    `connection_string`: `redis[s]://...`, or Feast's `host:port,db=0,password=...`; `clock`: wall (default) or replay;
+    `connection_string`: `redis[s]://...`, or Feast's `host:port,db=0,password=...`; `redis_type`: redis (default),
+    redis_cluster, or redis_sentinel with `sentinel_master`; these take `host:port,host:port,...`; `clock`: wall (default) or replay;
     `expired_values`: null (default: a value older than its view's ttl is not served), or keep (stock Feast's behaviour).
     """
 
@@ -71,6 +73,7 @@ class PredictFlowOnlineStoreConfig(RedisOnlineStoreConfig):
                 raise UsageError(f"online_store.{option} cannot be used: {reason}", next_step="remove it")
         if values.get("client", "redis") != "redis":
             raise UsageError("online_store.client is not supported", value=values["client"], valid=["redis"])
+        guard_apply()
         return values
 
     @field_validator("expired_values", mode="before")
@@ -95,20 +98,18 @@ class PredictFlowOnlineStore(RedisOnlineStore):
     # --- connections --------------------------------------------------------------------------------------------------
 
     def _get_client(self, online_store_config: RedisOnlineStoreConfig) -> Any:
-        if online_store_config.redis_type != RedisType.redis:
-            return super()._get_client(online_store_config)
         if self._client is None:
-            self._client = connect(online_store_config.connection_string)
+            c = online_store_config
+            self._client = connect(c.connection_string, c.redis_type.value, c.sentinel_master)
         return self._client
 
     async def _get_client_async(self, online_store_config: RedisOnlineStoreConfig) -> Any:
         loop = get_running_loop()
         if self._client_loop is not loop:  # an asyncio client is bound to the loop that first used it
             self._client_async, self._client_loop = None, loop
-        if online_store_config.redis_type != RedisType.redis:
-            return await super()._get_client_async(online_store_config)
         if self._client_async is None:
-            self._client_async = connect_async(online_store_config.connection_string)
+            c = online_store_config
+            self._client_async = connect_async(c.connection_string, c.redis_type.value, c.sentinel_master)
         return self._client_async
 
     # --- writes -------------------------------------------------------------------------------------------------------
@@ -294,8 +295,6 @@ class PredictFlowOnlineStore(RedisOnlineStore):
 
         DefinitionError for features that would share a hash field, before anything changes. Safe to repeat.
         """
-        from feature_store.apply_hook import record_apply_of_store
-
         # Feast passes no time; an apply happens when a person runs it, whatever clock the data follows.
         record_apply_of_store(config, tables_to_keep, WallClock().now(), deleted_views=tables_to_delete)
         super().update(config, tables_to_delete, tables_to_keep, entities_to_delete, entities_to_keep, partial)
@@ -329,9 +328,13 @@ class PredictFlowOnlineStore(RedisOnlineStore):
         # end in another's, so each key is parsed.
         wanted = sorted(join_keys) or [DUMMY_ENTITY_ID]
         with answering(client):
-            for key in client.scan_iter(match=b"*" + _literal(project.encode()), count=1000):
+            for key in self.scan(client, project):
                 if join_keys_of(key, project) == wanted:
                     yield key
+
+    def scan(self, client: Any, project: str) -> Iterator[bytes]:
+        """Every key whose bytes end in `project`, on all primaries of a Cluster too; a key may come twice."""
+        yield from client.scan_iter(match=b"*" + _literal(project.encode()), count=1000)
 
 
 def _key(config: RepoConfig, table: FeatureView, entity_key: EntityKey) -> bytes:

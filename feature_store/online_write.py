@@ -78,7 +78,7 @@ class OnlineWriter:
         mapping = getattr(source, "field_mapping", None) or {}
         event = getattr(source, "timestamp_field", "") or "event_timestamp"
         created = getattr(source, "created_timestamp_column", "") or CREATED
-        self._event, self._created = mapping.get(event, event), mapping.get(created, created)
+        self.event_column, self.created_column = mapping.get(event, event), mapping.get(created, created)
 
     def write(
         self,
@@ -97,9 +97,7 @@ class OnlineWriter:
         whose events the stream has checked). A list or map that Feast cannot convert stops between chunks of 1,000 rows. Safe
         to repeat. UnavailableError when Redis has not answered for `budget_seconds`; chunks before it are written.
         """
-        client = self._online._get_client(self._config.online_store)
-        with answering(client):
-            limit = self._limit(client.get(self._clock_key) if self._replay else None, wall)
+        client, limit = self._client_and_limit(wall)
         left_out, batches = self._of_table(table, limit)
         return _counted(write(client, batches, budget_seconds), table.num_rows, left_out, progress)
 
@@ -112,17 +110,13 @@ class OnlineWriter:
         budget_seconds: float = BUDGET_SECONDS,
     ) -> Written:
         """As `write`, in an event loop: it is held up for the encoding of 1,000 rows at a time."""
-        client = await self._online._get_client_async(self._config.online_store)
-        with answering(client):
-            limit = self._limit(await client.get(self._clock_key) if self._replay else None, wall)
+        client, limit = await self._aclient_and_limit(wall)
         left_out, batches = self._of_table(table, limit)
         return await _acounted(awrite(client, batches, budget_seconds), table.num_rows, left_out, progress)
 
     def write_rows(self, rows: Sequence[Row], *, wall: Clock | None, progress: Progress | None = None) -> Written:
         """As `write`, of rows as Feast's provider hands them over. A key that the layout cannot hold: DataError."""
-        client = self._online._get_client(self._config.online_store)
-        with answering(client):
-            limit = self._limit(client.get(self._clock_key) if self._replay else None, wall)
+        client, limit = self._client_and_limit(wall)
         left_out, batches = self._of_rows(rows, limit)
         return _counted(write(client, batches), len(rows), left_out, progress)
 
@@ -130,13 +124,32 @@ class OnlineWriter:
         self, rows: Sequence[Row], *, wall: Clock | None, progress: Progress | None = None
     ) -> Written:
         """As `write_rows`."""
-        client = await self._online._get_client_async(self._config.online_store)
-        with answering(client):
-            limit = self._limit(await client.get(self._clock_key) if self._replay else None, wall)
+        client, limit = await self._aclient_and_limit(wall)
         left_out, batches = self._of_rows(rows, limit)
         return await _acounted(awrite(client, batches), len(rows), left_out, progress)
 
     # --- the clock ----------------------------------------------------------------------------------------------------
+
+    def newest_allowed(self, wall: Clock | None) -> datetime | None:
+        """The newest event time that `write` takes now; None: any. UnavailableError: no Redis."""
+        limit = self._client_and_limit(wall)[1]
+        return None if limit is None else datetime_of(limit)
+
+    def _client_and_limit(self, wall: Clock | None) -> tuple[Any, int | None]:
+        client = self._online._get_client(self._config.online_store)
+        clock = None
+        if self._replay:
+            with answering(client):
+                clock = client.get(self._clock_key)
+        return client, self._limit(clock, wall)
+
+    async def _aclient_and_limit(self, wall: Clock | None) -> tuple[Any, int | None]:
+        client = await self._online._get_client_async(self._config.online_store)
+        clock = None
+        if self._replay:
+            with answering(client):
+                clock = await client.get(self._clock_key)
+        return client, self._limit(clock, wall)
 
     @property
     def _replay(self) -> bool:
@@ -167,7 +180,7 @@ class OnlineWriter:
 
     def _of_table(self, table: pa.Table, limit: int | None) -> tuple[int, Iterator[Batch]]:
         names = tuple(self._types)
-        wanted = [*self._keys.names, *names, self._event]
+        wanted = [*self._keys.names, *names, self.event_column]
         missing = [n for n in wanted if n not in table.column_names]
         if missing:
             raise DataError(
@@ -185,9 +198,9 @@ class OnlineWriter:
         packer, encoders = self._layout(names)
         columns = {_FEATURE + e.name: e.checked(table.column(e.name)) for e in encoders}
         columns |= {KEY + n: self._keys.checked(n, table.column(n)) for n in self._keys.names}
-        columns[_EVENT] = table.column(self._event)
-        if self._created in table.column_names and self._created not in self._types:
-            columns[_CREATED] = table.column(self._created)
+        columns[_EVENT] = table.column(self.event_column)
+        if self.created_column in table.column_names and self.created_column not in self._types:
+            columns[_CREATED] = table.column(self.created_column)
         checked = pa.table(columns)
         for start in range(0, checked.num_rows, 1_000_000):  # all of it, before anything is written
             self._times(checked.slice(start, 1_000_000), start, limit)
@@ -222,12 +235,12 @@ class OnlineWriter:
 
     def _times(self, chunk: pa.Table, first: int = 0, limit: int | None = None) -> tuple[Times, Times | None]:
         """Event times and, where there are any, created times. DataError for a null event, or one after `limit`."""
-        event = self._time_column(chunk, _EVENT, self._event)
-        created = self._time_column(chunk, _CREATED, self._created) if _CREATED in chunk.column_names else None
+        event = self._time_column(chunk, _EVENT, self.event_column)
+        created = self._time_column(chunk, _CREATED, self.created_column) if _CREATED in chunk.column_names else None
         if event.known is not None:
             row = int(np.argmin(event.known))
             raise DataError(
-                f"{self._view.name}: row {first + row} ({self._keys.shown(chunk, row)}) has no {self._event}, and cannot "
+                f"{self._view.name}: row {first + row} ({self._keys.shown(chunk, row)}) has no {self.event_column}, and cannot "
                 "be stored online; nothing was written"
             )
         if limit is not None:
