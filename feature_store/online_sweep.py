@@ -129,14 +129,18 @@ def orphans(
 ) -> list[Orphans]:
     """Views that have rows in Redis but are not in the registry (dropped while Redis was away, or by another tool).
 
-    With `delete` a hash that holds orphans alone is removed, and of others the orphans' times, which makes them NOT_FOUND to
-    every reader; the registry has forgotten the names of their features, so those fields stay until the entity's other views
-    go. Only this project's keys. Safe to repeat. Run it when no apply is under way.
+    With `delete` their times go and, since the registry has forgotten the names of their features, every value in the same
+    hash that belongs to no view of the registry (with versioned views, whose older schemas are not at hand, only the times
+    go: that makes them NOT_FOUND to every reader). A hash without a view is removed. Only this project's keys. Safe to repeat.
+    Run it when no apply is under way.
     """
     online = _online(store)
     client = online._get_client(store.config.online_store)
     store.refresh_registry()
-    named = {timestamp_field(name) for v in _stored_views(store) for name in _stored_names(store, v)}
+    views = _stored_views(store)
+    named = {timestamp_field(name) for v in views for name in _stored_names(store, v)}
+    values = {f for v in views for f in _view(store, v).fields if len(f) == _VALUE_FIELD}
+    versioned = store.config.registry.enable_online_feature_view_versioning
     found: dict[bytes, Orphans] = {}
     for keys in _pages(client, online, store.project, pause):
         for key, names in zip(keys, _field_names(client, keys), strict=True):
@@ -147,6 +151,8 @@ def orphans(
             if not (delete and gone):
                 continue
             fields = [f for n in gone for f in (n, b"_pf:" + n[4:])]
+            if not versioned:
+                fields += [n for n in names if len(n) == _VALUE_FIELD and n not in values]
             with answering(client):
                 client.eval(_DROP_ORPHANS, 1, key, *fields)
             for name in gone:
@@ -156,8 +162,12 @@ def orphans(
     return [found[name] for name in sorted(found)]
 
 
+_VALUE_FIELD = 4
+"""Bytes of a value's field: its hash. Those of times are longer."""
 _DROP_ORPHANS = """
-redis.call('HDEL', KEYS[1], unpack(ARGV))
+for i = 1, #ARGV, 2000 do
+  redis.call('HDEL', KEYS[1], unpack(ARGV, i, math.min(i + 1999, #ARGV)))
+end
 for _, name in ipairs(redis.call('HKEYS', KEYS[1])) do
   if name:sub(1, 4) == '_ts:' then return 0 end
 end
@@ -244,7 +254,7 @@ def _pages(
 
 
 def _read(client: Any, keys: Sequence[bytes], fields: list[bytes]) -> list[list[bytes | None]]:
-    pipe = client.pipeline(transaction=False) if not hasattr(client, "nodes_manager") else client.pipeline()
+    pipe = client.pipeline(transaction=False)
     for key in keys:
         pipe.hmget(key, fields)
     with answering(client):
@@ -252,7 +262,7 @@ def _read(client: Any, keys: Sequence[bytes], fields: list[bytes]) -> list[list[
 
 
 def _field_names(client: Any, keys: Sequence[bytes]) -> list[list[bytes]]:
-    pipe = client.pipeline(transaction=False) if not hasattr(client, "nodes_manager") else client.pipeline()
+    pipe = client.pipeline(transaction=False)
     for key in keys:
         pipe.hkeys(key)
     with answering(client):

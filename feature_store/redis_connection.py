@@ -101,11 +101,11 @@ def _no_database(options: dict[str, Any]) -> None:
 
 @contextmanager
 def _cluster_answering(nodes: list[tuple[str, int]]) -> Iterator[None]:
-    from redis.exceptions import RedisError
+    from redis.exceptions import RedisClusterException, RedisError
 
     try:
         yield
-    except RedisError as e:
+    except (RedisError, RedisClusterException) as e:
         raise UnavailableError(
             f"no node of the Redis Cluster at {', '.join(f'{h}:{p}' for h, p in nodes)} (REDIS_URL) answers "
             f"({str(e).rstrip('.')})",
@@ -197,6 +197,7 @@ def answering(client: Any) -> Iterator[None]:
         exceptions.OutOfMemoryError,
         exceptions.ReadOnlyError,
         exceptions.ClusterDownError,
+        exceptions.RedisClusterException,
     ) as e:
         raise UnavailableError(
             f"Redis at {address_of(client)} (REDIS_URL) does not answer ({str(e).rstrip('.')})",
