@@ -196,7 +196,8 @@ class OnlineWriter:
             self._warn_stateless(left_out, table.num_rows)
             table = stated
         packer, encoders = self._layout(names)
-        columns = {_FEATURE + e.name: e.checked(table.column(e.name)) for e in encoders}
+        few = table.num_rows <= _SCALAR_ROWS  # then `ColumnEncoder.one` checks each value, also before the first write
+        columns = {_FEATURE + e.name: c if few else e.checked(c) for e in encoders for c in [table.column(e.name)]}
         columns |= {KEY + n: self._keys.checked(n, table.column(n)) for n in self._keys.names}
         columns[_EVENT] = table.column(self.event_column)
         if self.created_column in table.column_names and self.created_column not in self._types:
@@ -243,13 +244,10 @@ class OnlineWriter:
                 f"{self._view.name}: row {first + row} ({self._keys.shown(chunk, row)}) has no {self.event_column}, and cannot "
                 "be stored online; nothing was written"
             )
-        if limit is not None:
-            seconds, nanos = divmod(limit, _SECOND)
-            late = (event.seconds > seconds) | ((event.seconds == seconds) & (event.nanos > nanos))
-            if late.any():
-                row = int(np.argmax(late))
-                name = f"row {first + row} ({self._keys.shown(chunk, row)})"
-                raise self._refuse_future(name, event.nanoseconds(row) or 0, limit)
+        late = _first_after(event, limit)
+        if late is not None and limit is not None:
+            name = f"row {first + late} ({self._keys.shown(chunk, late)})"
+            raise self._refuse_future(name, event.nanoseconds(late) or 0, limit)
         return event, created
 
     def _time_column(self, chunk: pa.Table, column: str, name: str) -> Times:
@@ -292,19 +290,25 @@ class OnlineWriter:
         if self._windowed:
             kept = [row for row in rows if STATE_FIELD in row[1] and row[1][STATE_FIELD].bytes_val]
             self._warn_stateless(len(rows) - len(kept), len(rows))
-        events = [nanos_of(row[2]) for row in kept]
-        if limit is not None and events and max(events) > limit:
-            row = next(i for i, t in enumerate(events) if t > limit)
-            raise self._refuse_future(f"row {row} ({_shown(kept[row][0])})", events[row], limit)
+        event = _times_of_datetimes([row[2] for row in kept])
+        if event.known is not None:
+            row = int(np.argmin(event.known))
+            raise DataError(
+                f"{self._view.name}: row {row} ({_shown(kept[row][0])}) has no event timestamp, and cannot be stored online"
+            )
+        late = _first_after(event, limit)
+        if late is not None and limit is not None:
+            name = f"row {late} ({_shown(kept[late][0])})"
+            raise self._refuse_future(name, event.nanoseconds(late) or 0, limit)
         keys = []
         for row_ in kept:
             key = self._keys.of_proto(row_[0])
             if key is None:
                 raise DataError(f"{self._view.name}: this entity key cannot be kept online", value=_shown(row_[0]))
             keys.append(key)
-        return len(rows) - len(kept), self._proto_batches(kept, keys, events)
+        return len(rows) - len(kept), self._proto_batches(kept, keys, event)
 
-    def _proto_batches(self, rows: Sequence[Row], keys: list[bytes], events: list[int]) -> Iterator[Batch]:
+    def _proto_batches(self, rows: Sequence[Row], keys: list[bytes], events: Times) -> Iterator[Batch]:
         start = 0
         while start < len(rows):
             names = tuple(rows[start][1])
@@ -314,21 +318,26 @@ class OnlineWriter:
                 end += 1
             chunk = rows[start:end]
             packer, encoders = self._layout(names)
-            created = [None if t is None or t != t else nanos_of(t) for *_, t in chunk]  # NaT differs from itself
+            event = events.take(np.arange(start, end))
+            created = _times_of_datetimes([row[3] for row in chunk])
             columns = [[row[1][name].SerializeToString() for row in chunk] for name in names]
             head = _head(packer)
             if len(chunk) <= _SCALAR_ROWS:
                 parts_of = [
-                    packer.pack_one(encode_pair(e, c), encode_timestamp(e), values)
-                    for e, c, values in zip(events[start:end], created, zip(*columns) if columns else [()] * len(chunk))
+                    packer.pack_one(
+                        encode_pair(event.nanoseconds(i) or 0, created.nanoseconds(i)),
+                        encode_timestamp(event.nanoseconds(i) or 0),
+                        [column[i] for column in columns],
+                    )
+                    for i in range(len(chunk))
                 ]
                 parts = [list(part) for part in zip(*parts_of, strict=True)]
             else:
                 cells: list[list[Piece]] = [
                     e.serialised(pa.array(column, pa.binary())) for e, column in zip(encoders, columns, strict=True)
                 ]
-                known = _times_of_nanos(created) if any(c is not None for c in created) else None
-                parts = [p.to_pylist() for p in packer.pack(_times_of_nanos(events[start:end]), known, cells)]
+                known = None if created.known is not None and not created.known.any() else created
+                parts = [p.to_pylist() for p in packer.pack(event, known, cells)]
             yield Batch(keys[start:end], parts, head, len(names) + 2)
             start = end
 
@@ -427,11 +436,23 @@ def _newest(keys: pa.Array, event: Times, created: Times | None) -> Any:
     return np.sort(order[last])
 
 
-def _times_of_nanos(times: Sequence[int | None]) -> Times:
-    pairs = [divmod(t or 0, _SECOND) for t in times]
+def _first_after(times: Times, limit: int | None) -> int | None:
+    """The first row dated after `limit` (nanoseconds; None: no limit)."""
+    if limit is None:
+        return None
+    seconds, nanos = divmod(limit, _SECOND)
+    late = (times.seconds > seconds) | ((times.seconds == seconds) & (times.nanos > nanos))
+    return int(np.argmax(late)) if late.any() else None
+
+
+def _times_of_datetimes(times: Sequence[datetime | None]) -> Times:
+    """Python's or pandas' times, a naive one being UTC; None and NaT are unknown."""
+    if all(type(t) is datetime or t is None for t in times):  # not a subclass: pandas' have nanoseconds
+        return times_of(pa.array(times, pa.timestamp("us", "UTC")))
+    known = np.array([t is not None and t == t for t in times])  # NaT differs from itself
+    pairs = [divmod(nanos_of(t) if k and t is not None else 0, _SECOND) for t, k in zip(times, known, strict=True)]
     both = np.array(pairs, dtype=np.int64).reshape(-1, 2)
-    known = None if None not in times else np.array([t is not None for t in times])
-    return Times(both[:, 0], both[:, 1], known)
+    return Times(both[:, 0], both[:, 1], None if known.all() else known)
 
 
 def _shown(key: EntityKey) -> str:
