@@ -134,6 +134,7 @@ def prepare(name: str, case: dict[str, Any]) -> tuple[Callable[[], Any], Callabl
         return table(rows, features, start + timedelta(seconds=next(version)))
 
     server = redis.Redis.from_url(case["urls"][name])
+    server.flushdb()  # rows of the case before would be newer than this one's first
     spent: list[float] = []
 
     def cpu() -> float:
@@ -157,16 +158,17 @@ def prepare(name: str, case: dict[str, Any]) -> tuple[Callable[[], Any], Callabl
     if name == OURS:
         view = store.get_feature_view("stats")
         writer = OnlineWriter(store._get_provider().online_store, store.config, view)
+        writer.write(next_table(), wall=None)  # the rows that the runs overwrite
         tables = [next_table() for _ in range(repeat * case["runs"])]
-        writer.write(next_table().slice(0, 1), wall=None)
 
         def run_ours() -> None:
             for _ in range(repeat):
                 writer.write(tables.pop(0), wall=None)
 
         return counted(run_ours), describe
+    first = next_table()
     frames = [next_table().to_pandas() for _ in range(repeat * case["runs"])]
-    store.write_to_online_store("stats", next_table().slice(0, 1).to_pandas())  # connects, fills caches
+    store.write_to_online_store("stats", first.to_pandas())  # connects, fills caches
 
     def run_feast() -> None:
         for _ in range(repeat):
@@ -190,6 +192,8 @@ def agree(home: Path, urls: dict[str, str], features: int) -> bool:
     refs = [f"stats:f{i}" for i in range(features)]
     entities = {"driver_id": list(range(300))}
     answers = [s.get_online_features(refs, entities).to_dict() for s in (stock, reader, ours)]
+    for name in (OURS, STOCK):
+        redis.Redis.from_url(urls[name]).flushdb()
     return all(a == answers[0] for a in answers) and all(
         answers[0][f"f{i}"] == wanted.column(f"f{i}").to_pylist() for i in range(features)
     )
