@@ -1,10 +1,12 @@
 """What `feast apply` adds to the catalogue: every feature, and lineage from raw column to feature service.
 
-The online store's `update()` calls `record_apply_of_store` during each apply, because Feast offers no other hook.
+The online store's `update()` calls `record_apply_of_store` during each apply, because Feast offers no other hook. A SQL
+registry is written before that, so what must be refused is refused by `guard_apply`, which goes before Feast's own apply.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
@@ -19,7 +21,7 @@ from feature_store.source_columns import SourceColumn, columns_of
 from feature_store.windows.definition import SQL_TAG, STATE_FIELD, Aggregate, WindowedView, definition_of
 
 if TYPE_CHECKING:
-    from feast import FeatureService, FeatureView, RepoConfig
+    from feast import FeatureService, FeatureStore, FeatureView, RepoConfig
 
 Origin = tuple[list[Node], dict[str, object]]
 """What a feature is made from, and its definition as JSON-able data with `kind` and `expression`."""
@@ -92,6 +94,48 @@ def record_apply_of_store(
         registry.write_engine.dispose()
         registry.read_engine.dispose()
     record_apply(config, views, services, at, deleted_views=deleted_views, services_complete=True)
+
+
+def guard_apply() -> None:
+    """From now on `FeatureStore.apply` refuses colliding fields before it writes anything. Safe to repeat.
+
+    Feast calls nothing of ours between reading the definitions and writing them into a SQL registry, so its `apply` is
+    wrapped: called when the settings of our online store are loaded, and without effect on any other store.
+    tests/integration/test_online_admin.py fails when a Feast upgrade breaks it.
+    """
+    from feast import FeatureStore
+
+    original = FeatureStore.apply
+    if getattr(original, "checks_field_collisions", False):
+        return
+
+    @functools.wraps(original)
+    def apply(self: FeatureStore, objects: Any, objects_to_delete: Any = None, *args: Any, **kwargs: Any) -> Any:
+        from feature_store.online_store import PredictFlowOnlineStoreConfig
+
+        if isinstance(self.config.online_store, PredictFlowOnlineStoreConfig):
+            check_field_collisions(_views_after(self, objects, objects_to_delete or ()))
+        return original(self, objects, objects_to_delete, *args, **kwargs)
+
+    apply.checks_field_collisions = True  # type: ignore[attr-defined]  # a mark on the wrapper
+    FeatureStore.apply = apply  # type: ignore[method-assign]  # see above: there is no other place
+
+
+def _views_after(store: FeatureStore, objects: Any, deleted: Sequence[Any]) -> list[Any]:
+    """The views with a place in Redis as they will be after an apply: those given, and the registry's others."""
+    from feast import FeatureView, OnDemandFeatureView
+
+    given = objects if isinstance(objects, Sequence) else [objects]
+    views = [
+        o
+        for o in given
+        if isinstance(o, FeatureView) or (isinstance(o, OnDemandFeatureView) and o.write_to_online_store)
+    ]
+    gone = {v.name for v in [*views, *deleted] if hasattr(v, "name")}
+    if views:
+        held = [*store.list_feature_views(), *store.list_stream_feature_views()]
+        views += [v for v in held if v.name not in gone]
+    return views
 
 
 def check_field_collisions(views: Sequence[FeatureView]) -> None:

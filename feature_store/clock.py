@@ -23,7 +23,8 @@ MAX_SKEW = timedelta(seconds=5)
 class Clock(Protocol):
     """Anything that says what time it is."""
 
-    mode: ClockMode
+    @property
+    def mode(self) -> ClockMode: ...
 
     def now(self) -> datetime: ...
 

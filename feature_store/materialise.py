@@ -8,8 +8,8 @@ pandas), and an incremental run also takes rows that became known since the last
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -19,7 +19,10 @@ from feast.infra.compute_engines.base import ComputeEngine
 from feast.repo_config import FeastConfigBaseModel
 from pydantic import PositiveInt
 
+from feature_store.clock import MAX_SKEW, MICROSECOND, WallClock
 from feature_store.errors import DataError, PredictFlowError
+from feature_store.online_store import PredictFlowOnlineStore
+from feature_store.online_write import OnlineWriter
 from feature_store.point_in_time.engine import EngineSettings, connect
 from feature_store.point_in_time.latest import Pull, latest_chunks
 from feature_store.point_in_time.request import Feature
@@ -114,18 +117,57 @@ class PredictFlowEngine(ComputeEngine):
         view = task.feature_view
         settings = getattr(self.repo_config.offline_store, "engine", EngineSettings())
         pull, features = _pull(self.repo_config, task)
+        write = self._writer(pull, features, view)
         with connect(settings) as con:
+            self._refuse_future(con, pull, view)
             rows, chunks = latest_chunks(con, pull, self.chunk_rows, features)
             bar = task.tqdm_builder(rows) if task.tqdm_builder else None
             try:
                 for chunk in chunks:
                     if chunk.num_rows:
-                        written = list(_rows(pull, features, chunk))
-                        advance = bar.update if bar is not None else None
-                        self.online_store.online_write_batch(self.repo_config, view, written, advance)
+                        write(chunk, bar.update if bar is not None else None)
             finally:
                 if bar is not None:
                     bar.close()
+
+    def _writer(
+        self, pull: Pull, features: Sequence[Feature], view: FeatureView
+    ) -> Callable[[pa.Table, Callable[[int], Any] | None], object]:
+        """Writes a chunk: by column into our store, by rows of protos into any other."""
+        if not isinstance(self.online_store, PredictFlowOnlineStore):
+            return lambda chunk, advance: self.online_store.online_write_batch(
+                self.repo_config, view, list(_rows(pull, features, chunk)), advance
+            )
+        writer = OnlineWriter(self.online_store, self.repo_config, view)
+
+        def write(chunk: pa.Table, advance: Callable[[int], Any] | None) -> None:
+            columns = {f.output[2:]: chunk.column(f.output) for f in features}
+            columns[writer.event_column] = chunk.column(pull.timestamp)
+            if pull.created:
+                columns[writer.created_column] = chunk.column(pull.created)
+            writer.write(pa.table(columns), wall=None, progress=advance)  # _refuse_future has looked at the clock
+
+        return write
+
+    def _refuse_future(self, con: Any, pull: Pull, view: FeatureView) -> None:
+        """DataError where the range holds a row that a direct write would refuse. Leaving it out instead would lose it:
+        Feast records the whole range as done."""
+        if not isinstance(self.online_store, PredictFlowOnlineStore):
+            return
+        # Feast passes no time: a materialisation runs when a person or a scheduler starts it.
+        limit = OnlineWriter(self.online_store, self.repo_config, view).newest_allowed(WallClock())
+        if limit is None or pull.end is None or pull.end <= limit:
+            return
+        later = replace(pull, start=limit + MICROSECOND, late_since=None)
+        keys, chunks = latest_chunks(con, later, 1)
+        if keys:
+            row = next(iter(chunks)).to_pylist()[0]
+            named = ", ".join(f"{k}={row[k]!r}" for k in pull.keys)
+            raise DataError(
+                f"{view.name}: {keys} keys have rows dated after the clock, the first ({named}) {row[pull.timestamp]}; "
+                "nothing was written",
+                next_step=f"materialise up to {(limit - MAX_SKEW).isoformat()}, or mend the rows",
+            )
 
     def get_historical_features(self, registry: BaseRegistry, task: Any) -> Any:
         """Point-in-time retrieval, by the offline store."""

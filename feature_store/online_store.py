@@ -23,18 +23,20 @@ from feast.protos.feast.types.Value_pb2 import Value
 from pydantic import field_validator, model_validator
 
 from feature_store import online_response
+from feature_store.apply_hook import guard_apply, record_apply_of_store
 from feature_store.clock import CLOCK_MODES, WallClock, replay_clock_key
 from feature_store.config_check import require_expanded, with_defaults
 from feature_store.errors import DataError, UsageError
+from feature_store.online_write import OnlineWriter
 from feature_store.read_plan import OnlineReader, ReadPlan
 from feature_store.redis_connection import answering, connect, connect_async, connection_options
-from feature_store.redis_layout import feature_field, join_keys_of, nanos_of, pair_field, timestamp_field
+from feature_store.redis_layout import feature_field, join_keys_of, pair_field, timestamp_field
 from feature_store.redis_socket import RedisSocket
 from feature_store.redis_stream import RedisStream
 from feature_store.redis_wire import Address, address_from
-from feature_store.redis_writer import DROP_VIEW, NEWEST_WINS, Command, RowEncoder, arun_script, run_script
+from feature_store.redis_writer import DROP_VIEW, Command, run_script
 from feature_store.view_plan import UnsupportedOnDemandError
-from feature_store.windows.definition import STATE_FIELD, definition_of
+from feature_store.windows.definition import STATE_FIELD
 
 if TYPE_CHECKING:
     from feast import Entity, FeatureService, FeatureView, RepoConfig
@@ -51,7 +53,8 @@ ReadRow = tuple[datetime | None, dict[str, Value] | None]
 class PredictFlowOnlineStoreConfig(RedisOnlineStoreConfig):
     """Section `online_store` of feature_store.yaml.
 
-    `connection_string`: `redis[s]://...`, or Feast's `host:port,db=0,password=...`; `clock`: wall (default) or replay;
+    `connection_string`: `redis[s]://...`, or Feast's `host:port,db=0,password=...`; `redis_type`: redis (default),
+    redis_cluster, or redis_sentinel with `sentinel_master`; these take `host:port,host:port,...`; `clock`: wall (default) or replay;
     `expired_values`: null (default: a value older than its view's ttl is not served), or keep (stock Feast's behaviour);
     `pickled_functions`: refuse (default: on-demand views run the function of the checkout), or run those of the registry.
     """
@@ -75,6 +78,7 @@ class PredictFlowOnlineStoreConfig(RedisOnlineStoreConfig):
                 raise UsageError(f"online_store.{option} cannot be used: {reason}", next_step="remove it")
         if values.get("client", "redis") != "redis":
             raise UsageError("online_store.client is not supported", value=values["client"], valid=["redis"])
+        guard_apply()
         return values
 
     @field_validator("expired_values", mode="before")
@@ -101,20 +105,18 @@ class PredictFlowOnlineStore(RedisOnlineStore):
     # --- connections --------------------------------------------------------------------------------------------------
 
     def _get_client(self, online_store_config: RedisOnlineStoreConfig) -> Any:
-        if online_store_config.redis_type != RedisType.redis:
-            return super()._get_client(online_store_config)
         if self._client is None:
-            self._client = connect(online_store_config.connection_string)
+            c = online_store_config
+            self._client = connect(c.connection_string, c.redis_type.value, c.sentinel_master)
         return self._client
 
     async def _get_client_async(self, online_store_config: RedisOnlineStoreConfig) -> Any:
         loop = get_running_loop()
         if self._client_loop is not loop:  # an asyncio client is bound to the loop that first used it
             self._client_async, self._client_loop = None, loop
-        if online_store_config.redis_type != RedisType.redis:
-            return await super()._get_client_async(online_store_config)
         if self._client_async is None:
-            self._client_async = connect_async(online_store_config.connection_string)
+            c = online_store_config
+            self._client_async = connect_async(c.connection_string, c.redis_type.value, c.sentinel_master)
         return self._client_async
 
     # --- writes -------------------------------------------------------------------------------------------------------
@@ -125,50 +127,18 @@ class PredictFlowOnlineStore(RedisOnlineStore):
         """Writes rows; of each key the greatest (event time, created) stays, whatever the order of rows and writers.
 
         A row without `created` counts as known at its event time; of equal pairs the last write stays. Rows of a
-        windowed view without a window state are left out and logged. Safe to repeat. DataError for a null join key,
-        UnavailableError when Redis does not answer (rows of earlier batches are then written).
+        windowed view without a window state are left out and logged. Safe to repeat. DataError, before anything is written,
+        for a null join key and for a row dated after the clock; UnavailableError when Redis does not answer (rows of
+        earlier batches are then written).
         """
-        skipped, commands = self._commands(config, table, data)
-        for replies in run_script(self._get_client(config.online_store), NEWEST_WINS, commands):
-            if progress:
-                progress(len(replies))
-        if progress and skipped:
-            progress(skipped)
+        # Feast passes no time: a direct write happens now.
+        OnlineWriter(self, config, table).write_rows(data, wall=WallClock(), progress=progress)
 
     async def online_write_batch_async(
         self, config: RepoConfig, table: FeatureView, data: list[Row], progress: Callable[[int], Any] | None
     ) -> None:
         """As `online_write_batch`."""
-        _, commands = self._commands(config, table, data)
-        await arun_script(await self._get_client_async(config.online_store), NEWEST_WINS, commands)
-        if progress:
-            progress(len(data))
-
-    def _commands(self, config: RepoConfig, table: FeatureView, data: list[Row]) -> tuple[int, Iterator[Command]]:
-        """How many rows are left out, and the writes of the others."""
-        rows = data
-        if definition_of(table) is not None:
-            rows = [row for row in data if STATE_FIELD in row[1] and row[1][STATE_FIELD].bytes_val]
-            if len(rows) < len(data):
-                log.warning(
-                    "%s: %d of %d rows have no window state and are not written; to fill it from history: "
-                    "predictflow windows bootstrap %s",
-                    table.name,
-                    len(data) - len(rows),
-                    len(data),
-                    table.name,
-                )
-        return len(data) - len(rows), self._encoded(config, table, rows)
-
-    def _encoded(self, config: RepoConfig, table: FeatureView, rows: list[Row]) -> Iterator[Command]:
-        encoder = RowEncoder(_stored_name(config, table))
-        for entity_key, values, event, created in rows:
-            yield encoder.encode(
-                _key(config, table, entity_key),
-                {name: value.SerializeToString() for name, value in values.items()},
-                nanos_of(event),
-                None if created is None or created != created else nanos_of(created),  # NaT differs from itself
-            )
+        await OnlineWriter(self, config, table).awrite_rows(data, wall=WallClock(), progress=progress)
 
     # --- reads --------------------------------------------------------------------------------------------------------
 
@@ -359,8 +329,6 @@ class PredictFlowOnlineStore(RedisOnlineStore):
 
         DefinitionError for features that would share a hash field, before anything changes. Safe to repeat.
         """
-        from feature_store.apply_hook import record_apply_of_store
-
         # Feast passes no time; an apply happens when a person runs it, whatever clock the data follows.
         record_apply_of_store(config, tables_to_keep, WallClock().now(), deleted_views=tables_to_delete)
         super().update(config, tables_to_delete, tables_to_keep, entities_to_delete, entities_to_keep, partial)
@@ -394,9 +362,13 @@ class PredictFlowOnlineStore(RedisOnlineStore):
         # end in another's, so each key is parsed.
         wanted = sorted(join_keys) or [DUMMY_ENTITY_ID]
         with answering(client):
-            for key in client.scan_iter(match=b"*" + _literal(project.encode()), count=1000):
+            for key in self.scan(client, project):
                 if join_keys_of(key, project) == wanted:
                     yield key
+
+    def scan(self, client: Any, project: str) -> Iterator[bytes]:
+        """Every key whose bytes end in `project`, on all primaries of a Cluster too; a key may come twice."""
+        yield from client.scan_iter(match=b"*" + _literal(project.encode()), count=1000)
 
 
 def _key(config: RepoConfig, table: FeatureView, entity_key: EntityKey) -> bytes:

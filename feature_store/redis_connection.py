@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from feature_store.errors import UnavailableError, UsageError
 
@@ -17,25 +17,100 @@ _TIMEOUTS: dict[str, Any] = {"socket_connect_timeout": 5.0, "socket_timeout": 10
 _RETRIES = 3
 
 
-def connect(connection_string: str) -> Redis:
-    """A client of one Redis server; it connects on first use. UsageError for a string that is no address.
+RedisKind = Literal["redis", "redis_cluster", "redis_sentinel"]
+"""Feast's setting `redis_type`."""
 
-    A lost connection is retried for about half a second: every command of ours may be repeated.
+
+def connect(connection_string: str, kind: str = "redis", sentinel_master: str = "mymaster") -> Redis:
+    """A client of one Redis server, of a Cluster (`host:port,...`: any of its nodes) or of a Sentinel's master.
+
+    UsageError for a string that is no address. A server, and a Sentinel's master, are connected to on first use; a Cluster
+    at once, since its slots must be known: UnavailableError. A lost connection is retried for about half a second: every
+    command of ours may be repeated.
     """
     from redis import Redis
+    from redis.cluster import ClusterNode, RedisCluster
     from redis.retry import Retry
+    from redis.sentinel import Sentinel
 
+    retry = Retry(_backoff(), _RETRIES)
     with _known_options():
-        return Redis(**connection_options(connection_string), retry=Retry(_backoff(), _RETRIES))
+        if kind == "redis":
+            return Redis(**connection_options(connection_string), retry=retry)
+        nodes, options = _nodes_and_options(connection_string)
+        if kind == "redis_sentinel":
+            sentinels = Sentinel(nodes, sentinel_kwargs=_of_sentinels(options), **options, retry=retry)
+            return sentinels.master_for(sentinel_master)
+        _no_database(options)
+        with _cluster_answering(nodes):
+            # The client also serves what this module's callers ask of a single server.
+            return cast("Redis", RedisCluster(startup_nodes=[ClusterNode(*n) for n in nodes], **options, retry=retry))
 
 
-def connect_async(connection_string: str) -> AsyncRedis:
-    """As `connect`, for the event loop that first uses it."""
+def connect_async(connection_string: str, kind: str = "redis", sentinel_master: str = "mymaster") -> AsyncRedis:
+    """As `connect`, for the event loop that first uses it; a Cluster too is connected to on first use."""
     from redis.asyncio import Redis
+    from redis.asyncio.cluster import ClusterNode, RedisCluster
     from redis.asyncio.retry import Retry
+    from redis.asyncio.sentinel import Sentinel
 
+    retry = Retry(_backoff(), _RETRIES)
     with _known_options():
-        return Redis(**connection_options(connection_string), retry=Retry(_backoff(), _RETRIES))
+        if kind == "redis":
+            return Redis(**connection_options(connection_string), retry=retry)
+        nodes, options = _nodes_and_options(connection_string)
+        if kind == "redis_sentinel":
+            sentinels = Sentinel(nodes, sentinel_kwargs=_of_sentinels(options), **options, retry=retry)
+            return sentinels.master_for(sentinel_master)
+        _no_database(options)
+        return cast("AsyncRedis", RedisCluster(startup_nodes=[ClusterNode(*n) for n in nodes], **options, retry=retry))
+
+
+def _nodes_and_options(connection_string: str) -> tuple[list[tuple[str, int]], dict[str, Any]]:
+    """Addresses, and options without one: of `host:port,host:port,option=value`, or a URL of one node."""
+    text = connection_string.strip()
+    if "://" in text:
+        options = connection_options(text)
+        return [(str(options.pop("host")), int(options.pop("port")))], options
+    addresses = [part for part in text.split(",") if "=" not in part]
+    if not addresses:
+        raise UsageError("REDIS_URL names no server", next_step="use host:port,host:port,...")
+    settings = [part for part in text.split(",") if "=" in part]
+    nodes = []
+    for address in addresses:
+        options = connection_options(",".join([address, *settings]))
+        nodes.append((str(options.pop("host")), int(options.pop("port"))))
+    return nodes, options
+
+
+def _of_sentinels(options: dict[str, Any]) -> dict[str, Any]:
+    """What holds for the Sentinels too: timeouts and TLS. Their own user and password are `sentinel_username` and
+    `sentinel_password` of the connection string; the master's are not theirs."""
+    own = {k: v for k, v in options.items() if k.startswith(("socket_", "ssl"))}
+    for name in ("username", "password"):
+        value = options.pop(f"sentinel_{name}", None)
+        if value is not None:
+            own[name] = str(value)
+    return own
+
+
+def _no_database(options: dict[str, Any]) -> None:
+    if options.pop("db", 0):
+        raise UsageError("REDIS_URL: a Redis Cluster has no databases", next_step="remove db")
+
+
+@contextmanager
+def _cluster_answering(nodes: list[tuple[str, int]]) -> Iterator[None]:
+    from redis.exceptions import RedisClusterException, RedisError
+
+    try:
+        yield
+    except (RedisError, RedisClusterException) as e:
+        raise UnavailableError(
+            f"no node of the Redis Cluster at {', '.join(f'{h}:{p}' for h, p in nodes)} (REDIS_URL) answers "
+            f"({str(e).rstrip('.')})",
+            next_step="start it, and check REDIS_URL and redis_type",
+        ) from e
 
 
 def _backoff() -> Any:
@@ -84,7 +159,7 @@ def _of_feast(text: str) -> dict[str, Any]:
     from feast.infra.online_stores.redis import RedisOnlineStore
 
     nodes, options = RedisOnlineStore._parse_connection_string(text)
-    for name in options.keys() & {"username", "password"}:
+    for name in options.keys() & {"username", "password", "sentinel_username", "sentinel_password"}:
         options[name] = str(options[name])  # Feast reads a password of digits as a number
     try:
         (node,) = nodes
@@ -122,6 +197,7 @@ def answering(client: Any) -> Iterator[None]:
         exceptions.OutOfMemoryError,
         exceptions.ReadOnlyError,
         exceptions.ClusterDownError,
+        exceptions.RedisClusterException,
     ) as e:
         raise UnavailableError(
             f"Redis at {address_of(client)} (REDIS_URL) does not answer ({str(e).rstrip('.')})",

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from feature_store.clock import Clock, ClockMode, WallClock, to_micros
 from feature_store.dead_letters import DeadLetter, DeadLetterWriter, dead_letter_topic
 from feature_store.errors import DataError, NotFoundError, UnavailableError
+from feature_store.redis_settings import warn_of_settings
 from feature_store.stream_metrics import StreamMetrics
 from feature_store.stream_view import BatchResult, Raw, StreamView
 from feature_store.topic import client_config, default_group, ensure_topic, topic_id
@@ -94,6 +95,7 @@ class Sync:
         self._partitions = len(ensure_topic(self._config, topic))
         ensure_topic(self._config, dead_letter_topic(topic))
         self._open_views(topic, views)
+        warn_of_settings(self._store)
         self._record_lineage(topic)
         self._letters = DeadLetterWriter(self._config, topic)
         self._topic = topic

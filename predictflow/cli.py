@@ -24,6 +24,7 @@ MODULES = {
     "windows": "cli_stream",
     "sync": "cli_stream",
     "dlq": "cli_stream",
+    "online": "cli_online",
     "dataset": "cli_training",
     "train": "cli_training",
     "promote": "cli_training",

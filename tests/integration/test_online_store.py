@@ -26,8 +26,9 @@ from feature_store.clock import replay_clock_key, to_micros
 from feature_store.errors import DataError, DefinitionError, UnavailableError, UsageError
 from feature_store.read_plan import AtTooEarlyError, ClockNotSetError, OnlineReader, ReadPlan
 from feature_store.redis_connection import connect, connect_async, connection_options
-from feature_store.redis_layout import KeyLayout, KeyPart
-from feature_store.redis_writer import NEWEST_WINS, RowEncoder, run_script
+from feature_store.redis_layout import KeyLayout, KeyPart, encode_pair, encode_timestamp, feature_field
+from feature_store.redis_writer import Batch, write
+from feature_store.row_bytes import RowPacker
 from feature_store.windows import Aggregate, windowed_feature_view
 from feature_store.windows.definition import STATE_FIELD, definition_of
 from feature_store.windows.state import EntityState, Event
@@ -276,19 +277,30 @@ KEYS = [f"K{i}".encode() for i in range(8)]
 VERSIONS = [(1_000 + e, 5_000 + c) for e, c in itertools.product(range(12), range(4))]
 
 
+def _batch(rows: list[tuple[bytes, tuple[int, int | None], dict[str, bytes]]]) -> Batch:
+    """(key, (event, created) in ns, values) of a view `v`."""
+    names = list(rows[0][2])
+    packer = RowPacker("v", [feature_field("v", n) for n in names])
+    packed = [
+        packer.pack_one(encode_pair(*t), encode_timestamp(t[0]), [values[n] for n in names]) for _, t, values in rows
+    ]
+    head = (packer.ts_field, packer.pf_field, b"%d" % packer.pair_at, b"%d" % packer.parts)
+    return Batch([key for key, _, _ in rows], [list(part) for part in zip(*packed)], head, len(names) + 2)
+
+
 def _write_shuffled(url: str, seed: int) -> None:
     """Writes every version of every key, in an order of its own."""
-    encoder = RowEncoder("v")
     writes = [(key, pair) for key in KEYS for pair in VERSIONS]
     random.Random(seed).shuffle(writes)
     with connect(url) as client:
+        batches = []
         for start in range(0, len(writes), 7):  # small batches, so that writers take turns
-            commands = [
-                encoder.encode(key, {"a": b"%d/%d" % pair, "b": b"%d/%d" % pair}, pair[0] * 1000, pair[1] * 1000)
+            rows = [
+                (key, (pair[0] * 1000, pair[1] * 1000), {"a": b"%d/%d" % pair, "b": b"%d/%d" % pair})
                 for key, pair in writes[start : start + 7]
             ]
-            for _ in run_script(client, NEWEST_WINS, commands):
-                pass
+            batches.append(_batch(rows))  # type: ignore[arg-type]  # tuples of int are tuples of int | None
+        assert sum(n for n, _ in write(client, batches)) == len(writes)
 
 
 @pytest.mark.parametrize("kind", ["processes", "threads"])
@@ -323,8 +335,7 @@ def test_a_write_survives_a_redis_that_lost_its_scripts(repo: Repo) -> None:
 def test_a_view_of_thousands_of_features_is_written_whole(redis_url: str) -> None:
     values = {f"f{i}": b"%d" % i for i in range(6_000)}
     with redis.Redis.from_url(redis_url) as client:
-        (replies,) = run_script(client, NEWEST_WINS, [RowEncoder("v").encode(b"K", values, 1, None)])
-        assert replies == [1]
+        assert list(write(client, [_batch([(b"K", (1, None), values)])])) == [(1, 1)]
         assert client.hlen(b"K") == len(values) + 2
 
 

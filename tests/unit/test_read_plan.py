@@ -18,8 +18,14 @@ from feast.types import Float64, Int64, String
 from feature_store.clock import from_micros, to_micros
 from feature_store.errors import DefinitionError, NotFoundError, UsageError
 from feature_store.read_plan import OnlineRow, ReadPlan
-from feature_store.redis_layout import nanos_of
-from feature_store.redis_writer import RowEncoder
+from feature_store.redis_layout import (
+    encode_pair,
+    encode_timestamp,
+    feature_field,
+    nanos_of,
+    pair_field,
+    timestamp_field,
+)
 from feature_store.view_plan import OnDemandViewError
 from feature_store.windows import Aggregate, windowed_feature_view
 from feature_store.windows.definition import STATE_FIELD, definition_of
@@ -122,17 +128,10 @@ class Hashes(dict[bytes, dict[bytes, bytes]]):
         created: datetime | None = None,
         **values: Value,
     ) -> None:
-        args = (
-            RowEncoder(view)
-            .encode(
-                key,
-                {n: v.SerializeToString() for n, v in values.items()},
-                nanos_of(event),
-                None if created is None else nanos_of(created),
-            )
-            .args
-        )
-        self.setdefault(key, {}).update(zip(args[::2], args[1::2]))
+        held = self.setdefault(key, {})
+        held[timestamp_field(view)] = encode_timestamp(nanos_of(event))
+        held[pair_field(view)] = encode_pair(nanos_of(event), None if created is None else nanos_of(created))
+        held.update({feature_field(view, n): v.SerializeToString() for n, v in values.items()})
 
     def read(self, plan: ReadPlan, entity: Mapping[str, object], t: datetime) -> OnlineRow:
         replies = [[self.get(key, {}).get(f) for f in fields] for key, fields in plan.requests([entity])]

@@ -1,0 +1,237 @@
+"""Columns to the bytes of Redis writes, without Python per cell: entity keys, times and `Value` protos of an Arrow table.
+
+A row becomes one packed string: MessagePack strings `_pf` field, its value, `_ts` field, its value, then field, value, ...
+(see `redis_writer.py`, whose script unpacks it in one call). Numbers are laid out as byte matrices by numpy, strings
+are joined by Arrow; lists, maps and other rare types go through Feast's own converter, cell by cell. Pure: no I/O, no clock.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from feature_store.redis_layout import pair_field, timestamp_field
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    Bytes = NDArray[np.uint8]
+    Ints = NDArray[np.int64]
+    Flags = NDArray[np.bool_]
+
+_VARINT_STEPS = np.array([1 << (7 * i) for i in range(1, 10)], dtype=np.uint64)
+_SHIFTS = np.arange(0, 70, 7, dtype=np.uint64)
+_FIELDS_PER_PART = 500
+"""A part is unpacked onto Lua's stack at once, which holds 8,000 values."""
+
+
+@dataclass(frozen=True)
+class Narrow:
+    """One short cell per row: a byte matrix, and which of its bytes count (None: all)."""
+
+    data: Bytes
+    keep: Flags | None
+
+
+@dataclass(frozen=True)
+class Times:
+    """One time per row, exact at any unit: whole seconds since the epoch and nanoseconds, floored. `known` None: all."""
+
+    seconds: Ints
+    nanos: Ints
+    known: Flags | None = None
+
+    def nanoseconds(self, row: int) -> int | None:
+        """One time, in nanoseconds since the epoch; None: unknown."""
+        if self.known is not None and not self.known[row]:
+            return None
+        return int(self.seconds[row]) * 1_000_000_000 + int(self.nanos[row])
+
+    def take(self, rows: Ints) -> Times:
+        return Times(self.seconds[rows], self.nanos[rows], None if self.known is None else self.known[rows])
+
+
+Piece: TypeAlias = Any
+"""Part of every row: `Narrow` cells, an Arrow binary array, or the same bytes for all rows."""
+
+
+def join(rows: int, pieces: Sequence[Piece]) -> pa.Array:
+    """Concatenates the pieces row by row into one binary array of `rows` rows."""
+    parts: list[Any] = []
+    narrow: list[Narrow] = []
+    for piece in [*pieces, b""]:
+        if isinstance(piece, Narrow):
+            narrow.append(piece)
+            continue
+        if narrow:
+            parts.append(_packed(rows, narrow))
+            narrow = []
+        if not isinstance(piece, bytes):
+            parts.append(piece)
+        elif piece:
+            parts.append(pa.scalar(piece, pa.binary()))
+    if len(parts) == 1 and isinstance(parts[0], pa.Array):
+        return parts[0]
+    if not any(isinstance(part, pa.Array) for part in parts):
+        parts.append(pa.array([b""] * rows, pa.binary()))
+    return pc.binary_join_element_wise(*parts, b"")
+
+
+def _packed(rows: int, blocks: Sequence[Narrow]) -> pa.Array:
+    data = np.hstack([b.data for b in blocks]) if len(blocks) > 1 else np.ascontiguousarray(blocks[0].data)
+    width = data.shape[1]
+    if all(b.keep is None for b in blocks):
+        offsets = np.arange(0, (rows + 1) * width, width, dtype=np.int32) if width else np.zeros(rows + 1, np.int32)
+        body = data.reshape(-1)
+    else:
+        keep = np.hstack([np.ones(b.data.shape, bool) if b.keep is None else b.keep for b in blocks])
+        offsets = np.zeros(rows + 1, dtype=np.int32)
+        np.cumsum(keep.sum(axis=1), out=offsets[1:])
+        body = data[keep]
+    return pa.Array.from_buffers(pa.binary(), rows, [None, pa.py_buffer(offsets), pa.py_buffer(body)])
+
+
+def constant(rows: int, data: bytes) -> Bytes:
+    """A matrix that repeats `data` in every row."""
+    return np.broadcast_to(np.frombuffer(data, np.uint8), (rows, len(data)))
+
+
+def by_length(lengths: Ints, head: Callable[[int], bytes]) -> pa.Array:
+    """`head(length)` of every row, computed once per distinct length (-1: null)."""
+    distinct, where = np.unique(lengths, return_inverse=True)
+    return pa.array([head(int(n)) for n in distinct], pa.binary()).take(pa.array(where))
+
+
+def lengths_of(array: pa.Array) -> Ints:
+    """Length of every cell of a binary array, -1 for null."""
+    lengths: Ints = pc.binary_length(array).fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64)
+    return lengths
+
+
+def varints(values: Ints) -> tuple[Bytes, Ints]:
+    """Protobuf's base-128 encoding: bytes, left-aligned, and how many of them count. Negative numbers take ten."""
+    unsigned = np.ascontiguousarray(values, dtype=np.int64).view(np.uint64)
+    lengths = np.searchsorted(_VARINT_STEPS, unsigned, side="right") + 1
+    width = int(lengths.max(initial=1))
+    data = ((unsigned[:, None] >> _SHIFTS[:width]) & np.uint64(0x7F)).astype(np.uint8)
+    if width > 1:
+        data[np.arange(width) < (lengths - 1)[:, None]] |= 0x80
+    return data, lengths
+
+
+def varint(value: int) -> bytes:
+    """One number (not negative), as `varints` writes it."""
+    out = bytearray()
+    while value > 0x7F:
+        out.append(value & 0x7F | 0x80)
+        value >>= 7
+    out.append(value)
+    return bytes(out)
+
+
+# --- MessagePack strings ----------------------------------------------------------------------------------------------
+
+
+def string_head(length: int) -> bytes:
+    """What stands before a MessagePack string of `length` bytes."""
+    if length < 32:
+        return bytes([0xA0 | length])
+    if length < 1 << 8:
+        return bytes([0xD9, length])
+    if length < 1 << 16:
+        return b"\xda" + length.to_bytes(2, "big")
+    return b"\xdb" + length.to_bytes(4, "big")
+
+
+def packed(data: bytes) -> bytes:
+    """`data` as a MessagePack string."""
+    return string_head(len(data)) + data
+
+
+def short_cells(
+    prefix: bytes, data: Bytes, lengths: Ints | None, tag: bytes = b"", null: Flags | None = None
+) -> Narrow:
+    """Cells of at most 31 bytes: `prefix`, a MessagePack string of `tag` and the first `lengths` bytes of `data`.
+
+    `null` rows get the empty string.
+    """
+    rows, width = data.shape
+    before = len(prefix) + 1
+    body = len(tag) + width
+    out = np.empty((rows, before + body), np.uint8)
+    out[:, : before - 1] = np.frombuffer(prefix, np.uint8)
+    out[:, before : before + len(tag)] = np.frombuffer(tag, np.uint8)
+    out[:, before + len(tag) :] = data
+    if lengths is None and null is None:
+        out[:, before - 1] = 0xA0 | body
+        return Narrow(out, None)
+    sizes = np.full(rows, body) if lengths is None else lengths + len(tag)
+    if null is not None:
+        sizes = np.where(null, 0, sizes)
+    out[:, before - 1] = 0xA0 | sizes
+    return Narrow(out, np.arange(before + body) < (before + sizes)[:, None])
+
+
+# --- rows -------------------------------------------------------------------------------------------------------------
+
+
+class RowPacker:
+    """Packs rows of one view. `view` is the stored (versioned) name, `fields` the hash fields of its features."""
+
+    def __init__(self, view: str, fields: Sequence[bytes]) -> None:
+        self.ts_field, self.pf_field = timestamp_field(view), pair_field(view)
+        self._pf, self._ts = packed(self.pf_field), packed(self.ts_field)
+        self.prefixes = [packed(f) for f in fields]
+        self.pair_at = len(self._pf) + 2
+        """Where the pair's bytes begin in a row, counted from 1 as in Lua; the byte before says how many they are."""
+        self.parts = max(1, -(-len(fields) // _FIELDS_PER_PART))
+
+    def pack(self, event: Times, created: Times | None, cells: Sequence[Sequence[Piece]]) -> list[pa.Array]:
+        """The packed rows, in `parts` arrays: the first begins with the times. `cells`: each feature's pieces."""
+        rows = len(event.seconds)
+        groups = [cells[i : i + _FIELDS_PER_PART] for i in range(0, len(cells), _FIELDS_PER_PART)] or [[]]
+        heads: list[list[Piece]] = [[*self._times(event, created)], *([] for _ in groups[1:])]
+        return [
+            join(rows, [*head, *(p for cell in group for p in cell)]) for head, group in zip(heads, groups, strict=True)
+        ]
+
+    def pack_one(self, pair: bytes, timestamp: bytes, values: Sequence[bytes]) -> list[bytes]:
+        """One row: the parts. `values` are `Value` protos, zero bytes for null."""
+        cells = [prefix + packed(value) for prefix, value in zip(self.prefixes, values, strict=True)]
+        groups = [cells[i : i + _FIELDS_PER_PART] for i in range(0, len(cells), _FIELDS_PER_PART)] or [[]]
+        head = self._pf + packed(pair) + self._ts + packed(timestamp)
+        return [(b"" if i else head) + b"".join(group) for i, group in enumerate(groups)]
+
+    def _times(self, event: Times, created: Times | None) -> list[Piece]:
+        rows = len(event.seconds)
+        pair = np.empty((rows, 12 if created is None else 24), np.uint8)
+        _big_endian(pair, 0, event)
+        lengths: Ints | None = None
+        if created is not None:
+            _big_endian(pair, 12, created)
+            if created.known is not None:
+                lengths = np.where(created.known, 24, 12)
+        seconds, seconds_length = varints(event.seconds)
+        nanos, nanos_length = varints(event.nanos)
+        there, fraction = event.seconds != 0, event.nanos != 0  # proto3 leaves zeros out
+        stamp = np.hstack([constant(rows, b"\x08"), seconds, constant(rows, b"\x10"), nanos])
+        keep = np.hstack(
+            [
+                there[:, None],
+                (np.arange(seconds.shape[1]) < seconds_length[:, None]) & there[:, None],
+                fraction[:, None],
+                (np.arange(nanos.shape[1]) < nanos_length[:, None]) & fraction[:, None],
+            ]
+        )
+        head = np.hstack([constant(rows, self._ts), (0xA0 | keep.sum(axis=1)).astype(np.uint8)[:, None]])
+        return [short_cells(self._pf, pair, lengths), Narrow(head, None), Narrow(stamp, keep)]
+
+
+def _big_endian(out: Bytes, at: int, times: Times) -> None:
+    out[:, at : at + 8] = times.seconds.astype(">i8")[:, None].view(np.uint8).reshape(-1, 8)
+    out[:, at + 8 : at + 12] = times.nanos.astype(">u4")[:, None].view(np.uint8).reshape(-1, 4)
