@@ -20,8 +20,8 @@ from feature_store.errors import PredictFlowError, UsageError
 from predictflow.settings import Settings
 
 if TYPE_CHECKING:
-    from fastapi import FastAPI
     from redis.asyncio import Redis
+    from starlette.types import ASGIApp
 
     from serving.models import Model, Models
     from serving.plans import Column, Plans
@@ -46,6 +46,8 @@ class ServeOptions:
     workers: int
     registry_seconds: float = 10.0
     model_seconds: float = 3.0
+    grpc: tuple[str, int] | None = None
+    """Address of the gRPC server; None: no gRPC."""
 
 
 @click.command()
@@ -58,6 +60,9 @@ class ServeOptions:
     "--model", "models", multiple=True, default=(DEFAULT_MODEL,), show_default=True, help="Ready once loaded."
 )
 @click.option("--no-model", is_flag=True, help="Be ready without a model (features only).")
+@click.option(
+    "--grpc-port", default=50051, show_default=True, type=click.IntRange(0, 65535), help="gRPC port; 0: no gRPC."
+)
 @click.option("--no-served-log", is_flag=True, help="Do not log what is served to Kafka.")
 @click.option("--max-rows", default=1000, show_default=True, type=click.IntRange(1), help="Entities per request.")
 @click.option(
@@ -70,13 +75,16 @@ def serve(
     host: str,
     port: int,
     workers: int,
+    grpc_port: int,
     models: tuple[str, ...],
     no_model: bool,
     no_served_log: bool,
     max_rows: int,
     allow_remote: bool,
 ) -> None:
-    """Serve features and predictions over REST."""
+    """Serve features and predictions over REST, and features over gRPC."""
+    from predictflow.serve_grpc import reserve
+
     settings = Settings.from_environ()
     _check_host(host, allow_remote)
     for name in ("postgres_url", "redis_url", "offline_path"):
@@ -85,10 +93,13 @@ def serve(
         settings.need("kafka_bootstrap_servers")
     if not no_model:
         settings.need("mlflow_tracking_uri")
-    options = ServeOptions(not no_served_log, () if no_model else models, max_rows, workers)
-    with _listen(host, port) as listener:
+    grpc = (host, grpc_port) if grpc_port else None
+    options = ServeOptions(not no_served_log, () if no_model else models, max_rows, workers, grpc=grpc)
+    with _listen(host, port) as listener, reserve(grpc):
         address = f"http://{'[' + host + ']' if ':' in host else host}:{listener.getsockname()[1]}"
         click.echo(f"PredictFlow serves on {address} (documents: {address}/docs)", err=True)
+        if grpc is not None:
+            click.echo(f"gRPC on {address.rpartition(':')[0].removeprefix('http://')}:{grpc_port}", err=True)
         if workers == 1:
             _run_one(settings, options, listener)
         else:
@@ -131,7 +142,7 @@ def _listen(host: str, port: int) -> socket.socket:
     return listener
 
 
-def _config(app: Callable[[], FastAPI], workers: int) -> Any:
+def _config(app: Callable[[], ASGIApp], workers: int) -> Any:
     import uvicorn
 
     return uvicorn.Config(
@@ -169,7 +180,7 @@ def _run_workers(settings: Settings, options: ServeOptions, listener: socket.soc
         Multiprocess(_config(functools.partial(_worker_app, settings, options), options.workers), [listener]).run()
 
 
-def _worker_app(settings: Settings, options: ServeOptions) -> FastAPI:
+def _worker_app(settings: Settings, options: ServeOptions) -> ASGIApp:
     try:
         return build_app(settings, options)
     except PredictFlowError as e:
@@ -177,12 +188,13 @@ def _worker_app(settings: Settings, options: ServeOptions) -> FastAPI:
         sys.exit(STARTUP_FAILURE)
 
 
-def build_app(settings: Settings, options: ServeOptions) -> FastAPI:
+def build_app(settings: Settings, options: ServeOptions) -> ASGIApp:
     """The application on real servers. The registry must answer now; Redis, Kafka and MLflow may come later."""
     from concurrent.futures import ThreadPoolExecutor
     from importlib.metadata import version
 
     from feature_store.read_plan import OnlineReader, ReadPlan
+    from predictflow.serve_grpc import with_grpc
     from predictflow.wiring import feast_store
     from serving.app import Dependencies, create_app
     from serving.catalogue import FeatureCatalogue
@@ -213,7 +225,7 @@ def build_app(settings: Settings, options: ServeOptions) -> FastAPI:
         threads.shutdown(wait=False, cancel_futures=True)
         await redis.aclose()
 
-    return create_app(
+    app = create_app(
         Dependencies(
             online=online,
             plans=plans,
@@ -229,6 +241,7 @@ def build_app(settings: Settings, options: ServeOptions) -> FastAPI:
             model_seconds=options.model_seconds,
         )
     )
+    return with_grpc(app, options.grpc, store, online, plans, models, metrics, ping)
 
 
 def _redis(url: str) -> Redis:

@@ -40,7 +40,7 @@ class RequestScope:
             return
         started = time.perf_counter()
         headers = dict(scope["headers"])
-        request_id = _request_id(headers.get(b"x-request-id"))
+        request_id = request_id_of(headers.get(b"x-request-id"))
         scope.setdefault("state", {})["request_id"] = request_id
         status = 0
 
@@ -99,7 +99,8 @@ class RequestScope:
         return f"the body is larger than {self._max_body} bytes; split the request"
 
 
-def _request_id(given: bytes | None) -> str:
+def request_id_of(given: bytes | None) -> str:
+    """The id that a request came with when it is well formed, else a new one."""
     if given is not None and _REQUEST_ID.fullmatch(given):
         return given.decode()
     return uuid.uuid4().hex

@@ -568,7 +568,17 @@ def consume(bootstrap: str, topic: str, count: int) -> list[tuple[str, dict[str,
 
 def test_the_command_serves_drains_on_sigterm_and_reports_a_busy_port(platform: Platform) -> None:
     env = {**os.environ, "PYTHONUNBUFFERED": "1"}
-    command = [sys.executable, "-m", "predictflow.cli", "serve", "--no-served-log", "--no-model", "--port"]
+    command = [
+        sys.executable,
+        "-m",
+        "predictflow.cli",
+        "serve",
+        "--no-served-log",
+        "--no-model",
+        "--grpc-port",
+        "0",
+        "--port",
+    ]
     port = free_port()
     address = f"http://{HOST}:{port}"
     server = subprocess.Popen([*command, str(port)], env=env, stderr=subprocess.PIPE, text=True)
@@ -597,6 +607,8 @@ def test_the_command_serves_drains_on_sigterm_and_reports_a_busy_port(platform: 
 def test_several_workers_share_port_and_metrics(platform: Platform) -> None:
     port = free_port()
     command = [sys.executable, "-m", "predictflow.cli", "serve", "--no-served-log", "--no-model", "--workers", "2"]
+    grpc_port = free_port()
+    command += ["--grpc-port", str(grpc_port)]
     address = f"http://{HOST}:{port}"
     server = subprocess.Popen([*command, "--port", str(port)], stderr=subprocess.PIPE, text=True)
     try:
@@ -605,12 +617,33 @@ def test_several_workers_share_port_and_metrics(platform: Platform) -> None:
             assert online(address, {"feature_service": SERVICE, "entities": {"customer_id": ["C9"]}}).ok
         line = 'predictflow_served_rows_total{service="churn_v1"} 10.0'
         assert line in metrics(address)
+        assert {grpc_charges(grpc_port) for _ in range(10)} == {0.1 + 0.2}
+        busy = subprocess.run([*command, "--port", "0"], capture_output=True, text=True, timeout=120)
+        assert busy.returncode == 1
+        assert f"{HOST}:{grpc_port}" in busy.stderr
+        assert "--grpc-port" in busy.stderr
         server.send_signal(signal.SIGTERM)
         _, log = server.communicate(timeout=60)
     finally:
         if server.poll() is None:
             server.kill()
     assert server.returncode == 0, log
+
+
+def grpc_charges(port: int) -> float:
+    """monthly_charges of C1, over a connection of its own: any worker may take it."""
+    import grpc
+    from feast.protos.feast.serving.ServingService_pb2 import GetOnlineFeaturesRequest
+    from feast.protos.feast.serving.ServingService_pb2_grpc import ServingServiceStub
+    from feast.protos.feast.types.Value_pb2 import RepeatedValue, Value
+
+    request = GetOnlineFeaturesRequest(
+        feature_service=SERVICE, entities={"customer_id": RepeatedValue(val=[Value(string_val="C1")])}
+    )
+    with grpc.insecure_channel(f"{HOST}:{port}", options=[("grpc.use_local_subchannel_pool", 1)]) as channel:
+        answer = ServingServiceStub(channel).GetOnlineFeatures(request, timeout=20)
+    names = list(answer.metadata.feature_names.val)
+    return float(answer.results[names.index("monthly_charges")].values[0].double_val)
 
 
 def answers(url: str) -> bool:
