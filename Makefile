@@ -71,6 +71,10 @@ lint: .venv/.dev ## Run ruff, mypy and the import-direction check
 bench-offline: .venv/.dev ## Measure the offline store against stock Feast and hand-written queries (SIZE=small|full)
 	.venv/bin/python -m benchmarks.offline --size $(SIZE)
 
+.PHONY: bench-online
+bench-online: .venv/.dev ## Measure the servers and the online store against feast serve, feast listen and the SDK (SIZE=small|full)
+	.venv/bin/python -m benchmarks.online --size $(SIZE)
+
 .PHONY: prove-backfill
 prove-backfill: .venv/.dev ## Kill a backfill 50 times at random points; the result must be the same bytes
 	PREDICTFLOW_BACKFILL_KILLS=50 .venv/bin/python -m pytest tests/integration/test_backfill_kill.py
