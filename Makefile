@@ -79,9 +79,16 @@ bench-online: .venv/.dev ## Measure the servers and the online store against fea
 prove-backfill: .venv/.dev ## Kill a backfill 50 times at random points; the result must be the same bytes
 	PREDICTFLOW_BACKFILL_KILLS=50 .venv/bin/python -m pytest tests/integration/test_backfill_kill.py
 
+.venv-feast/.done: requirements.lock requirements-dev.lock tests/feast_universal/requirements.txt | .venv/.dev
+	$(UV) venv --quiet --clear --python .venv/bin/python .venv-feast
+	$(UV) pip install --quiet --python .venv-feast --require-hashes -r requirements-dev.lock
+	$(UV) pip install --quiet --python .venv-feast -c requirements.lock -r requirements.lock -r tests/feast_universal/requirements.txt
+	$(UV) pip install --quiet --python .venv-feast --no-deps --no-build-isolation -e .
+	@touch $@
+
 .PHONY: feast-universal
-feast-universal: .venv/.dev ## Run Feast's own retrieval tests on our store (FEAST_SOURCE=path of a Feast source checkout)
-	.venv/bin/python -m tests.feast_universal.run "$(FEAST_SOURCE)"
+feast-universal: .venv-feast/.done ## Run Feast's own store tests on ours (FEAST_SOURCE=path of a Feast source checkout)
+	.venv-feast/bin/python tests/feast_universal/run.py "$(FEAST_SOURCE)"
 
 .PHONY: format
 format: .venv/.dev ## Format the code
