@@ -13,6 +13,7 @@ PF := .venv/bin/predictflow
 DATA ?=
 DEMO_ARGS ?=
 SIZE ?= small
+MINUTES ?= 30
 FEAST_SOURCE ?=
 PYTEST_ARGS ?=
 
@@ -74,6 +75,10 @@ bench-offline: .venv/.dev ## Measure the offline store against stock Feast and h
 .PHONY: bench-online
 bench-online: .venv/.dev ## Measure the servers and the online store against feast serve, feast listen and the SDK (SIZE=small|full)
 	.venv/bin/python -m benchmarks.online --size $(SIZE)
+
+.PHONY: soak-online
+soak-online: .venv/.dev ## Mixed load on predictflow serve for MINUTES (30) while Redis restarts five times
+	.venv/bin/python -m benchmarks.soak --minutes $(MINUTES)
 
 .PHONY: prove-backfill
 prove-backfill: .venv/.dev ## Kill a backfill 50 times at random points; the result must be the same bytes

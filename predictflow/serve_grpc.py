@@ -6,6 +6,7 @@ import logging
 from collections.abc import Awaitable, Callable
 from contextlib import AbstractContextManager, nullcontext
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from serving.ports import reserve_port
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
     from feast import FeatureStore
     from starlette.types import ASGIApp
 
+    from serving.grpc_push import Push
+    from serving.grpc_server import Gate
     from serving.metrics import Metrics
     from serving.models import Models
     from serving.online import OnlineService
@@ -36,8 +39,17 @@ def with_grpc(
     models: Models,
     metrics: Metrics,
     ping: Callable[[], Awaitable[None]],
+    *,
+    gate: Gate | None = None,
+    push: Push | None = None,
+    tls: tuple[Path, Path] | None = None,
+    seconds: float = 30.0,
+    request_bytes: int = 4 * 1024 * 1024,
 ) -> ASGIApp:
-    """`app` with a gRPC server that starts and stops with it; `app` itself for None."""
+    """`app` with a gRPC server that starts and stops with it; `app` itself for None.
+
+    `gate`, `push`, `seconds` and `request_bytes` are what REST has too; `tls`: files of the certificate chain and its key.
+    """
     if address is None:
         return app
     from redis.exceptions import RedisError
@@ -54,5 +66,7 @@ def with_grpc(
             return False
         return plans.check()[0] and models.check()[0]
 
-    writer = StoreWriter(store, lambda: datetime.now(UTC))
-    return WithService(app, GrpcServer(online, writer, metrics, ready, GrpcOptions(*address)))
+    pair = None if tls is None else (tls[1].read_bytes(), tls[0].read_bytes())
+    options = GrpcOptions(*address, tls=pair, seconds=seconds, request_bytes=request_bytes)
+    writer = StoreWriter(store, lambda: datetime.now(UTC), push)
+    return WithService(app, GrpcServer(online, writer, metrics, ready, options, gate))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -25,13 +25,22 @@ class RowWriter(Protocol):
     def write(self, view: str, values: Mapping[str, object]) -> None: ...
 
 
-class StoreWriter:
-    """Through `FeatureStore.push` and `.write_to_online_store`. One row at a time, from any thread. Safe to repeat: the
-    newest (event_timestamp, created) wins."""
+class Push(Protocol):
+    """Writes columns to one view or to all views of a push source: what REST pushes go through."""
 
-    def __init__(self, store: FeatureStore, wall: Callable[[], datetime]) -> None:
+    def __call__(
+        self, feature_view: str | None, push_source: str | None, columns: Mapping[str, Sequence[object]], to: Any
+    ) -> object: ...
+
+
+class StoreWriter:
+    """Through `push`, or else `FeatureStore.push` and `.write_to_online_store`. One row at a time, from any thread. Safe
+    to repeat: the newest (event_timestamp, created) wins."""
+
+    def __init__(self, store: FeatureStore, wall: Callable[[], datetime], push: Push | None = None) -> None:
         self._store = store
         self._wall = wall
+        self._push = push
         self._lock = threading.Lock()  # Feast's registry cache is refreshed by whoever asks
 
     def push(self, source: str, values: Mapping[str, object], to: str) -> None:
@@ -48,8 +57,11 @@ class StoreWriter:
                 raise NotFoundError(
                     "unknown push source", value=source, valid=self._push_sources(), next_step="feast apply"
                 ) from e
-            frame = self._frame(views, values)
-            self._store.push(source, frame, allow_registry_cache=True, to=PushMode[to.upper()])
+            row = self._row(views, values)
+            if self._push is not None:
+                self._push(None, source, {name: [value] for name, value in row.items()}, to)
+            else:
+                self._store.push(source, _frame(row), allow_registry_cache=True, to=PushMode[to.upper()])
 
     def write(self, view: str, values: Mapping[str, object]) -> None:
         """NotFoundError for an unknown view, DataError for values that do not fit."""
@@ -63,20 +75,22 @@ class StoreWriter:
                 raise NotFoundError(
                     "unknown feature view", value=view, valid=[v.name for v in every], next_step="feast apply"
                 ) from e
-            self._store.write_to_online_store(view, self._frame([found], values))
+            row = self._row([found], values)
+            if self._push is not None:
+                self._push(view, None, {name: [value] for name, value in row.items()}, "online")
+            else:
+                self._store.write_to_online_store(view, _frame(row))
 
     def _push_sources(self) -> list[str]:
         views = self._store.registry.list_all_feature_views(self._store.project, allow_cache=True)
         sources = [getattr(v, "stream_source", None) for v in views]
         return sorted({s.name for s in sources if s is not None})
 
-    def _frame(self, views: list[Any], values: Mapping[str, object]) -> Any:
-        import pandas as pd
-
+    def _row(self, views: list[Any], values: Mapping[str, object]) -> dict[str, object]:
         row: dict[str, object] = {}
         for view in views:
             row |= self._typed(view, values)
-        return pd.DataFrame({name: [value] for name, value in row.items()})
+        return row
 
     def _typed(self, view: FeatureView, values: Mapping[str, object]) -> dict[str, object]:
         """The row as the view declares it, by the column names of its source; `created` filled in when it is absent."""
@@ -105,6 +119,12 @@ class StoreWriter:
                 f"the row lacks columns of {view.name}", value=missing, valid=[*types, source.timestamp_field]
             )
         return row
+
+
+def _frame(row: Mapping[str, object]) -> Any:
+    import pandas as pd
+
+    return pd.DataFrame({name: [value] for name, value in row.items()})
 
 
 def _read(name: str, kind: str | None, text: str) -> object:

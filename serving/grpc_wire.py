@@ -80,9 +80,26 @@ def encode(read: CellRead, heads: Heads, entities: Mapping[str, Any], with_versi
     for v, view in enumerate(plan.view_plans):
         answers = [row[v] for row in read.rows]
         times = b"".join([_time(a) for a in answers])
-        for f, feature in enumerate(view.features):
-            _vector(out, *_values(feature, [a.cells[f] for a in answers], times))
+        # What nearly every feature of a row view gives: all rows present.
+        present = b"\x12" + varint(n) + bytes([_PRESENT]) * n + times
+        for feature, cells in zip(view.features, zip(*[a.cells for a in answers])):
+            statuses, stored = zip(*cells)
+            values = _plain(stored) if statuses.count("PRESENT") == n else None
+            if values is not None:
+                _vector(out, values, present)
+            else:
+                _vector(out, *_values(feature, cells, times))
     return b"".join(out)
+
+
+def _plain(stored: Sequence[object]) -> bytes | None:
+    """Field `values` of stored scalars that are no null and not large, else None."""
+    try:
+        if not {v[0] for v in stored} <= _NEVER_NULL:  # type: ignore[index]  # a TypeError tells what is no bytes
+            return None
+        return b"".join([_VALUE[len(v)] + v for v in stored])  # type: ignore[arg-type,operator]  # as above
+    except (TypeError, IndexError):
+        return None
 
 
 def _vector(out: list[bytes], values: bytes, rest: bytes) -> None:

@@ -72,6 +72,7 @@ def test_pushed_rows_are_read_back(url: str) -> None:
         answer = client.get_online_features(
             {"customer_id": ["G1", "G2"]}, features=["account:charges", "visits:visits"]
         )
+    assert answer.rows[0].event_timestamps == {"charges": NOW, "visits": NOW}, "microseconds arrive"
     assert [row.values for row in answer.rows] == [{"charges": 1.25, "visits": 3}, {"charges": None, "visits": None}]
 
 

@@ -21,6 +21,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from feature_store.errors import PredictFlowError, UsageError
+from serving.grpc_push import StoreWriter
 from serving.grpc_server import OpenGate
 from tests.integration.grpc_support import NOW, Repo, serving
 
@@ -325,3 +326,14 @@ def test_tls(repo: Repo, tmp_path: Path) -> None:
             assert GrpcFeatureServerStub(channel).GetOnlineFeatures(request("C1"), timeout=10).results
         with grpc.insecure_channel(address) as channel:
             assert refused(GrpcFeatureServerStub(channel).GetOnlineFeatures, request("C1")).code() == Code.UNAVAILABLE
+
+
+def test_rows_go_through_the_push_that_rest_uses_when_there_is_one(repo: Repo) -> None:
+    pushed: list[Any] = []
+    writer = StoreWriter(repo.store, lambda: NOW, lambda *what: pushed.append(what))
+    writer.write("visits", {"customer_id": "C1", "visits": "3", "event_timestamp": "2026-01-01T00:00:00.000001Z"})
+    ((view, source, columns, to),) = pushed
+    assert (view, source, to) == ("visits", None, "online")
+    assert columns["visits"] == [3]
+    assert columns["event_timestamp"][0].microsecond == 1
+    assert columns["created"] == [NOW]
