@@ -1,6 +1,6 @@
 """Names our online store to Feast's own test-suite, which imports this module as FULL_REPO_CONFIGS_MODULE.
 
-It goes by the name `redis` there, since some tests ask for that store by name. Each test environment gets a private Redis.
+It goes by the name that the tests ask for: `redis`, or `sqlite` for those of value types. Each environment gets a private Redis.
 """
 
 from __future__ import annotations
@@ -46,5 +46,8 @@ class PredictFlowOnlineStoreCreator(OnlineStoreCreator):
 
 AVAILABLE_OFFLINE_STORES = [("local", FileDataSourceCreator)]
 AVAILABLE_ONLINE_STORES = {
-    "redis": ({"type": "feature_store.online_store.PredictFlowOnlineStore"}, PredictFlowOnlineStoreCreator)
+    os.environ["PREDICTFLOW_UNIVERSAL_NAME"]: (
+        {"type": "feature_store.online_store.PredictFlowOnlineStore"},
+        PredictFlowOnlineStoreCreator,
+    )
 }

@@ -31,12 +31,17 @@ ONLINE_SUITES = (
     f"{ONLINE_FOLDER}/test_universal_online.py",
     f"{ONLINE_FOLDER}/test_universal_e2e.py",
     f"{ONLINE_FOLDER}/test_push_features_to_online_store.py",
-    f"{ONLINE_FOLDER}/test_universal_online_types.py",
 )
 STORES = {
-    "offline": ("predictflow_repo_configuration", SUITES),
-    "online": ("predictflow_online_configuration", ONLINE_SUITES),
+    "offline": ("predictflow_repo_configuration", "", SUITES),
+    "online": ("predictflow_online_configuration", "redis", ONLINE_SUITES),
+    "online-types": (
+        "predictflow_online_configuration",
+        "sqlite",
+        (f"{ONLINE_FOLDER}/test_universal_online_types.py",),
+    ),
 }
+"""What to run: the module that names our store, the name that the suite's tests ask for it by, and the test files."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -59,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(tests: Path, store: str, suites: Sequence[str] | None, arguments: Sequence[str]) -> int:
     """pytest's exit code for one store's suites."""
-    module, own = STORES[store]
+    module, name, own = STORES[store]
     with tempfile.TemporaryDirectory(prefix="predictflow-feast-") as place:
         shutil.copytree(tests, Path(place) / "tests")
         shutil.copy(HERE / "pytest.ini", place)
@@ -70,6 +75,7 @@ def run(tests: Path, store: str, suites: Sequence[str] | None, arguments: Sequen
             "FEAST_USAGE": "False",
             "IS_TEST": "True",
             "PREDICTFLOW_UNIVERSAL_HOME": place,
+            "PREDICTFLOW_UNIVERSAL_NAME": name,
             "PYTHONPATH": f"{place}:{HERE}:{HERE.parents[1]}",
         }
         command = [sys.executable, "-m", "pytest", "-c", "pytest.ini", "--integration", *(suites or own)]
