@@ -13,6 +13,7 @@ PF := .venv/bin/predictflow
 DATA ?=
 DEMO_ARGS ?=
 SIZE ?= small
+MINUTES ?= 30
 FEAST_SOURCE ?=
 EXAMPLES ?= 500
 PYTEST_ARGS ?=
@@ -72,6 +73,14 @@ lint: .venv/.dev ## Run ruff, mypy and the import-direction check
 bench-offline: .venv/.dev ## Measure the offline store against stock Feast and hand-written queries (SIZE=small|full)
 	.venv/bin/python -m benchmarks.offline --size $(SIZE)
 
+.PHONY: bench-online
+bench-online: .venv/.dev ## Measure the servers and the online store against feast serve, feast listen and the SDK (SIZE=small|full)
+	.venv/bin/python -m benchmarks.online --size $(SIZE)
+
+.PHONY: soak-online
+soak-online: .venv/.dev ## Mixed load on predictflow serve for MINUTES (30) while Redis restarts five times
+	.venv/bin/python -m benchmarks.soak --minutes $(MINUTES)
+
 .PHONY: prove-backfill
 prove-backfill: .venv/.dev ## Kill a backfill 50 times at random points; the result must be the same bytes
 	PREDICTFLOW_BACKFILL_KILLS=50 .venv/bin/python -m pytest tests/integration/test_backfill_kill.py
@@ -80,9 +89,16 @@ prove-backfill: .venv/.dev ## Kill a backfill 50 times at random points; the res
 fuzz-rest: .venv/.dev ## Send the REST server requests made from its OpenAPI document, with new seeds (EXAMPLES=500 per route)
 	PREDICTFLOW_FUZZ_EXAMPLES=$(EXAMPLES) .venv/bin/python -m pytest tests/integration/test_rest_fuzz.py --timeout 7200
 
+.venv-feast/.done: requirements.lock requirements-dev.lock tests/feast_universal/requirements.txt | .venv/.dev
+	$(UV) venv --quiet --clear --python .venv/bin/python .venv-feast
+	$(UV) pip install --quiet --python .venv-feast --require-hashes -r requirements-dev.lock
+	$(UV) pip install --quiet --python .venv-feast -c requirements.lock -r requirements.lock -r tests/feast_universal/requirements.txt
+	$(UV) pip install --quiet --python .venv-feast --no-deps --no-build-isolation -e .
+	@touch $@
+
 .PHONY: feast-universal
-feast-universal: .venv/.dev ## Run Feast's own retrieval tests on our store (FEAST_SOURCE=path of a Feast source checkout)
-	.venv/bin/python -m tests.feast_universal.run "$(FEAST_SOURCE)"
+feast-universal: .venv-feast/.done ## Run Feast's own store tests on ours (FEAST_SOURCE=path of a Feast source checkout)
+	.venv-feast/bin/python tests/feast_universal/run.py "$(FEAST_SOURCE)"
 
 .PHONY: format
 format: .venv/.dev ## Format the code

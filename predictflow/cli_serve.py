@@ -44,6 +44,9 @@ STARTUP_FAILURE = 3
     "--model", "models", multiple=True, default=(DEFAULT_MODEL,), show_default=True, help="Ready once loaded."
 )
 @click.option("--no-model", is_flag=True, help="Be ready without a model (features only).")
+@click.option(
+    "--grpc-port", default=50051, show_default=True, type=click.IntRange(0, 65535), help="gRPC port; 0: no gRPC."
+)
 @click.option("--no-served-log", is_flag=True, help="Do not log what is served to Kafka.")
 @click.option(
     "--log-sample",
@@ -93,6 +96,7 @@ def serve(
     host: str,
     port: int,
     workers: int,
+    grpc_port: int,
     models: tuple[str, ...],
     no_model: bool,
     no_served_log: bool,
@@ -107,7 +111,9 @@ def serve(
     tls_key: Path | None,
     allow_remote: bool,
 ) -> None:
-    """Serve features and predictions over REST."""
+    """Serve features and predictions over REST, and features over gRPC."""
+    from predictflow.serve_grpc import reserve
+
     settings = Settings.from_environ()
     _check_host(host, allow_remote, api_keys)
     _check_tls(tls_cert, tls_key)
@@ -131,8 +137,9 @@ def serve(
         api_keys=api_keys,
         tls_cert=tls_cert,
         tls_key=tls_key,
+        grpc=(host, grpc_port) if grpc_port else None,
     )
-    with ExitStack() as opened:
+    with ExitStack() as opened, reserve(options.grpc):
         listeners = [opened.enter_context(listen(host, p)) for p in (port, feast_port) if p is not None]
         scheme = "https" if tls_cert else "http"
         shown = f"[{host}]" if ":" in host else host
@@ -140,6 +147,8 @@ def serve(
         click.echo(f"PredictFlow serves on {first} (documents: {first}/docs)", err=True)
         for address in others:
             click.echo(f"Feast clients: online_store: {{type: remote, path: {address}}}", err=True)
+        if options.grpc is not None:
+            click.echo(f"gRPC on {shown}:{grpc_port}", err=True)
         if workers == 1:
             _run_one(settings, options, listeners)
         else:

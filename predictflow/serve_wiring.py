@@ -37,6 +37,8 @@ class ServeOptions:
     registry_seconds: float = 10.0
     model_seconds: float = 3.0
     log_sample: float = 1.0
+    grpc: tuple[str, int] | None = None
+    """Address of the gRPC server; None: no gRPC."""
     max_concurrent: int = 256
     seconds: float = 30.0
     job_rows: int = 10_000
@@ -53,6 +55,7 @@ def build_app(settings: Settings, options: ServeOptions) -> ASGIApp:
     from feature_store.read_plan import OnlineReader, ReadPlan
     from feature_store.redis_stream import RedisStream
     from feature_store.redis_wire import address_from
+    from predictflow.serve_grpc import with_grpc
     from predictflow.wiring import feast_store
     from serving.access import Keys, scope_of
     from serving.app import Dependencies, create_app
@@ -96,13 +99,14 @@ def build_app(settings: Settings, options: ServeOptions) -> ASGIApp:
         await redis.aclose()
 
     gate = Gate(keys, options.max_concurrent)
+    pusher = Pusher(store, _clock(settings, store))
     app = create_app(
         Dependencies(
             online=online,
             plans=plans,
             models=models,
             catalogue=FeatureCatalogue(store),
-            push=Pusher(store, _clock(settings, store)),
+            push=pusher,
             historical=Historical(store, HistoricalLimits(inline_rows=options.job_rows)),
             jobs=Jobs(settings.home / "serving" / "jobs", lambda: datetime.now(UTC)),
             reads=reads,
@@ -117,7 +121,22 @@ def build_app(settings: Settings, options: ServeOptions) -> ASGIApp:
             model_seconds=options.model_seconds,
         )
     )
-    return HotRoutes(app, online, metrics, limits, Admission(gate, scope_of(PATH)))
+    hot = HotRoutes(app, online, metrics, limits, Admission(gate, scope_of(PATH)))
+    return with_grpc(
+        hot,
+        options.grpc,
+        store,
+        online,
+        plans,
+        models,
+        metrics,
+        ping,
+        gate=gate,
+        push=pusher.push,
+        tls=(options.tls_cert, options.tls_key) if options.tls_cert and options.tls_key else None,
+        seconds=options.seconds,
+        request_bytes=limits.body_bytes,
+    )
 
 
 def _redis_options(url: str) -> dict[str, Any]:

@@ -1,55 +1,55 @@
-"""`FeatureClient`: features and predictions over REST, with timeouts, retries, typed results and data frames."""
+"""`FeatureClient` and `AsyncFeatureClient`: features and predictions over REST or gRPC, with timeouts, retries, typed results.
+
+Importing it loads neither Feast nor pandas; gRPC loads Feast's messages when the first gRPC client is made.
+"""
 
 from __future__ import annotations
 
-import random
+import asyncio
+import itertools
 import time
-from collections.abc import Callable, Mapping, Sequence
-from datetime import UTC, datetime
+from collections.abc import Awaitable, Callable, Sequence
+from datetime import datetime
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
-from urllib.parse import quote
 
-import requests
-from pydantic import BaseModel, ValidationError
-
-from feature_store.errors import NotFoundError, PredictFlowError, UnavailableError, UsageError
+from feature_store.errors import PredictFlowError, UnavailableError, UsageError
+from serving import client_calls as calls
 from serving import schemas
+from serving.client_calls import Call, Columns, Failure, To
+from serving.client_types import FeatureRow, HistoricalJob, OnlineFeatures, Prediction, Predictions, Pushed
 
 if TYPE_CHECKING:
-    import pandas as pd
+    import httpx
+    import pyarrow as pa
 
-BACKOFF_SECONDS = 0.1
-MAX_BACKOFF_SECONDS = 2.0
+    from serving.client_log import FeatureLog
 
-Answer = TypeVar("Answer", bound=BaseModel)
+__all__ = [
+    "AsyncFeatureClient",
+    "FeatureClient",
+    "FeatureRow",
+    "HistoricalJob",
+    "OnlineFeatures",
+    "Prediction",
+    "Predictions",
+    "Pushed",
+]
 
-
-class OnlineFeatures(schemas.OnlineResponse):
-    """Feature values, one row per entity in the order asked for; `t` is the UTC time as of which they hold."""
-
-    def to_df(self) -> pd.DataFrame:
-        """One row per entity: join keys, then features (missing: None). Statuses are in `rows`."""
-        import pandas as pd
-
-        return pd.DataFrame([{**row.entity, **row.values} for row in self.rows], dtype=object).infer_objects()
-
-
-class Predictions(schemas.PredictResponse):
-    """Probabilities, one per entity in the order asked for, with the features they were made from."""
-
-    def to_df(self) -> pd.DataFrame:
-        """One row per entity: join keys, features (missing: None), `probability`."""
-        import pandas as pd
-
-        rows = [{**p.entity, **p.values, "probability": p.probability} for p in self.predictions]
-        return pd.DataFrame(rows, dtype=object).infer_objects()
+T = TypeVar("T")
+DEFAULT_URL = "http://127.0.0.1:9094"
+_GRPC_SCHEMES = {"grpc": False, "grpcs": True}
+POLL_SECONDS = (0.2, 2.0)
+"""First and longest pause between looks at a historical job."""
 
 
 class FeatureClient:
-    """A client of one PredictFlow server. Not for several threads at once: give each its own.
+    """A client of one PredictFlow server; safe to share between threads.
 
-    `timeout` is in seconds, for connecting and for each wait on the answer. Reads are safe to repeat, so a 503 and a
-    broken connection are tried again up to `retries` times, after a random pause that grows and honours Retry-After.
+    `base_url`: `http://` or `https://` for REST, `grpc://host:port` or `grpcs://` for gRPC, which carries online features
+    and pushes only. `timeout` in seconds, for connecting and for each wait on an answer. Every call is safe to repeat, so an
+    overloaded or unavailable server and a broken connection are tried again up to `retries` times, after a random pause
+    that grows and honours Retry-After. `ca_file`: certificates (PEM) to trust instead of the system's.
 
     Raises UsageError and NotFoundError (with the valid values) for what the server refuses, UnavailableError when it
     does not answer or a server behind it does not, PredictFlowError for anything else.
@@ -57,20 +57,19 @@ class FeatureClient:
 
     def __init__(
         self,
-        base_url: str = "http://127.0.0.1:9094",
+        base_url: str = DEFAULT_URL,
         *,
         timeout: float = 5.0,
         retries: int = 3,
         api_key: str | None = None,
-        session: requests.Session | None = None,
+        ca_file: str | Path | None = None,
+        feature_log: FeatureLog | None = None,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
-        self._base = base_url.rstrip("/")
-        self._timeout = timeout
+        self._transport = _transport(base_url, timeout, api_key, ca_file, asynchronous=False)
         self._retries = retries
-        self._session = session or requests.Session()
+        self._log = feature_log
         self._sleep = sleep
-        self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
 
     def __enter__(self) -> FeatureClient:
         return self
@@ -79,12 +78,12 @@ class FeatureClient:
         self.close()
 
     def close(self) -> None:
-        """Closes the connections. Safe to call twice."""
-        self._session.close()
+        """Closes the connections; the feature log is its owner's to close. Safe to call twice."""
+        self._transport.close()
 
     def get_online_features(
         self,
-        entities: Mapping[str, Sequence[object]],
+        entities: Columns,
         *,
         feature_service: str | None = None,
         features: Sequence[str] | None = None,
@@ -94,100 +93,251 @@ class FeatureClient:
     ) -> OnlineFeatures:
         """Values of a feature service, or of references `view:feature`, for entities `{join key: [values]}`.
 
-        `at` (naive: UTC) reads as of a later time than the clock's; only where the server runs on the replay clock.
+        `at` (naive: UTC) reads as of a later time than the clock's; only over REST, where the server runs on the replay clock.
         """
-        body: dict[str, Any] = {"entities": _lists(entities)}
-        if feature_service is not None:
-            body["feature_service"] = feature_service
-        if features is not None:
-            body["features"] = list(features)
-        if full_feature_names:
-            body["full_feature_names"] = True
-        return self._post("/api/v1/features/online", body, at, request_id, OnlineFeatures)
+        call = calls.online(entities, feature_service, features, at, full_feature_names, request_id)
+        return self._logged(self._run(call), request_id)
 
     def predict(
-        self,
-        model: str,
-        entities: Mapping[str, Sequence[object]],
-        *,
-        at: datetime | None = None,
-        request_id: str | None = None,
+        self, model: str, entities: Columns, *, at: datetime | None = None, request_id: str | None = None
     ) -> Predictions:
         """Predictions of the champion version of `model`; `at` as in `get_online_features`."""
-        path = f"/api/v1/predict/{quote(model, safe='')}"
-        return self._post(path, {"entities": _lists(entities)}, at, request_id, Predictions)
+        return self._logged(self._run(calls.predict(model, entities, at, request_id)), request_id)
+
+    def push(
+        self,
+        columns: Columns,
+        *,
+        feature_view: str | None = None,
+        push_source: str | None = None,
+        to: To = "online",
+        request_id: str | None = None,
+    ) -> Pushed:
+        """Writes rows (join keys, features, `event_timestamp`, `created`?) to a view or to all views of a push source."""
+        return self._run(calls.push(columns, feature_view, push_source, to, request_id))
+
+    def get_historical_features(
+        self,
+        entities: Any,
+        *,
+        feature_service: str | None = None,
+        features: Sequence[str] | None = None,
+        as_known: bool = True,
+        full_feature_names: bool = False,
+        wait_seconds: float = 3600.0,
+    ) -> pa.Table:
+        """The rows of `entities` (Arrow table, data frame or columns, with `event_timestamp`) with their features.
+
+        A large request becomes a job on the server; this waits for it, up to `wait_seconds` (UnavailableError beyond).
+        """
+        found = self._run(calls.historical(entities, feature_service, features, as_known, full_feature_names))
+        if not isinstance(found, HistoricalJob):
+            return found
+        for pause in _pauses(wait_seconds, found):
+            self._sleep(pause)
+            if _done(self._run(calls.job(found.id))):
+                break
+        return self._run(calls.job_result(found.id))
 
     def catalogue(self) -> schemas.Catalogue:
         """Feature views and services, with descriptions, units and owners."""
-        return self._send("GET", "/api/v1/features", None, None, schemas.Catalogue)
+        return self._run(calls.catalogue())
 
-    def _post(
-        self, path: str, body: dict[str, Any], at: datetime | None, request_id: str | None, kind: type[Answer]
-    ) -> Answer:
-        if at is not None:
-            body["at"] = (at if at.tzinfo else at.replace(tzinfo=UTC)).isoformat()
-        return self._send("POST", path, body, request_id, kind)
+    def _run(self, call: Call[T]) -> T:
+        for attempt in itertools.count():
+            outcome = self._transport.send(call)
+            if not isinstance(outcome, Failure):
+                return outcome
+            self._sleep(calls.pause(outcome, attempt, self._retries))
+        raise AssertionError("itertools.count() does not end")
 
-    def _send(
-        self, method: str, path: str, body: dict[str, Any] | None, request_id: str | None, kind: type[Answer]
-    ) -> Answer:
-        headers = {**self._headers, "X-Request-Id": request_id} if request_id else self._headers
-        attempt = 0
-        while True:
-            wait = 0.0
-            try:
-                response = self._session.request(
-                    method, self._base + path, json=body, headers=headers, timeout=self._timeout
-                )
-            except requests.RequestException as e:
-                if not isinstance(e, requests.ConnectionError | requests.Timeout):
-                    raise UsageError(f"the request cannot be sent ({type(e).__name__})", value=self._base) from e
-                error: PredictFlowError = UnavailableError(
-                    f"the server does not answer ({type(e).__name__})",
-                    value=self._base,
-                    next_step="predictflow serve, or check the base URL",
-                )
-            else:
-                if response.ok:
-                    return _parse(response, kind)
-                error = _error(response)
-                wait = _retry_after(response)
-            if not isinstance(error, UnavailableError) or attempt >= self._retries:
-                raise error
-            pause = min(MAX_BACKOFF_SECONDS, BACKOFF_SECONDS * 2**attempt)
-            self._sleep(min(wait, MAX_BACKOFF_SECONDS) + random.uniform(0, pause))
-            attempt += 1
+    def _logged(self, answer: T, request_id: str | None) -> T:
+        if self._log is not None:
+            self._log.write(answer, request_id)
+        return answer
 
 
-def _lists(entities: Mapping[str, Sequence[object]]) -> dict[str, list[object]]:
-    return {key: list(values) for key, values in entities.items()}
+class AsyncFeatureClient:
+    """As `FeatureClient`, for one event loop: the same arguments and methods, awaited; `async with` closes it."""
+
+    def __init__(
+        self,
+        base_url: str = DEFAULT_URL,
+        *,
+        timeout: float = 5.0,
+        retries: int = 3,
+        api_key: str | None = None,
+        ca_file: str | Path | None = None,
+        feature_log: FeatureLog | None = None,
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+    ) -> None:
+        self._transport = _transport(base_url, timeout, api_key, ca_file, asynchronous=True)
+        self._retries = retries
+        self._log = feature_log
+        self._sleep = sleep
+
+    async def __aenter__(self) -> AsyncFeatureClient:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """As `FeatureClient.close`."""
+        await self._transport.close()
+
+    async def get_online_features(
+        self,
+        entities: Columns,
+        *,
+        feature_service: str | None = None,
+        features: Sequence[str] | None = None,
+        at: datetime | None = None,
+        full_feature_names: bool = False,
+        request_id: str | None = None,
+    ) -> OnlineFeatures:
+        """As `FeatureClient.get_online_features`."""
+        call = calls.online(entities, feature_service, features, at, full_feature_names, request_id)
+        return self._logged(await self._run(call), request_id)
+
+    async def predict(
+        self, model: str, entities: Columns, *, at: datetime | None = None, request_id: str | None = None
+    ) -> Predictions:
+        """As `FeatureClient.predict`."""
+        return self._logged(await self._run(calls.predict(model, entities, at, request_id)), request_id)
+
+    async def push(
+        self,
+        columns: Columns,
+        *,
+        feature_view: str | None = None,
+        push_source: str | None = None,
+        to: To = "online",
+        request_id: str | None = None,
+    ) -> Pushed:
+        """As `FeatureClient.push`."""
+        return await self._run(calls.push(columns, feature_view, push_source, to, request_id))
+
+    async def get_historical_features(
+        self,
+        entities: Any,
+        *,
+        feature_service: str | None = None,
+        features: Sequence[str] | None = None,
+        as_known: bool = True,
+        full_feature_names: bool = False,
+        wait_seconds: float = 3600.0,
+    ) -> pa.Table:
+        """As `FeatureClient.get_historical_features`."""
+        found = await self._run(calls.historical(entities, feature_service, features, as_known, full_feature_names))
+        if not isinstance(found, HistoricalJob):
+            return found
+        for pause in _pauses(wait_seconds, found):
+            await self._sleep(pause)
+            if _done(await self._run(calls.job(found.id))):
+                break
+        return await self._run(calls.job_result(found.id))
+
+    async def catalogue(self) -> schemas.Catalogue:
+        """As `FeatureClient.catalogue`."""
+        return await self._run(calls.catalogue())
+
+    async def _run(self, call: Call[T]) -> T:
+        for attempt in itertools.count():
+            outcome = await self._transport.asend(call)
+            if not isinstance(outcome, Failure):
+                return outcome
+            await self._sleep(calls.pause(outcome, attempt, self._retries))
+        raise AssertionError("itertools.count() does not end")
+
+    def _logged(self, answer: T, request_id: str | None) -> T:
+        if self._log is not None:
+            self._log.write(answer, request_id)
+        return answer
 
 
-def _parse(response: requests.Response, kind: type[Answer]) -> Answer:
-    try:
-        return kind.model_validate_json(response.content)
-    except ValidationError as e:
-        raise PredictFlowError(
-            "the answer is not PredictFlow's",
-            value=response.text[:200],
-            next_step="check the base URL, and that client and server have the same version",
-        ) from e
+class _Http:
+    """REST over httpx, blocking or for the event loop."""
+
+    def __init__(
+        self, base_url: str, timeout: float, api_key: str | None, ca_file: str | Path | None, asynchronous: bool
+    ) -> None:
+        import ssl
+
+        import httpx
+
+        verify: Any = ssl.create_default_context(cafile=str(ca_file)) if ca_file else True
+        self._base = base_url.rstrip("/")
+        headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        kind: Any = httpx.AsyncClient if asynchronous else httpx.Client
+        self._client: Any = kind(timeout=timeout, verify=verify, headers=headers)
+
+    def send(self, call: Call[T]) -> T | Failure:
+        import httpx
+
+        try:
+            response = self._client.request(call.method, self._base + call.path, **_request(call))
+        except httpx.HTTPError as e:
+            return self._failed(e)
+        except httpx.InvalidURL as e:
+            raise UsageError("not a URL", value=self._base, next_step=f"for example {DEFAULT_URL}") from e
+        return call.parse(response) if response.status_code < 400 else calls.refusal(response)
+
+    async def asend(self, call: Call[T]) -> T | Failure:
+        import httpx
+
+        try:
+            response = await self._client.request(call.method, self._base + call.path, **_request(call))
+        except httpx.HTTPError as e:
+            return self._failed(e)
+        except httpx.InvalidURL as e:
+            raise UsageError("not a URL", value=self._base, next_step=f"for example {DEFAULT_URL}") from e
+        return call.parse(response) if response.status_code < 400 else calls.refusal(response)
+
+    def close(self) -> Any:
+        """Closes it; to be awaited on the event loop."""
+        return self._client.aclose() if hasattr(self._client, "aclose") else self._client.close()
+
+    def _failed(self, error: httpx.HTTPError) -> Failure:
+        import httpx
+
+        if isinstance(error, httpx.UnsupportedProtocol):
+            raise UsageError(f"the request cannot be sent ({error})", value=self._base) from error
+        return calls.no_answer(self._base, error)
 
 
-def _error(response: requests.Response) -> PredictFlowError:
-    try:
-        fault = schemas.ErrorResponse.model_validate_json(response.content).error
-    except ValidationError:
-        fault = schemas.ErrorDetail(
-            code="failure", message=f"HTTP {response.status_code}: {response.text[:200]}", valid=None, next=None
-        )
-    kinds: dict[int, type[PredictFlowError]] = {404: NotFoundError, 429: UnavailableError, 503: UnavailableError}
-    usage = UsageError if 400 <= response.status_code < 500 else PredictFlowError
-    error = kinds.get(response.status_code, usage)(fault.message, valid=fault.valid, next_step=fault.next)
-    error.code = fault.code
-    return error
+def _request(call: Call[Any]) -> dict[str, Any]:
+    return {"content": call.content, "headers": dict(call.headers), "params": dict(call.params) or None}
 
 
-def _retry_after(response: requests.Response) -> float:
-    text = response.headers.get("Retry-After", "")
-    return float(text) if text.isdigit() else 0.0
+def _transport(
+    base_url: str, timeout: float, api_key: str | None, ca_file: str | Path | None, asynchronous: bool
+) -> Any:
+    scheme, separator, target = base_url.partition("://")
+    if not separator or scheme not in ("http", "https", *_GRPC_SCHEMES):
+        schemes = ("http", "https", *_GRPC_SCHEMES)
+        raise UsageError("not a server's URL", value=base_url, valid=[f"{s}://host:port" for s in schemes])
+    if scheme in _GRPC_SCHEMES:
+        from serving.client_grpc import Channel
+
+        return Channel(target.rstrip("/"), timeout, api_key, ca_file, _GRPC_SCHEMES[scheme], asynchronous)
+    return _Http(base_url, timeout, api_key, ca_file, asynchronous)
+
+
+def _pauses(seconds: float, job: HistoricalJob) -> Any:
+    pause, most = POLL_SECONDS
+    spent = 0.0
+    while spent < seconds:
+        yield pause
+        spent += pause
+        pause = min(most, pause * 1.5)
+    raise UnavailableError(f"the job is not done after {seconds:g} s", value=job.id, next_step="wait longer")
+
+
+def _done(job: HistoricalJob) -> bool:
+    if job.status == "failed":
+        fault = job.error or {}
+        error = PredictFlowError(f"the job failed: {fault.get('message', 'no reason given')}", value=job.id)
+        error.code = str(fault.get("code", "failure"))
+        raise error
+    return job.status == "done"

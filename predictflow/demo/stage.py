@@ -33,6 +33,7 @@ MODEL = "churn-predictor"
 API_PORT = 9094
 SERVER_SECONDS = 120.0
 """A slow disk reads Feast and MLflow for the first time here."""
+GRPC_PORT = 50051
 ACCOUNT_TTL = timedelta(days=30)
 
 
@@ -184,9 +185,10 @@ def start_server(settings: Settings) -> str:
 
 def _start_server_on(port: int, settings: Settings) -> str:
     from predictflow.local import processes
-    from predictflow.local.ports import HOST
+    from predictflow.local.ports import HOST, is_free
 
-    argv = [sys.executable, "-m", "predictflow.cli", "serve", "--port", str(port)]
+    grpc = GRPC_PORT if is_free(GRPC_PORT) else 0  # the demo needs none
+    argv = [sys.executable, "-m", "predictflow.cli", "serve", "--port", str(port), "--grpc-port", str(grpc)]
     url = f"http://{HOST}:{port}"
     processes.start("serve", argv, {}, settings.home, ready=lambda: _answers(f"{url}/readyz"), timeout=SERVER_SECONDS)
     return url

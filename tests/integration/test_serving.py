@@ -372,7 +372,17 @@ def consume(bootstrap: str, topic: str, count: int) -> list[tuple[str, dict[str,
 
 def test_the_command_serves_drains_on_sigterm_and_reports_a_busy_port(platform: Platform) -> None:
     env = {**os.environ, "PYTHONUNBUFFERED": "1"}
-    command = [sys.executable, "-m", "predictflow.cli", "serve", "--no-served-log", "--no-model", "--port"]
+    command = [
+        sys.executable,
+        "-m",
+        "predictflow.cli",
+        "serve",
+        "--no-served-log",
+        "--no-model",
+        "--grpc-port",
+        "0",
+        "--port",
+    ]
     port = free_port()
     address = f"http://{HOST}:{port}"
     server = subprocess.Popen([*command, str(port)], env=env, stderr=subprocess.PIPE, text=True)
@@ -404,6 +414,8 @@ def test_several_workers_share_both_ports_and_metrics_over_tls(platform: Platfor
     command = [sys.executable, "-m", "predictflow.cli", "serve", "--no-served-log", "--no-model", "--workers", "2"]
     command += ["--tls-cert", str(cert), "--tls-key", str(key), "--feast-port", str(feast_port)]
     address = f"https://{HOST}:{port}"
+    grpc_port = free_port()
+    command += ["--grpc-port", str(grpc_port)]
     server = subprocess.Popen([*command, "--port", str(port)], stderr=subprocess.PIPE, text=True)
     try:
         wait_until(lambda: server.poll() is not None or answers(f"{address}/readyz", verify=str(cert)), 250)
@@ -416,6 +428,11 @@ def test_several_workers_share_both_ports_and_metrics_over_tls(platform: Platfor
         assert requests.post(feast, json=body, timeout=10, verify=str(cert)).ok
         with pytest.raises(requests.ConnectionError):
             requests.get(f"http://{HOST}:{port}/healthz", timeout=10)
+        assert {grpc_charges(grpc_port, cert) for _ in range(10)} == {0.1 + 0.2}
+        busy = subprocess.run([*command, "--port", "0"], capture_output=True, text=True, timeout=120)
+        assert busy.returncode == 1
+        assert f"{HOST}:{grpc_port}" in busy.stderr
+        assert "--grpc-port" in busy.stderr
         server.send_signal(signal.SIGTERM)
         _, log = server.communicate(timeout=60)
     finally:
@@ -451,3 +468,21 @@ def self_signed(directory: Path) -> tuple[Path, Path]:
         key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
     )
     return certificate, private
+
+
+def grpc_charges(port: int, cert: Path) -> float:
+    """monthly_charges of C1, over a connection of its own: any worker may take it."""
+    import grpc
+    from feast.protos.feast.serving.ServingService_pb2 import GetOnlineFeaturesRequest
+    from feast.protos.feast.serving.ServingService_pb2_grpc import ServingServiceStub
+    from feast.protos.feast.types.Value_pb2 import RepeatedValue, Value
+
+    request = GetOnlineFeaturesRequest(
+        feature_service=SERVICE, entities={"customer_id": RepeatedValue(val=[Value(string_val="C1")])}
+    )
+    trusted = grpc.ssl_channel_credentials(cert.read_bytes())
+    own = [("grpc.use_local_subchannel_pool", 1)]
+    with grpc.secure_channel(f"{HOST}:{port}", trusted, options=own) as channel:
+        answer = ServingServiceStub(channel).GetOnlineFeatures(request, timeout=20)
+    names = list(answer.metadata.feature_names.val)
+    return float(answer.results[names.index("monthly_charges")].values[0].double_val)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+import io
 import json
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -13,7 +17,7 @@ from typing import Any
 import pytest
 
 from feature_store.errors import NotFoundError, PredictFlowError, UnavailableError, UsageError
-from serving.client import FeatureClient
+from serving.client import AsyncFeatureClient, FeatureClient
 
 FEATURES = {
     "t": "2026-01-01T00:00:00.000001Z",
@@ -37,8 +41,9 @@ class Script:
     """What to answer, in turn (the last one again and again), and what was asked."""
 
     answers: list[tuple[int, Any, dict[str, str]]]
-    asked: list[tuple[str, dict[str, Any], str | None]] = field(default_factory=list)
+    asked: list[tuple[str, Any, str | None]] = field(default_factory=list)
     url: str = ""
+    headers: list[Any] = field(default_factory=list)
     slept: list[float] = field(default_factory=list)
 
     def client(self, **kwargs: Any) -> FeatureClient:
@@ -51,14 +56,18 @@ def script() -> Iterator[Script]:
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            raw = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            body = json.loads(raw) if self.headers["Content-Type"] == "application/json" else raw
+            script.headers.append(self.headers)
             script.asked.append((self.path, body, self.headers["X-Request-Id"]))
             status, content, headers = script.answers.pop(0) if len(script.answers) > 1 else script.answers[0]
             self.send_response(status)
             for name, value in headers.items():
                 self.send_header(name, value)
             self.end_headers()
-            self.wfile.write(json.dumps(content).encode())
+            self.wfile.write(content if isinstance(content, bytes) else json.dumps(content).encode())
+
+        do_GET = do_POST
 
         def log_message(self, *_: object) -> None:
             pass
@@ -147,3 +156,72 @@ def test_no_server_at_all_is_unavailable() -> None:
     with pytest.raises(UnavailableError, match=r"predictflow serve"):
         FeatureClient("http://127.0.0.1:1", retries=1, sleep=slept.append).predict("m", {"id": ["C0"]})
     assert len(slept) == 1
+
+
+def test_importing_the_client_loads_nothing_heavy() -> None:
+    code = "import sys, serving.client; print({'feast', 'pandas', 'grpc', 'pyarrow', 'confluent_kafka'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
+
+
+def test_the_key_is_sent_and_a_bad_url_is_told(script: Script) -> None:
+    with script.client(api_key="pf_x") as client:
+        client.get_online_features({"id": ["C0"]}, feature_service="s")
+    assert script.headers[-1]["Authorization"] == "Bearer pf_x"
+    with pytest.raises(UsageError, match=r"grpc://host:port"):
+        FeatureClient("localhost:9094")
+
+
+def test_the_asynchronous_client_asks_retries_and_raises_alike(script: Script) -> None:
+    slept: list[float] = []
+
+    async def sleep(seconds: float) -> None:
+        slept.append(seconds)
+
+    async def main() -> None:
+        async with AsyncFeatureClient(script.url, sleep=sleep) as client:
+            answer = await client.get_online_features({"id": ["C0", "C1"]}, feature_service="s")
+            assert answer.rows[1].statuses["charges"] == "NULL_VALUE"
+            script.answers = [(404, error("not_found", ["a"]), {})]
+            with pytest.raises(NotFoundError, match="valid: a"):
+                await client.predict("m", {"id": ["C0"]})
+
+    script.answers = [(503, error("unavailable"), {"Retry-After": "1"}), (200, FEATURES, {})]
+    asyncio.run(main())
+    assert len(slept) == 1
+
+
+def test_a_push_sends_columns_as_json_can_hold_them(script: Script) -> None:
+    script.answers = [(200, {"rows": 1, "feature_views": ["v"], "to": "online"}, {})]
+    pushed = script.client().push(
+        {"id": ["C0"], "b": [b"\xff"], "event_timestamp": [datetime(2026, 1, 1, tzinfo=UTC)]}, feature_view="v"
+    )
+    assert pushed.feature_views == ["v"]
+    path, body, _ = script.asked[0]
+    columns = {"id": ["C0"], "b": ["/w=="], "event_timestamp": ["2026-01-01T00:00:00Z"]}
+    assert (path, body) == ("/api/v1/features/push", {"columns": columns, "to": "online", "feature_view": "v"})
+
+
+def test_history_comes_as_arrow_also_from_a_job(script: Script) -> None:
+    import pyarrow as pa
+
+    table = pa.table({"id": ["C0"], "charges": [1.5]})
+    sink = io.BytesIO()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    running = {"id": "j/1", "status": "running", "rows_done": 0, "rows_total": 1, "created_at": "2026-01-01T00:00:00Z"}
+    done = {**running, "status": "done", "finished_at": "2026-01-01T00:00:01Z", "error": None}
+    script.answers = [(202, running, {}), (200, running, {}), (200, done, {}), (200, sink.getvalue(), {})]
+    got = script.client().get_historical_features({"id": ["C0"]}, features=["v:charges", "v:n"])
+    assert got == table
+    paths = [path for path, _, _ in script.asked]
+    assert (
+        paths[0]
+        == "/api/v1/features/historical?as_known=true&full_feature_names=false&features=v%3Acharges&features=v%3An"
+    )
+    assert pa.ipc.open_stream(script.asked[0][1]).read_all().column_names == ["id"]
+    assert paths[1:] == ["/api/v1/jobs/j%2F1"] * 2 + ["/api/v1/jobs/j%2F1/result"]
+    failed = {**done, "status": "failed", "error": {"code": "data", "message": "no such column"}}
+    script.answers = [(202, running, {}), (200, failed, {})]
+    with pytest.raises(PredictFlowError, match="no such column"):
+        script.client().get_historical_features({"id": ["C0"]}, feature_service="s")
