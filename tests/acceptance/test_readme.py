@@ -239,7 +239,8 @@ def test_bad_input_is_one_clear_line_and_leaves_the_last_run_as_it_was(
         "orders.txt": ("a,b\n", "takes a .csv or .csv.gz"),
         "nothing good.csv": (f"{header}1,2,3,4,5\n", "no acceptable line"),
     }
-    before, served = checkout.left(), _served_now(checkout)
+    customers = _customers_of_the_last_run(checkout)
+    before, served = checkout.left(), _served_now(checkout, customers)
     assert {"serve", "sync", "postgres", "redis", "kafka"} <= before["processes"].keys()
     for name, (text, _) in given.items():
         (tmp_path / name).write_text(text)
@@ -253,19 +254,23 @@ def test_bad_input_is_one_clear_line_and_leaves_the_last_run_as_it_was(
     assert "KAFKA_BOOTSTRAP_SERVERS" in done.stderr
     assert done.returncode == 1
     assert checkout.left() == before
-    assert _served_now(checkout) == served
+    assert _served_now(checkout, customers) == served
 
 
-def _served_now(checkout: Checkout) -> list[dict[str, Any]]:
-    """Predictions of the server that the last run left running, for customers of the last run."""
+def _customers_of_the_last_run(checkout: Checkout) -> list[str]:
+    raw = checkout.home / checkout.summary()["dataset"] / "work" / "raw" / "accounts.parquet"
     keys = duckdb.execute(
-        "SELECT DISTINCT customer_id FROM read_parquet(?) ORDER BY ALL LIMIT 5",
-        [str(checkout.home / checkout.summary()["dataset"] / "work" / "raw" / "accounts.parquet")],
+        "SELECT DISTINCT customer_id FROM read_parquet(?) ORDER BY ALL LIMIT 5", [str(raw)]
     ).fetchall()
-    body = json.dumps({"entities": {"customer_id": [k for (k,) in keys]}})
+    return [k for (k,) in keys]
+
+
+def _served_now(checkout: Checkout, customers: list[str]) -> list[dict[str, Any]]:
+    """Predictions of the server that the last run left running."""
+    body = json.dumps({"entities": {"customer_id": customers}})
     url = f"{checkout.summary()['rest_url']}/api/v1/predict/churn-predictor"
     done = checkout.run(f"curl -sf --noproxy '*' {url} -H 'Content-Type: application/json' -d '{body}'")
     assert done.returncode == 0, done.stderr
     predictions: list[dict[str, Any]] = json.loads(done.stdout)["predictions"]
-    assert len(predictions) == len(keys) > 0
+    assert len(predictions) == len(customers) > 0
     return predictions

@@ -18,8 +18,14 @@ from feast.protos.feast.types.Value_pb2 import Value
 from feature_store.clock import to_micros
 from feature_store.errors import DataError, UsageError
 from feature_store.read_plan import OnlineRow, ReadPlan
-from feature_store.redis_layout import nanos_of
-from feature_store.redis_writer import RowEncoder
+from feature_store.redis_layout import (
+    encode_pair,
+    encode_timestamp,
+    feature_field,
+    nanos_of,
+    pair_field,
+    timestamp_field,
+)
 from feature_store.view_plan import OnDemandViewError
 
 T = datetime(2026, 1, 10, tzinfo=UTC)
@@ -95,10 +101,11 @@ def read(plan: ReadPlan, *entities: dict[str, Any]) -> list[OnlineRow]:
     """Rows of C1 (charges 2.5, n 3); any other customer was never written."""
     values = {"charges": Value(double_val=2.5), "n": Value(int64_val=3)}
     key = plan.requests([{**entities[0], "customer_id": "C1"}])[0][0]
-    args = (
-        RowEncoder("account").encode(key, {k: v.SerializeToString() for k, v in values.items()}, nanos_of(T), None).args
-    )
-    held = {key: dict(zip(args[::2], args[1::2]))}
+    times = {
+        timestamp_field("account"): encode_timestamp(nanos_of(T)),
+        pair_field("account"): encode_pair(nanos_of(T), None),
+    }
+    held = {key: times | {feature_field("account", n): v.SerializeToString() for n, v in values.items()}}
     replies = [[held.get(k, {}).get(f) for f in fields] for k, fields in plan.requests(entities)]
     return plan.decode(entities, replies, to_micros(T)).rows
 
