@@ -155,7 +155,7 @@ class Soak:
             row = {"key": [key], "n": [n], "text": [f"{key}:{n}"], "half": [n / 2]}
             times = {"event_timestamp": [event], "created": [event]}
             try:
-                client.push({**row, **times}, feature_view="soak")
+                client.push({**row, **times}, feature_view="soak", to="online")
             except UnavailableError as e:
                 self._away("write", e)
                 continue  # it may have been written or not: a later write settles it

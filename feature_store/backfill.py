@@ -156,7 +156,7 @@ def _refuse_what_the_stream_logged(table: Path, view: str, known_by: datetime | 
         raise DataError(
             f"{view}: the stream has logged events since {from_micros(first).isoformat()}, which this history would count again",
             value=None if known_by is None else known_by.isoformat(),
-            next_step="--known-by before that time, or `predictflow windows bootstrap --rewind` to forget the stream",
+            next_step="--known-by before that time, or `predictflow windows bootstrap --rewind --known-by TIME --yes` to forget the stream",
         )
 
 

@@ -1,7 +1,7 @@
 """The online state of windowed views from history known by a time; the stream takes over where it stops.
 
-Reads the event log (history and stream) with DuckDB, builds every entity's state at once, writes states and values
-through Feast, sets the replay clock and the consumer group's start.
+Reads the event log (history and stream) with DuckDB, builds every entity's state at once, writes states and values,
+sets the replay clock and the consumer group's start.
 """
 
 from __future__ import annotations
@@ -14,12 +14,20 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from feature_store.bootstrap_plan import Start, StreamPlace, plan_bootstrap, refuse_running, views_together
+from feature_store.bootstrap_plan import (
+    BootstrapPlan,
+    Start,
+    StreamPlace,
+    plan_bootstrap,
+    refuse_running,
+    views_together,
+)
 from feature_store.clock import ClockMode, from_micros, to_micros
 from feature_store.erasure_list import ErasureList, not_erased
 from feature_store.event_log import EventLog, log_files
 from feature_store.rewound import mark_rewound
 from feature_store.stream_view import log_directory
+from feature_store.topic import commit_group
 from feature_store.topic_record import TopicRecord, write_record
 from feature_store.window_store import Key, WindowStore
 from feature_store.windows.definition import WindowedView
@@ -69,7 +77,7 @@ def bootstrap(
 
     Raises what `plan_bootstrap` raises, before anything is changed; UnavailableError: servers.
     """
-    from feature_store.topic import client_config, commit_group, ensure_topic
+    from feature_store.topic import client_config, ensure_topic
 
     chosen = views_together(store, views)
     config = client_config(stream.bootstrap_servers) if stream else {}
@@ -83,6 +91,9 @@ def bootstrap(
     known_by_us = to_micros(known_by)
     erasures = ErasureList(offline_path)
     done = []
+    if stream and rewind:
+        # First: were we to end half-way, sync must find again what the log forgets. What it still holds is recognised.
+        _commit(config, stream.group, chosen, plans)
     for (view, definition), plan in zip(chosen, plans, strict=True):
         event_log = EventLog(log_directory(offline_path, view), definition.topic)
         online = WindowStore(store, view)
@@ -109,11 +120,17 @@ def bootstrap(
         # Again at the end: until now a server that runs meanwhile found rows missing.
         for view, _ in chosen:
             mark_rewound(log_directory(offline_path, view).parent, wall_clock())
-    if stream:
-        for topic in {d.topic for _, d in chosen}:
-            of_topic = [b.starts for b, (_, d) in zip(done, chosen) if d.topic == topic]
-            commit_group(config, stream.group, topic, {p: min(s[p] for s in of_topic) for p in of_topic[0]})
+    if stream and not rewind:
+        _commit(config, stream.group, chosen, plans)
     return done
+
+
+def _commit(
+    config: dict[str, Any], group: str, chosen: Sequence[tuple[Any, WindowedView]], plans: Sequence[BootstrapPlan]
+) -> None:
+    for topic in {d.topic for _, d in chosen}:
+        of_topic = [plan.starts for plan, (_, d) in zip(plans, chosen, strict=True) if d.topic == topic]
+        commit_group(config, group, topic, {p: min(s[p] for s in of_topic) for p in of_topic[0]})
 
 
 def states_of(

@@ -178,7 +178,8 @@ class EventLog:
             raise DataError(
                 "event log file cannot be read",
                 value=str(file.path),
-                next_step="restore it from a backup, or remove it and run `predictflow windows bootstrap`",
+                next_step="restore it from a backup; or remove it, then `predictflow windows bootstrap --rewind --known-by TIME` "
+                "with a time before its first event, so that sync reads the topic again",
             ) from e
 
 

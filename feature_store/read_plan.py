@@ -425,6 +425,6 @@ class OnlineReader:
         if clock is None:
             raise ClockNotSetError(
                 f"the replay clock of project {self.plan.project} is not set",
-                next_step="`predictflow windows bootstrap` sets it; PREDICTFLOW_CLOCK=wall uses the machine's",
+                next_step="`predictflow windows bootstrap --known-by TIME` sets it; PREDICTFLOW_CLOCK=wall uses the machine's",
             )
         return replies[1:], clock

@@ -40,6 +40,7 @@ log = logging.getLogger(__name__)
 _POLL_SECONDS = 0.25
 _LONGEST_BACKOFF = 5.0
 _COMPACT_EVERY = 256  # batches
+_COMMITTED_SECONDS = 120.0
 
 
 @dataclass(frozen=True)
@@ -168,7 +169,7 @@ class Sync:
         if grown > self._partitions:  # while we ran
             for view in self.views:
                 refuse_other_partitions(view.name, TopicRecord(self._topic, "", self._partitions), grown)
-        for p in consumer.committed(partitions, timeout=30) if partitions else []:
+        for p in self._committed(consumer, partitions):
             if p.error is not None:
                 raise UnavailableError(f"no committed offset of partition {p.partition} ({p.error.str()})")
             start = max(p.offset, 0)
@@ -181,6 +182,23 @@ class Sync:
         consumer.incremental_assign(partitions)
         log.info("assigned %s", {p.partition: self._owned[p.partition] for p in partitions})
         self.assigned.set()
+
+    def _committed(self, consumer: Any, partitions: list[Any]) -> list[Any]:
+        """The group's place in partitions; a broker that is away is waited for."""
+        from confluent_kafka import KafkaException
+
+        until = time.monotonic() + _COMMITTED_SECONDS
+        while partitions:
+            try:
+                return list(consumer.committed(partitions, timeout=10))
+            except KafkaException as e:
+                if self._stop.is_set() or time.monotonic() > until:
+                    raise UnavailableError(
+                        f"no committed offsets of group {self._group} ({e.args[0].str()})", next_step="start sync again"
+                    ) from e
+                log.warning("committed offsets not read, trying again: %s", e.args[0].str())
+                time.sleep(1)
+        return []
 
     def _on_revoke(self, consumer: Any, partitions: list[Any]) -> None:
         self._commit(consumer, [p.partition for p in partitions], wait=True)
@@ -225,7 +243,7 @@ class Sync:
         if error.code() == KafkaError._AUTO_OFFSET_RESET:
             raise DataError(
                 f"topic {self._topic} no longer holds the next event of a partition ({error.str()})",
-                next_step="`predictflow windows bootstrap --rewind` to forget the stream's log, backfill the history "
+                next_step="`predictflow windows bootstrap --rewind --known-by TIME --yes` to forget the stream's log, backfill the history "
                 "up to now, then `predictflow windows bootstrap`",
             )
         if error.code() in (KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError.TOPIC_AUTHORIZATION_FAILED):
@@ -291,7 +309,7 @@ class Sync:
             for view in self.views:
                 view.committed(p, self._owned[p])
                 if self._batches % _COMPACT_EVERY == 0:
-                    view.log.compact(p)
+                    _compact(view, p)
         self._measure_lag(consumer, partitions)
 
     def _commit(self, consumer: Any, partitions: Any, wait: bool) -> None:
@@ -336,3 +354,11 @@ class Sync:
         rebalancing = (KafkaError.ILLEGAL_GENERATION, KafkaError.REBALANCE_IN_PROGRESS, KafkaError.UNKNOWN_MEMBER_ID)
         level = logging.DEBUG if error.code() in rebalancing else logging.WARNING
         log.log(level, "offsets not committed, tried again later: %s", error.str())
+
+
+def _compact(view: StreamView, partition: int) -> None:
+    """Fewer log files, for readers; it can wait, for instance for room on the disk."""
+    try:
+        view.log.compact(partition)
+    except OSError as e:
+        log.warning("%s: log of partition %d not compacted: %s", view.name, partition, e)

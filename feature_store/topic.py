@@ -65,8 +65,11 @@ def ensure_topic(config: dict[str, Any], topic: str, partitions: int = 1, second
 
 
 def topic_id(config: dict[str, Any], topic: str, seconds: float = 10.0) -> str:
-    """The broker's id of a topic, which changes when it is deleted and made again; '' where the broker has none."""
-    from confluent_kafka import KafkaException, TopicCollection
+    """The broker's id of a topic, which changes when it is deleted and made again; '' where the broker has none.
+
+    UnavailableError when the broker does not answer.
+    """
+    from confluent_kafka import KafkaError, KafkaException, TopicCollection
     from confluent_kafka.admin import AdminClient
 
     admin = AdminClient(config)  # must outlive its futures
@@ -74,8 +77,12 @@ def topic_id(config: dict[str, Any], topic: str, seconds: float = 10.0) -> str:
         future = admin.describe_topics(TopicCollection([topic]), request_timeout=seconds)[topic]
         return str(future.result(seconds).topic_id)
     except KafkaException as e:
+        if e.args[0].code() not in (KafkaError._UNSUPPORTED_FEATURE, KafkaError.UNSUPPORTED_VERSION):
+            raise _unavailable(config, e) from e
         log.debug("no topic id of %s: %s", topic, e)
         return ""
+    except TimeoutError as e:
+        raise _unavailable(config, e) from e
 
 
 def end_offsets(config: dict[str, Any], topic: str, seconds: float = 10.0) -> dict[int, int]:

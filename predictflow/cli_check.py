@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 @click.option("--no-predictions", is_flag=True, help="Leave predicted probabilities unchecked, without MLflow.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object.")
 def check(served_file: Path | None, since: str | None, no_predictions: bool, as_json: bool) -> None:
-    """Recompute every served value from the offline store, and every prediction; exit 1 when any differs."""
+    """Recompute every value served for this project, and every prediction; exit 1 when any differs."""
     from feature_store import consistency
     from predictflow import predictions
     from predictflow.settings import Settings
@@ -44,6 +44,8 @@ def check(served_file: Path | None, since: str | None, no_predictions: bool, as_
         served = consistency.read_served_file(served_file)
     else:
         served = consistency.read_served(settings.need("kafka_bootstrap_servers"), settings.served_topic)
+    # Projects that share a broker share this topic; each checks its own.
+    served = (r for r in served if r.get("project", store.project) == store.project)
     views = store.list_feature_views()
     records, older = consistency.served_since(served, views, offline, start)
     result = consistency.check(records, views, offline)

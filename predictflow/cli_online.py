@@ -35,7 +35,8 @@ def sweep(views: tuple[str, ...], dry_run: bool, as_json: bool) -> None:
     at = online_sweep.clock_of(store, datetime.now(UTC))
     if at is None:
         raise DataError(
-            "the replay clock is not set, so nothing can be expired", next_step="`predictflow windows bootstrap`"
+            "the replay clock is not set, so nothing can be expired",
+            next_step="`predictflow windows bootstrap --known-by TIME`",
         )
     with progress("sweep", unit="keys") as advance:
         done = online_sweep.sweep(store, at, views=views, dry_run=dry_run, advance=advance)

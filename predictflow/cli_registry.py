@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -105,7 +106,8 @@ def init(directory: Path) -> None:
 
     project = init_project(directory)
     click.echo(f"project {project} in {directory}")
-    click.echo(f"next: cd {directory} && feast apply   (README.md there has the rest)")
+    activate = Path(sys.executable).parent / "activate"
+    click.echo(f"next: source {activate} && cd {directory} && feast apply   (README.md there has the rest)")
 
 
 def _registry() -> FeatureRegistry:

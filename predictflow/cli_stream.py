@@ -16,6 +16,7 @@ from predictflow.times import parse_time
 
 if TYPE_CHECKING:
     from feature_store.bootstrap_plan import BootstrapPlan
+    from predictflow.settings import Settings
 
 
 @click.command()
@@ -81,10 +82,14 @@ def bootstrap(
             "forgetting cannot be undone: pass --dry-run to see what --rewind would forget, or --yes to do it"
         )
     settings = Settings.from_environ(os.environ)
-    if known_by is None and settings.clock == "replay":
-        raise UsageError("under the replay clock, say until when history is known", next_step="pass --known-by TIME")
-    at = datetime.now(UTC) if known_by is None else parse_time("--known-by", known_by)
+    at = None if known_by is None else parse_time("--known-by", known_by)
     store, offline = feast_store(settings), settings.need("offline_path")
+    if at is None and settings.clock == "replay":
+        raise UsageError(
+            f"under the replay clock, say until when history is known; {_replay_clock(settings, store.project)}",
+            next_step="pass --known-by TIME",
+        )
+    at = at or datetime.now(UTC)
     group = group or default_group(store.project)
     place = StreamPlace(settings.need("kafka_bootstrap_servers"), group)
     if rewind or dry_run:
@@ -111,6 +116,16 @@ def bootstrap(
             f"{b.view}: {b.entities:,} entities, {b.events:,} events known by {b.known_by.isoformat()}{forgotten}; "
             f"group {group} starts at offsets {_offsets(b.starts)}"
         )
+
+
+def _replay_clock(settings: Settings, project: str) -> str:
+    from feature_store.clock import from_micros, replay_clock_key
+    from feature_store.redis_connection import answering, connect
+
+    redis: Any = connect(settings.need("redis_url"))
+    with answering(redis):
+        at = redis.get(replay_clock_key(project))
+    return "it is not set yet" if at is None else f"it stands at {from_micros(int(at)).isoformat()}"
 
 
 def _described(plan: BootstrapPlan, group: str, rewind: bool) -> str:

@@ -179,7 +179,7 @@ def _clock(settings: Settings, store: FeatureStore) -> Callable[[], datetime]:
         if value is None:
             raise ClockNotSetError(
                 f"the replay clock of project {store.project} is not set",
-                next_step="`predictflow windows bootstrap` sets it; PREDICTFLOW_CLOCK=wall uses the machine's",
+                next_step="`predictflow windows bootstrap --known-by TIME` sets it; PREDICTFLOW_CLOCK=wall uses the machine's",
             )
         return from_micros(int(value))
 

@@ -22,7 +22,7 @@ def feast_store(settings: Settings) -> FeatureStore:
     """The Feast store of `settings.repo`; NotFoundError where there is no feature_store.yaml."""
     for name in ("postgres_url", "redis_url", "offline_path"):
         settings.need(name)
-    os.environ.setdefault("PREDICTFLOW_CLOCK", settings.clock)  # feature_store.yaml has no defaults of its own
+    os.environ["PREDICTFLOW_CLOCK"] = settings.clock  # feature_store.yaml has no defaults of its own
     if not (settings.repo / "feature_store.yaml").is_file():
         raise NotFoundError(
             "no feature_store.yaml in this directory",

@@ -110,7 +110,7 @@ class FeatureClient:
         *,
         feature_view: str | None = None,
         push_source: str | None = None,
-        to: To = "online",
+        to: To = "online_and_offline",
         request_id: str | None = None,
     ) -> Pushed:
         """Writes rows (join keys, features, `event_timestamp`, `created`?) to a view or to all views of a push source."""
@@ -212,7 +212,7 @@ class AsyncFeatureClient:
         *,
         feature_view: str | None = None,
         push_source: str | None = None,
-        to: To = "online",
+        to: To = "online_and_offline",
         request_id: str | None = None,
     ) -> Pushed:
         """As `FeatureClient.push`."""

@@ -125,7 +125,12 @@ def push_call(columns: Columns, feature_view: str | None, push_source: str | Non
     if (feature_view is None) == (push_source is None):
         raise UsageError("give either feature_view or push_source")
     if feature_view is not None and to != "online":
-        raise UsageError("over gRPC a view is written online only", value=to, next_step="name its push_source")
+        raise UsageError(
+            "over gRPC a view is written online only",
+            value=to,
+            valid=["online"],
+            next_step='pass to="online", or name its push_source',
+        )
     typed = {name: python_values_to_proto_values([_sent(v) for v in values]) for name, values in columns.items()}
     rows = [dict(zip(typed, row)) for row in zip(*typed.values(), strict=True)]
     messages = []

@@ -10,12 +10,13 @@ is `stale`, not different.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from feature_store.consistency.result import CHECKED_STATUSES, Consistency
 from feature_store.consistency.served_log import Served, values_of
+from feature_store.erasure_list import ErasureList, digest_of
 from feature_store.windows.definition import definition_of
 
 if TYPE_CHECKING:
@@ -33,12 +34,15 @@ def check(records: Iterable[Mapping[str, Any]], views: Iterable[FeatureView], of
     from feature_store.consistency.windowed import check_windowed
 
     by_name = {v.name: v for v in views}
+    is_erased = _erased(offline_path)
     groups: dict[str, dict[str, list[Served]]] = defaultdict(lambda: defaultdict(list))
     result = Consistency()
     for number, record in enumerate(records):
         for of_view, served in values_of(number, record):
             if of_view not in by_name:
                 result.skip(f"no view {of_view}")
+            elif is_erased(served.entity):
+                result.skip("an entity erased since")
             elif served.status not in CHECKED_STATUSES:
                 result.skip(f"status {served.status}")
             else:
@@ -51,3 +55,9 @@ def check(records: Iterable[Mapping[str, Any]], views: Iterable[FeatureView], of
         else:
             check_rows(view, features, str(offline_path), result)
     return result
+
+
+def _erased(offline_path: str | Path) -> Callable[[Mapping[str, Any]], bool]:
+    """Whether an entity is on the erasure list: what it was served from is gone on purpose."""
+    listed = {(e.join_key, e.sha256) for e in ErasureList(offline_path).entries()}
+    return lambda entity: bool(listed) and any((k, digest_of(k, v)) in listed for k, v in entity.items())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterable, Mapping
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
@@ -25,22 +24,18 @@ def served_since(
 ) -> tuple[list[Mapping[str, Any]], int]:
     """The records to check, and the number of older ones that are left out.
 
-    Kept are those with `served_at` at or after `since`; without it, those served after the last rewind of every windowed
-    view that they were read from. DataError for a record without the fields that decide.
+    Kept are those with `served_at` at or after `since`; without it, those served after the last rewind of any windowed
+    view: rows that are not windowed are usually replaced with it. DataError for a record without `served_at`.
     """
-    windowed = {v.name: v for v in views if definition_of(v) is not None}
-
-    @functools.cache
-    def rewound(name: str) -> int | None:
-        at = rewound_at(log_directory(offline_path, windowed[name]).parent) if name in windowed else None
-        return None if at is None else to_micros(at)
-
+    if since is None:
+        windowed = [v for v in views if definition_of(v) is not None]
+        rewinds = [rewound_at(log_directory(offline_path, v).parent) for v in windowed]
+        since = max((at for at in rewinds if at is not None), default=None)
+    start = None if since is None else to_micros(since)
     kept, left_out = [], 0
     for record in records:
         try:
-            starts = [rewound(v) for v in record["views"]] if since is None else [to_micros(since)]
-            served_at = micros(record["served_at"]) if any(s is not None for s in starts) else 0
-            if any(s is not None and served_at < s for s in starts):
+            if start is not None and micros(record["served_at"]) < start:
                 left_out += 1
             else:
                 kept.append(record)

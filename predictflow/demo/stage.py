@@ -16,9 +16,10 @@ from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
 from feature_store.errors import DataError, NotFoundError, UnavailableError
+from feature_store.masking import masked
+from feature_store.rewound import mark_rewound
 from predictflow.settings import Settings
 
 if TYPE_CHECKING:
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
 
 Say = Callable[[str], None]
 TOPIC = "customer-events"
-SERVICE = "churn_v1"
 MODEL = "churn-predictor"
 API_PORT = 9094
 SERVER_SECONDS = 120.0
@@ -63,7 +63,7 @@ def start_services(settings: Settings, workspace: Path, say: Say) -> Services:
     os.environ.update(started.environ())
     os.environ["PREDICTFLOW_REPO"] = str(settings.repo)
     os.environ["PREDICTFLOW_HOME"] = str(settings.home)
-    say(f"Postgres {_address(started.postgres_url)}, Redis {_address(started.redis_url)}")
+    say(f"Postgres {masked(started.postgres_url)}, Redis {masked(started.redis_url)}")
     say(f"Kafka {started.kafka_bootstrap_servers} ({started.kafka_mode})")
     return started
 
@@ -114,8 +114,11 @@ def run_training_pipeline(settings: Settings, workspace: Path, params: dict[str,
     from training.promote import restore
     from training.tracking import Tracker
 
-    # Events that an earlier demo streamed are not part of this one's history.
-    shutil.rmtree(Path(settings.need("offline_path")) / "customer_events" / "stream", ignore_errors=True)
+    # Events that an earlier demo streamed are not part of this one's history; what it served is not checked any more.
+    streamed = Path(settings.need("offline_path")) / "customer_events" / "stream"
+    if streamed.exists():
+        mark_rewound(streamed.parent, datetime.now(UTC))
+        shutil.rmtree(streamed)
     wait_for_mlflow(settings.home, settings.need("mlflow_tracking_uri"))
     prepare_workspace(workspace, params, settings.repo)
     environ = dict(os.environ)
@@ -238,7 +241,3 @@ def _quiet() -> Iterator[None]:
     """Feast and MLflow print tables, bars and warnings of their own; the demo's output is one story."""
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         yield
-
-
-def _address(url: str) -> str:
-    return urlsplit(url).netloc.rpartition("@")[2]

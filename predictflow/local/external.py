@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from feature_store.config_check import require_database_url
 from feature_store.errors import UnavailableError, UsageError
 from feature_store.masking import masked
 from feature_store.postgres import Postgres
@@ -24,6 +25,7 @@ def check_postgres(url: str) -> None:
             f"POSTGRES_URL is not a Postgres URL: {masked(url)}",
             next_step="set it like postgresql+psycopg2://user:password@host:5432/database",
         )
+    require_database_url(url)  # as every command that loads feature_store.yaml does
     Postgres(url).address  # noqa: B018  # refuses a URL whose password libpq would quote
     try:
         postgres.connect(url).close()

@@ -199,7 +199,10 @@ def test_a_push_sends_columns_as_json_can_hold_them(script: Script) -> None:
     assert pushed.feature_views == ["v"]
     path, body, _ = script.asked[0]
     columns = {"id": ["C0"], "b": ["/w=="], "event_timestamp": ["2026-01-01T00:00:00Z"]}
-    assert (path, body) == ("/api/v1/features/push", {"columns": columns, "to": "online", "feature_view": "v"})
+    assert (path, body) == (
+        "/api/v1/features/push",
+        {"columns": columns, "to": "online_and_offline", "feature_view": "v"},
+    )
 
 
 def test_history_comes_as_arrow_also_from_a_job(script: Script) -> None:
