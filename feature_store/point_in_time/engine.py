@@ -33,6 +33,7 @@ def connect(settings: EngineSettings) -> Iterator[duckdb.DuckDBPyConnection]:
         config: dict[str, str | bool | int | float | list[str]] = {
             "temp_directory": spill,
             "python_enable_replacements": "false",
+            "allocator_background_threads": "true",  # gives back what one step freed before the next one's peak
         }
         if settings.memory_limit:
             config["memory_limit"] = settings.memory_limit
