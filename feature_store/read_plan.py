@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from feature_store.clock import ClockMode, WallClock, from_micros, replay_clock_key, to_micros
 from feature_store.errors import UnavailableError, UsageError
-from feature_store.on_demand import OnDemandPlan, with_function
+from feature_store.on_demand import OnDemandPlan, source_view, with_function
 from feature_store.redis_connection import answering
 from feature_store.redis_layout import KeyLayout, KeyPart, datetime_of
 from feature_store.redis_socket import RedisSocket
@@ -157,7 +157,7 @@ class ReadPlan:
             if _is_on_demand(view):
                 made = with_function(config, registry, project, view)  # type: ignore[arg-type]  # it is on demand
                 projections = made.source_feature_view_projections.values()
-                sources = [(registry.get_feature_view(p.name, project, allow_cache=True), p) for p in projections]
+                sources = [(source_view(registry, project, p.name), p) for p in projections]
                 plans.append(OnDemandPlan(made, names, sources, config, full_feature_names))
             else:
                 plans += cls.of_views(config, project, [(view, names)], full_feature_names).view_plans

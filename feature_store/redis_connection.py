@@ -47,18 +47,28 @@ def connect(connection_string: str, kind: str = "redis", sentinel_master: str = 
             return cast("Redis", RedisCluster(startup_nodes=[ClusterNode(*n) for n in nodes], **options, retry=retry))
 
 
-def connect_async(connection_string: str, kind: str = "redis", sentinel_master: str = "mymaster") -> AsyncRedis:
-    """As `connect`, for the event loop that first uses it; a Cluster too is connected to on first use."""
+def connect_async(
+    connection_string: str,
+    kind: str = "redis",
+    sentinel_master: str = "mymaster",
+    *,
+    timeout: float | None = None,
+    retries: int = _RETRIES,
+) -> AsyncRedis:
+    """As `connect`, for the event loop that first uses it; a Cluster too is connected to on first use.
+
+    `timeout`: seconds to connect and to answer, where the string says nothing; `retries` of a lost connection.
+    """
     from redis.asyncio import Redis
     from redis.asyncio.cluster import ClusterNode, RedisCluster
     from redis.asyncio.retry import Retry
     from redis.asyncio.sentinel import Sentinel
 
-    retry = Retry(_backoff(), _RETRIES)
+    retry = Retry(_backoff(), retries)
     with _known_options():
         if kind == "redis":
-            return Redis(**connection_options(connection_string), retry=retry)
-        nodes, options = _nodes_and_options(connection_string)
+            return Redis(**connection_options(connection_string, timeout), retry=retry)
+        nodes, options = _nodes_and_options(connection_string, timeout)
         if kind == "redis_sentinel":
             sentinels = Sentinel(nodes, sentinel_kwargs=_of_sentinels(options), **options, retry=retry)
             return sentinels.master_for(sentinel_master)
@@ -66,11 +76,13 @@ def connect_async(connection_string: str, kind: str = "redis", sentinel_master: 
         return cast("AsyncRedis", RedisCluster(startup_nodes=[ClusterNode(*n) for n in nodes], **options, retry=retry))
 
 
-def _nodes_and_options(connection_string: str) -> tuple[list[tuple[str, int]], dict[str, Any]]:
+def _nodes_and_options(
+    connection_string: str, timeout: float | None = None
+) -> tuple[list[tuple[str, int]], dict[str, Any]]:
     """Addresses, and options without one: of `host:port,host:port,option=value`, or a URL of one node."""
     text = connection_string.strip()
     if "://" in text:
-        options = connection_options(text)
+        options = connection_options(text, timeout)
         return [(str(options.pop("host")), int(options.pop("port")))], options
     addresses = [part for part in text.split(",") if "=" not in part]
     if not addresses:
@@ -78,7 +90,7 @@ def _nodes_and_options(connection_string: str) -> tuple[list[tuple[str, int]], d
     settings = [part for part in text.split(",") if "=" in part]
     nodes = []
     for address in addresses:
-        options = connection_options(",".join([address, *settings]))
+        options = connection_options(",".join([address, *settings]), timeout)
         nodes.append((str(options.pop("host")), int(options.pop("port"))))
     return nodes, options
 
@@ -127,8 +139,11 @@ def _known_options() -> Iterator[None]:
         raise UsageError(f"REDIS_URL has an option that the Redis client does not know ({e})") from e
 
 
-def connection_options(connection_string: str) -> dict[str, Any]:
-    """Client options of `redis[s]://[user:password@]host:port/db?...` or Feast's `host:port,db=0,password=...`."""
+def connection_options(connection_string: str, timeout: float | None = None) -> dict[str, Any]:
+    """Client options of `redis[s]://[user:password@]host:port/db?...` or Feast's `host:port,db=0,password=...`.
+
+    `timeout`: seconds to connect and to answer, where the string says nothing; None: ours.
+    """
     text = connection_string.strip()
     if "://" in text:
         options = _of_url(text)
@@ -136,7 +151,8 @@ def connection_options(connection_string: str) -> dict[str, Any]:
         options = _of_feast(text)
     if options.get("decode_responses"):
         raise UsageError("REDIS_URL: decode_responses cannot be used, values are bytes")
-    return {**_TIMEOUTS, **options}
+    defaults = _TIMEOUTS if timeout is None else dict.fromkeys(_TIMEOUTS, timeout)
+    return {**defaults, **options}
 
 
 def _of_url(text: str) -> dict[str, Any]:

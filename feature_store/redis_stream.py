@@ -15,7 +15,7 @@ from typing import Any
 from hiredis import HiredisError
 
 from feature_store.errors import PredictFlowError
-from feature_store.redis_wire import Address, command, reader, refused, unavailable
+from feature_store.redis_wire import Address, command, keep_alive, reader, refused, unavailable
 
 Replies = list[Any]
 Done = Callable[[Replies | None, PredictFlowError | None], None]
@@ -25,6 +25,11 @@ LARGE = 16
 """Requests of at least this many commands go by the connection of the large ones."""
 STALLED = 0.2
 """Seconds by which a timer is late when the loop itself stood still."""
+IDLE = 5.0
+"""Seconds without a byte after which a silent connection may be one that was lost unnoticed: what it was asked is asked
+again on a new one."""
+IN_FLIGHT = 200_000
+"""So many commands may wait for their replies on one connection; of more, requests are refused. One alone never is."""
 FAST_FAILURE = 0.1
 """Seconds that a request waits for a connection while the last attempt to make one has failed."""
 
@@ -47,19 +52,25 @@ class _Wire(asyncio.Protocol):
     def __init__(self, link: _Link) -> None:
         self.pending: deque[_Request] = deque()
         self.transport: asyncio.Transport | None = None
+        self.in_flight = 0
+        self.heard = link.loop.time()
         self._link = link
+        self._time = link.loop.time
         self._reader = reader()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = transport  # type: ignore[assignment]  # a stream's transport can write
+        keep_alive(transport.get_extra_info("socket"), self._link.address.timeout)
 
     def ask(self, request: _Request) -> None:
         self.pending.append(request)
+        self.in_flight += request.count
         if self.transport is not None:
             self.transport.write(request.payload)
 
     def data_received(self, data: bytes) -> None:
         take, pending = self._reader.gets, self.pending
+        self.heard = self._time()
         try:
             self._reader.feed(data)
             while pending:
@@ -71,6 +82,7 @@ class _Wire(asyncio.Protocol):
                         return
                     replies.append(reply)
                 pending.popleft()
+                self.in_flight -= request.count
                 self._link.answer(request)
         except HiredisError:  # not Redis, or bytes were lost: what is parsed next cannot be trusted
             self.abort()
@@ -88,8 +100,8 @@ class _Link:
     """A connection that is made, and made again; `send` may be called in any state."""
 
     def __init__(self, address: Address, loop: asyncio.AbstractEventLoop) -> None:
-        self._address = address
-        self._loop = loop
+        self.address = address
+        self.loop = loop
         self._wire: _Wire | None = None
         self._waiting: deque[_Request] = deque()
         self._connecting: asyncio.Task[None] | None = None
@@ -99,34 +111,39 @@ class _Link:
         self._closed = False
 
     def send(self, request: _Request) -> None:
-        request.since = self._loop.time()
-        if self._wire is not None:
-            self._wire.ask(request)
+        request.since = self.loop.time()
+        wire = self._wire
+        if wire is not None:
+            if wire.in_flight and wire.in_flight + request.count > IN_FLIGHT:
+                error = unavailable(self.address, f"{wire.in_flight} reads wait for it already")
+                self.loop.call_soon(self._answer, request, None, error)
+                return
+            wire.ask(request)
         elif self._closed:
-            self._answer(request, None, unavailable(self._address, "closed"))
+            self._answer(request, None, unavailable(self.address, "closed"))
             return
         else:
             self._waiting.append(request)
             if self._connecting is None:
-                self._connecting = self._loop.create_task(self._connect())
+                self._connecting = self.loop.create_task(self._connect())
         if self._timer is None:
             self._watch()
 
     async def _connect(self) -> None:
-        address = self._address
+        address = self.address
         wire = _Wire(self)
-        started = self._loop.time()
+        started = self.loop.time()
         try:
             async with asyncio.timeout(address.connect_timeout):
                 if address.path is not None:
-                    await self._loop.create_unix_connection(lambda: wire, address.path)
+                    await self.loop.create_unix_connection(lambda: wire, address.path)
                 else:
                     name = address.host if address.tls else None
-                    await self._loop.create_connection(
+                    await self.loop.create_connection(
                         lambda: wire, address.host, address.port, ssl=address.tls, server_hostname=name
                     )
                 if address.hellos:
-                    greeted: asyncio.Future[Replies] = self._loop.create_future()
+                    greeted: asyncio.Future[Replies] = self.loop.create_future()
                     greeting = _Request(address.hello, address.hellos, _settle(greeted))
                     greeting.attempts = 1
                     wire.ask(greeting)
@@ -138,10 +155,10 @@ class _Link:
             error = e if isinstance(e, PredictFlowError) else unavailable(address, self._failed)
             wire.abort()
             self._connecting = None
-            late = self._loop.time() - started - address.connect_timeout
+            late = self.loop.time() - started - address.connect_timeout
             if isinstance(e, TimeoutError) and late > STALLED and not self._closed:
                 self._failed = None
-                self._connecting = self._loop.create_task(self._connect())
+                self._connecting = self.loop.create_task(self._connect())
                 return
             self._fail(self._waiting, error)
             return
@@ -154,7 +171,7 @@ class _Link:
     def answer(self, request: _Request) -> None:
         for reply in request.replies:
             if isinstance(reply, Exception):
-                self._answer(request, None, refused(self._address, reply))
+                self._answer(request, None, refused(self.address, reply))
                 return
         self._answer(request, request.replies, None)
 
@@ -162,15 +179,19 @@ class _Link:
         try:
             request.done(replies, error)
         except Exception as e:  # noqa: BLE001 - told by the loop; one request's fault must not cost the others of this connection
-            self._loop.call_exception_handler({"message": "a reply could not be handled", "exception": e})
+            self.loop.call_exception_handler({"message": "a reply could not be handled", "exception": e})
 
     def lost(self, wire: _Wire, reason: str) -> None:
         if self._wire is wire:
             self._wire = None
-        error = unavailable(self._address, reason)
+        error = unavailable(self.address, reason)
         pending, wire.pending = wire.pending, deque()
+        self._again(pending, error, True)
+
+    def _again(self, pending: deque[_Request], error: PredictFlowError, worth: bool) -> None:
+        """Sends what was not answered once more, if that is `worth` it and was not done before; else fails it."""
         for request in pending:
-            if request.attempts or self._closed:
+            if not worth or request.attempts or self._closed:
                 self._answer(request, None, error)
             else:
                 request.attempts += 1
@@ -178,27 +199,32 @@ class _Link:
                 self.send(request)
 
     def _watch(self) -> None:
-        self._due = self._loop.time() + min(0.05, self._address.timeout / 4)
-        self._timer = self._loop.call_at(self._due, self._check)
+        self._due = self.loop.time() + min(0.05, self.address.timeout / 4)
+        self._timer = self.loop.call_at(self._due, self._check)
 
     def _check(self) -> None:
-        """A request that waited too long: all behind it wait for the same silent connection."""
+        """No byte came for too long: all that was asked waits for the same silent connection.
+
+        How long a request waits while replies come does not matter: behind large reads that is no fault.
+        """
         self._timer = None
-        now = self._loop.time()
+        now = self.loop.time()
         if now - self._due > STALLED:  # it was this process that did not run: the answer may be there to be read
             self._watch()
             return
         wire = self._wire
-        if wire is not None and wire.pending and now - wire.pending[0].since > self._address.timeout:
+        timeout = self.address.timeout
+        if wire is not None and wire.pending and now - max(wire.pending[0].since, wire.heard) > timeout:
+            idle = wire.pending[0].since - wire.heard > IDLE
             self._wire = None
             pending, wire.pending = wire.pending, deque()
             wire.abort()
-            self._fail(pending, unavailable(self._address, f"no answer within {self._address.timeout:g} s"))
-        limit = FAST_FAILURE if self._failed else self._address.connect_timeout
+            self._again(pending, unavailable(self.address, f"no answer within {timeout:g} s"), idle)
+        limit = FAST_FAILURE if self._failed else self.address.connect_timeout
         while self._waiting and now - self._waiting[0].since > limit:
             reason = self._failed or f"no connection within {limit:g} s"
-            self._answer(self._waiting.popleft(), None, unavailable(self._address, reason))
-        if self._waiting or (self._wire is not None and self._wire.pending):
+            self._answer(self._waiting.popleft(), None, unavailable(self.address, reason))
+        if self._timer is None and (self._waiting or (self._wire is not None and self._wire.pending)):
             self._watch()
 
     def _fail(self, requests: deque[_Request], error: PredictFlowError) -> None:
@@ -213,7 +239,7 @@ class _Link:
             self._timer.cancel()
         if self._wire is not None:
             self._wire.abort()
-        self._fail(self._waiting, unavailable(self._address, "closed"))
+        self._fail(self._waiting, unavailable(self.address, "closed"))
 
 
 def _settle(future: asyncio.Future[Replies]) -> Done:

@@ -6,6 +6,7 @@ through a general client is that client's own: see docs/performance.md.
 
 from __future__ import annotations
 
+import socket
 import ssl
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     import hiredis
 
 Command = Sequence[bytes]
+KEEPALIVE_SECONDS = 15
+"""After so long without a byte the system asks whether the other side is still there."""
 
 _UNAVAILABLE = (
     "LOADING",
@@ -123,6 +126,34 @@ def _tls(options: Mapping[str, Any]) -> ssl.SSLContext:
     given.setdefault("check_hostname", given["cert_reqs"] in ("required", ssl.CERT_REQUIRED))
     context: ssl.SSLContext = RedisSSLContext(**given).get()
     return context
+
+
+def keep_alive(connection: Any, timeout: float) -> None:
+    """Lets the system notice that the other side of an idle TCP connection is gone, or was forgotten on the way.
+
+    `timeout`: seconds that what was sent may go unacknowledged. No-op for a Unix socket, and where the system has no
+    such setting.
+    """
+    if connection is None or connection.family not in (socket.AF_INET, socket.AF_INET6):
+        return
+    # Not every event loop's stand-in for the socket can set options.
+    own = socket.socket(fileno=connection.fileno())
+    try:
+        _set_keep_alive(own, timeout)
+    finally:
+        own.detach()
+
+
+def _set_keep_alive(connection: socket.socket, timeout: float) -> None:
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in (
+        ("TCP_KEEPIDLE", KEEPALIVE_SECONDS),
+        ("TCP_KEEPINTVL", KEEPALIVE_SECONDS),
+        ("TCP_USER_TIMEOUT", max(1000, round(timeout * 1000))),
+    ):
+        option = getattr(socket, name, None)
+        if option is not None:
+            connection.setsockopt(socket.IPPROTO_TCP, option, value)
 
 
 def reader() -> hiredis.Reader:

@@ -328,7 +328,7 @@ def _write_to_cluster(client: Any, batch: Batch, budget_seconds: float) -> int:
 
 def _on_node(node: Any, batch: Batch, rows: list[int]) -> tuple[int, list[int]]:
     """Rows that won, and the rows that this node does not hold (any more)."""
-    from redis.exceptions import AskError, ClusterDownError, MovedError, ResponseError, TryAgainError
+    from redis.exceptions import AskError, ClusterDownError, MovedError, TryAgainError
 
     pool = node.connection_pool
     connection = pool.get_connection()
@@ -344,8 +344,8 @@ def _on_node(node: Any, batch: Batch, rows: list[int]) -> tuple[int, list[int]]:
                 again.append(i)
             except (MovedError, AskError, TryAgainError, ClusterDownError):
                 again.append(i)
-    except (ResponseError, UnavailableError):
-        connection.disconnect()  # replies are left unread
+    except BaseException:
+        connection.disconnect()  # replies are left unread: whoever has it next would take them for its own
         raise
     finally:
         pool.release(connection)

@@ -192,7 +192,7 @@ def resolve(
 ) -> list[tuple[FeatureView, list[str]]]:
     """The views of a service or of `view:feature` references, with the names to read of each, in the order asked for.
 
-    On-demand views come without their functions (see `on_demand.py`). NotFoundError for an unknown service, view or
+    Views come without their functions (see `on_demand.py`). NotFoundError for an unknown service, view or
     feature; UsageError for two features of one name.
     """
     from feast import utils
@@ -243,11 +243,13 @@ def resolve(
 def _view(registry: BaseRegistry, project: str, name: str, version: int | None) -> Any:
     from feast.errors import FeatureViewNotFoundException
 
-    from feature_store.on_demand import stored
+    from feature_store.on_demand import stored_view, view_names
 
     try:
         if version is None:
-            view = stored(registry, project, name) or registry.get_any_feature_view(name, project, allow_cache=True)
+            view = stored_view(registry, project, name)
+            if view is None:  # a label view, which has no functions, or nothing
+                view = registry.get_any_feature_view(name, project, allow_cache=True)
         elif not getattr(registry, "enable_online_versioning", False):
             raise UsageError(
                 "versioned reads are off",
@@ -258,8 +260,8 @@ def _view(registry: BaseRegistry, project: str, name: str, version: int | None) 
             view = registry.get_feature_view_by_version(name, project, version, allow_cache=True)
             view.projection.version_tag = version
     except FeatureViewNotFoundException as e:
-        names = [v.name for v in registry.list_all_feature_views(project, allow_cache=True)]
-        raise NotFoundError("no such feature view", value=name, valid=names, next_step="feast apply") from e
+        valid = view_names(registry, project)
+        raise NotFoundError("no such feature view", value=name, valid=valid, next_step="feast apply") from e
     if not getattr(view, "enabled", True):
         raise UsageError("feature view is disabled", value=name, next_step=f"feast feature-views enable {name}")
     return view

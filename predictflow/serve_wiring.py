@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from redis.asyncio import Redis
     from starlette.types import ASGIApp
 
+    from feature_store.redis_stream import RedisStream
     from serving.models import Model, Models
     from serving.plans import Column, Plans
     from serving.served_log import ServedLog
@@ -53,8 +54,7 @@ def build_app(settings: Settings, options: ServeOptions) -> ASGIApp:
     from importlib.metadata import version
 
     from feature_store.read_plan import OnlineReader, ReadPlan
-    from feature_store.redis_stream import RedisStream
-    from feature_store.redis_wire import address_from
+    from feature_store.redis_connection import answering
     from predictflow.serve_grpc import with_grpc
     from predictflow.wiring import feast_store
     from serving.access import Keys, scope_of
@@ -75,8 +75,7 @@ def build_app(settings: Settings, options: ServeOptions) -> ASGIApp:
     metrics = Metrics(merge=options.workers > 1)
     if settings.allow_pickled_functions:
         store.config.online_store.pickled_functions = "run"
-    address = address_from(_redis_options(settings.need("redis_url")))
-    redis = RedisStream(address) if address is not None else _redis(settings.need("redis_url"))
+    redis = _redis(settings.need("redis_url"), store)
 
     def reader(plan: ReadPlan) -> OnlineReader:
         return OnlineReader(plan, redis, store.project, settings.clock)
@@ -91,7 +90,8 @@ def build_app(settings: Settings, options: ServeOptions) -> ASGIApp:
     online = OnlineService(plans, models, served_log, metrics, threads, lambda: datetime.now(UTC), limits)
 
     async def ping() -> None:
-        await cast(Awaitable[object], redis.ping())
+        with answering(redis):
+            await cast(Awaitable[object], redis.ping())
 
     async def close() -> None:
         threads.shutdown(wait=False, cancel_futures=True)
@@ -121,7 +121,7 @@ def build_app(settings: Settings, options: ServeOptions) -> ASGIApp:
             model_seconds=options.model_seconds,
         )
     )
-    hot = HotRoutes(app, online, metrics, limits, Admission(gate, scope_of(PATH)))
+    hot = HotRoutes(app, online, metrics, limits, Admission(gate, scope_of(PATH)), options.seconds)
     return with_grpc(
         hot,
         options.grpc,
@@ -139,24 +139,33 @@ def build_app(settings: Settings, options: ServeOptions) -> ASGIApp:
     )
 
 
-def _redis_options(url: str) -> dict[str, Any]:
-    """Of a client that gives up within a second."""
-    from feature_store.redis_connection import connection_options
-
-    given = connection_options(url)
-    for timeout in ("socket_connect_timeout", "socket_timeout"):
-        if timeout not in url:
-            given[timeout] = REDIS_SECONDS
-    return given
+def _redis_kind(store: FeatureStore) -> tuple[str, str]:
+    """What feature_store.yaml says REDIS_URL leads to (a server, a Cluster, Sentinels), and the Sentinels' master."""
+    config: Any = store.config.online_store
+    kind = getattr(config, "redis_type", "redis")
+    return str(getattr(kind, "value", kind)), str(getattr(config, "sentinel_master", "mymaster"))
 
 
-def _redis(url: str) -> Redis:
-    """An asyncio client that gives up within a second and reconnects by itself; a read is safe to repeat once."""
+def _redis(url: str, store: FeatureStore) -> RedisStream | Redis:
+    """A client for the event loop that gives up within a second and reconnects by itself; a read may be repeated once.
+
+    Our own for a single server, where its options are known.
+    """
     from redis.asyncio import BlockingConnectionPool, Connection, Redis, SSLConnection
     from redis.asyncio.retry import Retry
     from redis.backoff import NoBackoff
 
-    given = _redis_options(url)
+    from feature_store.redis_connection import connect_async, connection_options
+    from feature_store.redis_stream import RedisStream
+    from feature_store.redis_wire import address_from
+
+    server, master = _redis_kind(store)
+    if server != "redis":
+        return connect_async(url, server, master, timeout=REDIS_SECONDS, retries=1)
+    given = connection_options(url, REDIS_SECONDS)
+    address = address_from(given)
+    if address is not None:
+        return RedisStream(address)
     kind = SSLConnection if given.pop("ssl", False) else Connection
     given.setdefault("max_connections", REDIS_CONNECTIONS)
     pool = BlockingConnectionPool(connection_class=kind, timeout=REDIS_SECONDS, retry=Retry(NoBackoff(), 1), **given)
@@ -171,7 +180,7 @@ def _clock(settings: Settings, store: FeatureStore) -> Callable[[], datetime]:
     from feature_store.read_plan import ClockNotSetError
     from feature_store.redis_connection import answering, connect
 
-    redis = connect(settings.need("redis_url"))
+    redis = connect(settings.need("redis_url"), *_redis_kind(store))
 
     def now() -> datetime:
         with answering(redis):

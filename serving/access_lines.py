@@ -24,15 +24,24 @@ class AccessLines:
     """Of one event loop. Where no JSON handler is installed, lines go through `logging` as any other."""
 
     def __init__(self) -> None:
-        self._lines: list[tuple[float, str, str, str, int, float, str | None]] = []
+        self._lines: list[tuple[float, str, str, str, int, float, str | None, str | None]] = []
 
-    def add(self, request_id: str, method: str, path: str, status: int, seconds: float, client: str | None) -> None:
-        """One answered request; `client` is its address."""
+    def add(
+        self,
+        request_id: str,
+        method: str,
+        path: str,
+        status: int,
+        seconds: float,
+        client: str | None,
+        key: str | None = None,
+    ) -> None:
+        """One answered request; `client` is its address, `key` the name of its API key."""
         if not access.isEnabledFor(logging.INFO):
             return
         if not self._lines:
             asyncio.get_running_loop().call_later(FLUSH_SECONDS, self.flush)
-        self._lines.append((time.time(), request_id, method, path, status, round(seconds * 1000, 3), client))
+        self._lines.append((time.time(), request_id, method, path, status, round(seconds * 1000, 3), client, key))
 
     def flush(self) -> None:
         """Writes what waits. Safe to call at any time."""
@@ -42,9 +51,9 @@ class AccessLines:
         handlers = logging.getLogger().handlers
         plain = [h for h in handlers if isinstance(h, logging.StreamHandler) and isinstance(h.formatter, JSONFormatter)]
         if len(plain) != len(handlers) or access.handlers:
-            for _, request_id, method, path, status, ms, client in lines:
+            for _, request_id, method, path, status, ms, client, key in lines:
                 fields: dict[str, Any] = {"request_id": request_id, "method": method, "path": path, "status": status}
-                access.info("%s %s %s", method, path, status, extra={**fields, "ms": ms, "client": client})
+                access.info("%s %s %s", method, path, status, extra={**fields, "ms": ms, "client": client, "key": key})
             return
         text = "".join([_line(*line) for line in lines])
         for handler in plain:
@@ -56,7 +65,16 @@ class AccessLines:
                 handler.release()
 
 
-def _line(at: float, request_id: str, method: str, path: str, status: int, ms: float, client: str | None) -> str:
+def _line(
+    at: float,
+    request_id: str,
+    method: str,
+    path: str,
+    status: int,
+    ms: float,
+    client: str | None,
+    key: str | None,
+) -> str:
     line = {
         "time": datetime.fromtimestamp(at, UTC),
         "level": "INFO",
@@ -68,5 +86,6 @@ def _line(at: float, request_id: str, method: str, path: str, status: int, ms: f
         "status": status,
         "ms": ms,
         "client": client,
+        "key": key,
     }
     return orjson.dumps(line, option=orjson.OPT_UTC_Z | orjson.OPT_APPEND_NEWLINE).decode()

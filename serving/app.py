@@ -83,8 +83,9 @@ def create_app(deps: Dependencies) -> FastAPI:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-            await asyncio.to_thread(deps.jobs.close)
+            deps.served_log.drain()  # on the loop that wrote it; what is queued then is not lost if a job takes long
             await asyncio.to_thread(deps.served_log.close, DRAIN_SECONDS)
+            await asyncio.to_thread(deps.jobs.close)
             await deps.close()
             gc.unfreeze()
 

@@ -21,6 +21,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from feature_store.errors import PredictFlowError
 from serving.access_lines import AccessLines
 from serving.errors import error_response, response_of
+from serving.limits import Admitted
 from serving.middleware import _REQUEST_ID as WELL_FORMED_ID
 
 if TYPE_CHECKING:
@@ -44,24 +45,42 @@ Answer = Callable[[int, bytes, str, Headers], None]
 class Guard(Protocol):
     """Who may ask, and how many at once. A request that is not admitted goes to the application, which says why."""
 
-    def admit(self, headers: Headers) -> bool: ...
+    def admit(self, headers: Headers) -> Admitted | None: ...
 
     def release(self) -> None:
         """One admitted request has been answered, or handed to the application."""
         ...
 
 
+class _Open:
+    """Lets everyone in."""
+
+    def admit(self, headers: Headers) -> Admitted:
+        return Admitted()
+
+    def release(self) -> None:
+        pass
+
+
 class HotRoutes:
     """ASGI application around `app`."""
 
     def __init__(
-        self, app: ASGIApp, online: OnlineService, metrics: Metrics, limits: Limits, guard: Guard | None = None
+        self,
+        app: ASGIApp,
+        online: OnlineService,
+        metrics: Metrics,
+        limits: Limits,
+        guard: Guard | None = None,
+        seconds: float = 30.0,
     ) -> None:
+        """`seconds`: how long a body may take to arrive."""
         self.app = app
         self._online = online
         self._metrics = metrics
         self._limits = limits
-        self._guard = guard
+        self._guard = guard or _Open()
+        self.seconds = seconds
         self._lines = AccessLines()
 
     @property
@@ -74,8 +93,14 @@ class HotRoutes:
             if scope["type"] == "lifespan":
                 self._lines.flush()
             return
-        message = await receive()
-        if message["type"] == "http.request" and not message.get("more_body"):
+        admitted = self._guard.admit(scope["headers"])
+        message = None if admitted is None else await self._first(receive)
+        if message is None:  # the application says what was wrong, or goes on waiting
+            await self.app(scope, receive, send)
+            return
+        if message["type"] != "http.request" or message.get("more_body"):
+            self._guard.release()
+        else:
             answered: asyncio.Future[tuple[int, bytes, str, Headers]] = asyncio.get_running_loop().create_future()
 
             def answer(status: int, body: bytes, request_id: str, more: Headers) -> None:
@@ -83,7 +108,7 @@ class HotRoutes:
                     answered.set_result((status, body, request_id, more))
 
             client = scope["client"][0] if scope.get("client") else None
-            if self.begin(scope["headers"], message.get("body", b""), client, answer):
+            if self.begin(scope["headers"], message.get("body", b""), client, answer, admitted):
                 status, body, request_id, more = await answered
                 headers = [
                     (b"content-type", _JSON),
@@ -96,12 +121,50 @@ class HotRoutes:
                 return
         await self.app(scope, _replayed(message, receive), send)
 
-    def begin(self, headers: Headers, body: bytes, client: str | None, answer: Answer) -> bool:
+    async def _first(self, receive: Receive) -> Message | None:
+        """The first message of an admitted request; None, and its slot is free again, when it takes too long."""
+        message = None
+        try:
+            async with asyncio.timeout(self.seconds):
+                message = await receive()
+        except TimeoutError:
+            pass
+        finally:
+            if message is None:
+                self._guard.release()
+        return message
+
+    def admit(self, headers: Headers) -> Admitted | None:
+        """Takes a slot for a request whose body has yet to come: give it to `begin`, or `release` it."""
+        return self._guard.admit(headers)
+
+    def release(self) -> None:
+        """Gives such a slot back."""
+        self._guard.release()
+
+    def begin(
+        self, headers: Headers, body: bytes, client: str | None, answer: Answer, admitted: Admitted | None = None
+    ) -> bool:
         """Starts to answer a request for `PATH` whose body is complete. False: nothing was done, the application must.
 
         `headers`: names in lower case, as ASGI gives them. `answer` is called on the event loop, perhaps at once.
+        `admitted`: the slot that `admit` took; it is given back here, whatever happens.
         """
         started = time.perf_counter()
+        admitted = admitted or self._guard.admit(headers)
+        if admitted is None:
+            return False
+        begun = False
+        try:
+            begun = self._begin(headers, body, client, answer, admitted.key, started)
+        finally:
+            if not begun:
+                self._guard.release()
+        return begun
+
+    def _begin(
+        self, headers: Headers, body: bytes, client: str | None, answer: Answer, key: str | None, started: float
+    ) -> bool:
         given: bytes | None = None
         is_json = False
         for name, value in headers:
@@ -116,33 +179,27 @@ class HotRoutes:
         asked = _parse(body, self._limits.rows)
         if asked is None:
             return False
-        guard = self._guard
-        if guard is not None and not guard.admit(headers):
-            return False
         if given is not None and WELL_FORMED_ID.fullmatch(given):
             request_id = given.decode()
         else:
             request_id = os.urandom(16).hex()
-        in_flight = self._metrics.in_flight
+        in_flight, guard = self._metrics.in_flight, self._guard
 
         def done(content: bytes | None, error: Exception | None) -> None:
             status, more = 200, _NONE
             if content is None:
                 status, content, more = _failure(error, request_id)
             in_flight.dec()
-            if guard is not None:
-                guard.release()
+            guard.release()
             answer(status, content, request_id, more)
             seconds = time.perf_counter() - started
             self._metrics.observe("POST", PATH, status, seconds)
-            self._lines.add(request_id, "POST", PATH, status, seconds, client)
+            self._lines.add(request_id, "POST", PATH, status, seconds, client, key)
 
         in_flight.inc()
         if self._online.begin(asked[0], asked[1], asked[2], request_id, done):
             return True
         in_flight.dec()
-        if guard is not None:
-            guard.release()
         return False
 
 

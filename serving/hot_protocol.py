@@ -2,22 +2,25 @@
 
 uvicorn parses as ever (httptools). A POST to the hot route is kept until its body is complete and offered to
 `HotRoutes.begin`; what that declines goes on as if nothing had been looked at. Order of pipelined requests, keep-alive,
-back-pressure and graceful shutdown stay uvicorn's, through a stand-in for its request cycle.
+back-pressure and graceful shutdown stay uvicorn's, through a stand-in for its request cycle. A body that has yet to come
+is waited for as in the application: its request was let in, its length is known, and its time is limited.
 """
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from serving.hot import PATH, Headers, HotRoutes
+from serving.limits import Admitted
 
 _PATH = PATH.encode()
 _KEPT = 64
 """A body in more pieces than this goes on to the application as it arrives."""
 _HEAD = b"%bcontent-type: application/json\r\ncontent-length: %d\r\nx-request-id: %b\r\n%b\r\n"
-_ENDS_HERE = frozenset((b"x-forwarded-for", b"x-forwarded-proto", b"expect"))
+_ENDS_HERE = frozenset((b"x-forwarded-for", b"x-forwarded-proto", b"expect", b"transfer-encoding"))
 
 
 class _Event:
@@ -49,6 +52,18 @@ class HotProtocol(HttpToolsProtocol):
         usable = isinstance(app, HotRoutes) and not self.root_path and self.limit_concurrency is None
         self._hot: HotRoutes | None = app if usable else None
         self._kept: tuple[_HotCycle, list[bytes]] | None = None
+        self._admitted: Admitted | None = None
+        self._budget: asyncio.TimerHandle | None = None
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self._kept is not None and self._budget is None:
+            self._await_body()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._kept = None
+        self._settle()
+        super().connection_lost(exc)
 
     def on_headers_complete(self) -> None:
         if (
@@ -60,6 +75,7 @@ class HotProtocol(HttpToolsProtocol):
             and self.parser.get_http_version() == "1.1"
             and not self.parser.should_upgrade()
             and _ENDS_HERE.isdisjoint([name for name, _ in self.headers])
+            and self._fits(self._hot.max_body)
         ):
             cycle = _HotCycle(self.parser.should_keep_alive())
             self.cycle = cycle  # type: ignore[assignment]  # see _HotCycle
@@ -85,17 +101,46 @@ class HotProtocol(HttpToolsProtocol):
         def answer(status: int, content: bytes, request_id: str, more: Headers) -> None:
             self._answer(cycle, status, content, request_id, more)
 
-        if self._hot.begin(self.headers, body, self.client[0] if self.client else None, answer):
+        admitted, self._admitted = self._admitted, None  # `begin` gives it back
+        self._settle()
+        if self._hot.begin(self.headers, body, self.client[0] if self.client else None, answer, admitted):
             self._kept = None
         else:
             self._decline()
             super().on_message_complete()
+
+    def _fits(self, most: int) -> bool:
+        """Whether the request says how long its body is, and may be that long: the parser holds it to that."""
+        for name, value in self.headers:
+            if name == b"content-length":
+                return value.isdigit() and int(value) <= most
+        return False
+
+    def _await_body(self) -> None:
+        """Part of the body is still to come: only who may ask is waited for, in a slot and for a limited time."""
+        if self._hot is None or self.transport.is_closing():
+            return
+        self._admitted = self._hot.admit(self.headers)
+        if self._admitted is None:
+            self._decline()  # the application says why
+        else:
+            self._budget = self.loop.call_later(self._hot.seconds, self._decline)
+
+    def _settle(self) -> None:
+        """No body is waited for any more."""
+        if self._budget is not None:
+            self._budget.cancel()
+            self._budget = None
+        if self._admitted is not None and self._hot is not None:
+            self._admitted = None
+            self._hot.release()
 
     def _decline(self) -> None:
         """Goes on as uvicorn would have at the end of the headers."""
         if self._kept is None:
             return
         (cycle, parts), self._kept = self._kept, None
+        self._settle()
         cycle.response_complete = True  # so that the next one begins at once
         super().on_headers_complete()
         self.cycle.keep_alive = self.cycle.keep_alive and cycle.keep_alive  # a shutdown may have begun

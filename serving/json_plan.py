@@ -55,8 +55,10 @@ def _micros(us: int) -> bytes:
 
 def _value(data: bytes | int | None, hint: Any) -> Any:
     """What orjson writes as the value of one cell; None for a null."""
-    if not data or isinstance(data, int):
+    if isinstance(data, int):
         return data
+    if not data:  # a null as Feast stores it is empty bytes
+        return None
     value = decode_value(data, hint)
     if value is None or type(value) is int or type(value) is bool or type(value) is str:
         return value
@@ -75,6 +77,14 @@ class _Values(dict[bytes | None, Any]):
                 self.clear()
             self[data] = made
         return made
+
+
+class Caches:
+    """What was decoded lately, for all plans of a process together, so that their number costs no memory."""
+
+    def __init__(self) -> None:
+        self.times = _Times()
+        self.values = _Values()
 
 
 @dataclass(slots=True)
@@ -218,16 +228,19 @@ class Answered:
 
 
 class JsonPlan:
-    """A read plan as JSON; `name` is the feature service's, None for a list of features. Immutable but for its caches."""
+    """A read plan as JSON; `name` is the feature service's, None for a list of features. Immutable but for its caches,
+    which it shares with the other plans of one event loop.
+    """
 
-    def __init__(self, plan: ReadPlan, name: str | None) -> None:
+    def __init__(self, plan: ReadPlan, name: str | None, caches: Caches | None = None) -> None:
         self.plan = plan
         self.name = name
         self._views = [_View(view, group, start) for view, group, start in plan.places()]
         self._width = plan.width
         self._windowed = any(v.windowed for v in self._views)
-        self._times = _Times()
-        self._values = _Values()
+        caches = caches or Caches()
+        self._times = caches.times
+        self._values = caches.values
         self._names = [f.result for v in plan.view_plans for f in v.features]
         self._head = b',"feature_service":%b,"feature_names":%b,"rows":[' % (
             orjson.dumps(name),

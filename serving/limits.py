@@ -100,6 +100,16 @@ class Gate:
         self.busy -= 1
 
 
+@dataclass(frozen=True, slots=True)
+class Admitted:
+    """A request that holds a slot; `key`: the name of its API key, None where no keys are asked for."""
+
+    key: str | None = None
+
+
+_ANYONE = Admitted()
+
+
 class Admission:
     """One route's way through a gate, for a path that leaves every refusal to the application's own answer."""
 
@@ -107,13 +117,17 @@ class Admission:
         self._gate = gate
         self._scope_needed = scope_needed
 
-    def admit(self, headers: Sequence[tuple[bytes, bytes]]) -> bool:
-        """Takes a slot for a request that may pass. `headers`: names in lower case."""
+    def admit(self, headers: Sequence[tuple[bytes, bytes]]) -> Admitted | None:
+        """Takes a slot for a request that may pass; None, and no slot, for another. `headers`: names in lower case."""
         gate = self._gate
-        asked = gate.keys is not None and self._scope_needed is not None
-        if asked and gate.guard(dict(headers), str(self._scope_needed)) is not None:
-            return False
-        return gate.acquire() is None
+        admitted = _ANYONE
+        if gate.keys is not None and self._scope_needed is not None:
+            named = dict(headers)
+            caller = gate.caller(named)
+            if caller is None or gate.judge(caller, named, self._scope_needed) is not None:
+                return None
+            admitted = Admitted(caller.name)
+        return admitted if gate.acquire() is None else None
 
     def release(self) -> None:
         """Gives the slot back."""

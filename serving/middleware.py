@@ -17,7 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serving.access import scope_of
 from serving.errors import error_response, response_of
-from serving.limits import Gate, RequestLimits, TimeBudgetError
+from serving.limits import HISTORICAL_PATH, Gate, RequestLimits, TimeBudgetError
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -29,6 +29,7 @@ access = logging.getLogger("predictflow.access")
 log = logging.getLogger(__name__)
 
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._:/+=@-]{1,128}")
+JOBS_PATH = "/api/v1/jobs/"
 QUIET_ROUTES = ("/healthz", "/readyz", "/metrics", "/health")
 """Polled every few seconds: logged at DEBUG."""
 
@@ -40,6 +41,8 @@ class RequestScope:
         self._app = app
         self._metrics = metrics
         self._gate = gate
+        # Answers that last as long as their reader: apart, so that slow readers leave the other slots to the rest.
+        self._downloads = Gate(None, max(1, gate.concurrent // 4))
         self._limits = limits
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -97,7 +100,8 @@ class RequestScope:
         if needed is None:  # probes must be answered however busy the server is
             await self._app(scope, self._limited(receive, self._limits.body_bytes), send)
             return
-        refused = self._gate.judge(scope["state"]["caller"], headers, needed) or self._gate.acquire()
+        slots = self._downloads if _is_download(path) else self._gate
+        refused = self._gate.judge(scope["state"]["caller"], headers, needed) or slots.acquire()
         if refused is not None:
             await refuse(refused)
             return
@@ -109,7 +113,7 @@ class RequestScope:
             else:
                 await self._app(scope, self._limited(receive, most), send)
         finally:
-            self._gate.release()
+            slots.release()
 
     def _finish(self, scope: Scope, request_id: str, status: int, seconds: float) -> None:
         route = getattr(scope.get("route"), "path", "unmatched")
@@ -141,6 +145,10 @@ class RequestScope:
             return message
 
         return counted
+
+
+def _is_download(path: str) -> bool:
+    return path == HISTORICAL_PATH or (path.startswith(JOBS_PATH) and path.endswith("/result"))
 
 
 def _too_large(most: int) -> str:

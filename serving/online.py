@@ -100,7 +100,7 @@ class OnlineService:
             raise TooManyError("features", len(features), self._limits.features)
         rows = entity_rows(entities, self._limits.rows)
         plan = await self._plan(feature_service or tuple(features or ()), full_names)
-        read = await plan.reader.aread(rows, at)
+        read = await self._read(plan, rows, at)
         self._count(plan, read)
         self._log.write(Served(request_id, self._wall(), self._plans.project), plan, read)
         return {
@@ -125,7 +125,11 @@ class OnlineService:
         plan = await self._plan(asked, full_names)
         compiled = plan.reader.plan
         replies, now_us = await plan.reader.afetch(rows, at)
-        t_us, answers = compiled.at(replies, now_us, rows)
+        if plan.computes:
+            loop = asyncio.get_running_loop()
+            t_us, answers = await loop.run_in_executor(self._threads, compiled.at, replies, now_us, rows)
+        else:
+            t_us, answers = compiled.at(replies, now_us, rows)
         if plan.json is not None:
             self._served(plan, plan.json.of_cells(rows, t_us, answers), request_id)
         else:
@@ -181,7 +185,7 @@ class OnlineService:
         if model is None:
             model = await asyncio.to_thread(self._models.get, model_name)
         plan = await self._plan(model.feature_service, False)
-        read = await plan.reader.aread(rows, at)
+        read = await self._read(plan, rows, at)
         values = [row.values for row in read.rows]
         probabilities = await loop.run_in_executor(self._threads, model.predict, plan.columns, values)
         self._count(plan, read)
@@ -194,6 +198,14 @@ class OnlineService:
             "t": read.t,
             "predictions": [{**_row(row), "probability": p} for row, p in zip(read.rows, probabilities)],
         }
+
+    async def _read(self, plan: ServicePlan, rows: list[dict[str, object]], at: datetime | None) -> OnlineRows:
+        """As `plan.reader.aread`; the functions of on-demand views run in a thread: the event loop serves others."""
+        if not plan.computes:
+            return await plan.reader.aread(rows, at)
+        replies, now_us = await plan.reader.afetch(rows, at)
+        decode = plan.reader.plan.decode
+        return await asyncio.get_running_loop().run_in_executor(self._threads, decode, rows, replies, now_us)
 
     async def _plan(self, asked: Asked, full_names: bool) -> ServicePlan:
         plan = self._plans.cached(asked, full_names)

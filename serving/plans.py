@@ -11,6 +11,7 @@ import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, Protocol
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from feast import FeatureService, FeatureStore
 
     from feature_store.read_plan import OnlineRows, ReadPlan
-    from serving.json_plan import JsonPlan
+    from serving.json_plan import Caches, JsonPlan
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +59,8 @@ class Column:
 class ServicePlan:
     """A compiled plan: `name` is the feature service's, None for a list of features.
 
-    `json`: how replies become JSON without Python values; None where they must be computed with first.
+    `json`: how replies become JSON without Python values; None where they must be computed with first. `computes`: a
+    read runs functions of on-demand views, which may take their time.
     """
 
     name: str | None
@@ -66,6 +68,7 @@ class ServicePlan:
     join_keys: tuple[str, ...]
     reader: Reader
     json: JsonPlan | None = None
+    computes: bool = False
 
 
 class Plans:
@@ -78,6 +81,8 @@ class Plans:
         self._others: OrderedDict[tuple[Asked, bool], ServicePlan] = OrderedDict()
         self._lock = threading.Lock()
         self._fingerprint = ""
+        self._broken: tuple[str, ...] = ()
+        self._caches: Caches | None = None
         self._fault: str | None = "not read yet"
 
     @property
@@ -88,7 +93,12 @@ class Plans:
         """The plan if it is compiled; no I/O."""
         if isinstance(asked, str) and not full_names:
             return self._services.get(asked)
-        return self._others.get((asked, full_names))
+        others = self._others  # a refresh replaces it
+        plan = others.get((asked, full_names))
+        if plan is not None:
+            with suppress(KeyError):  # another thread may just have let go of it
+                others.move_to_end((asked, full_names))
+        return plan
 
     def get(self, asked: Asked, full_names: bool) -> ServicePlan:
         """The plan of a feature service or of references `view:feature`, compiled on first use; `full_names` names
@@ -100,8 +110,6 @@ class Plans:
         with self._lock:
             plan = self.cached(asked, full_names)
             if plan is not None:
-                if (asked, full_names) in self._others:
-                    self._others.move_to_end((asked, full_names))
                 return plan
             plan = self._compile(asked, full_names)
             if isinstance(asked, str) and not full_names:
@@ -115,28 +123,50 @@ class Plans:
     def refresh(self) -> bool:
         """Reads the registry; if it changed, compiles every service anew and swaps the plans in. True if it changed.
 
-        A service that does not compile keeps its old plan (and is logged). Raises UnavailableError when the registry
-        does not answer; the plans at hand go on serving.
+        A service that does not compile keeps its old plan, is logged, and is tried again at every refresh: what was
+        wrong may have been outside the registry. Raises UnavailableError when the registry does not answer; the plans
+        at hand go on serving.
         """
         fingerprint = self._read_fingerprint()
         if fingerprint == self._fingerprint:
+            if self._broken:
+                self._mend()
             return False
         self._store.refresh_registry()
         services = {s.name: s for s in self._store.list_feature_services()}
+        broken = []
         compiled: dict[str, ServicePlan] = {}
         for name, service in services.items():
             try:
                 compiled[name] = self._compile(name, False, service)
             except Exception:  # one broken service must not take the others down
                 log.exception("feature service %s does not compile; its old plan stays", name)
+                broken.append(name)
                 if name in self._services:
                     compiled[name] = self._services[name]
         with self._lock:
             self._services = compiled
             self._others = OrderedDict()
             self._fingerprint = fingerprint
+            self._broken = tuple(broken)
         log.info("read plans compiled: %s", ", ".join(sorted(compiled)) or "no feature service applied")
         return True
+
+    def _mend(self) -> None:
+        """Tries the services again that did not compile; their fault was logged when it was new."""
+        left = []
+        for name in self._broken:
+            try:
+                plan = self._compile(name, False)
+            except Exception as e:  # noqa: BLE001 - as in `refresh`
+                log.debug("feature service %s still does not compile: %s", name, e)
+                left.append(name)
+                continue
+            with self._lock:
+                self._services[name] = plan
+                self._others.pop((name, True), None)
+            log.info("feature service %s compiles again", name)
+        self._broken = tuple(left)
 
     def check(self) -> tuple[bool, str]:
         """Whether requests can be answered from the plans at hand, and how the registry is. No I/O."""
@@ -156,8 +186,17 @@ class Plans:
             ) from e
         self._fault = None
         digest = hashlib.sha256()
-        for objects in (proto.entities, proto.feature_views, proto.on_demand_feature_views, proto.feature_services):
-            for text in sorted(o.spec.SerializeToString(deterministic=True) for o in objects if self._own(o)):
+        kinds = (
+            proto.entities,
+            proto.feature_views,
+            proto.stream_feature_views,
+            proto.on_demand_feature_views,
+            proto.feature_services,
+        )
+        for objects in kinds:
+            texts = sorted(o.spec.SerializeToString(deterministic=True) for o in objects if self._own(o))
+            digest.update(len(texts).to_bytes(8, "little"))
+            for text in texts:
                 digest.update(len(text).to_bytes(8, "little") + text)
         return digest.hexdigest()
 
@@ -166,8 +205,10 @@ class Plans:
 
     def _compile(self, asked: Asked, full_names: bool, service: FeatureService | None = None) -> ServicePlan:
         from feature_store.read_plan import ReadPlan
-        from serving.json_plan import JsonPlan
+        from serving.json_plan import Caches, JsonPlan
 
+        if self._caches is None:
+            self._caches = Caches()
         features: FeatureService | Sequence[str]
         if isinstance(asked, str):
             features = service or self._feature_service(asked)
@@ -176,8 +217,9 @@ class Plans:
         plan = ReadPlan.compile(self._store, features, full_feature_names=full_names)
         columns = [Column(f.result, v.name, f.name, f.type in NUMERIC) for v in plan.view_plans for f in v.features]
         name = asked if isinstance(asked, str) else None
-        json = None if plan.on_demand else JsonPlan(plan, name)
-        return ServicePlan(name, tuple(columns), tuple(plan.join_keys), self._make_reader(plan), json)
+        json = None if plan.on_demand else JsonPlan(plan, name, self._caches)
+        computes = bool(plan.on_demand)
+        return ServicePlan(name, tuple(columns), tuple(plan.join_keys), self._make_reader(plan), json, computes)
 
     def _feature_service(self, name: str) -> FeatureService:
         from feast.errors import FeatureServiceNotFoundException

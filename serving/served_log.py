@@ -56,6 +56,8 @@ class ServedLog(Protocol):
 
     def poll(self) -> None: ...
 
+    def drain(self) -> None: ...
+
     def close(self, timeout: float) -> None: ...
 
 
@@ -120,6 +122,9 @@ class NoServedLog:
         pass
 
     def poll(self) -> None:
+        pass
+
+    def drain(self) -> None:
         pass
 
     def close(self, timeout: float) -> None:
@@ -242,10 +247,17 @@ class KafkaServedLog:
         """Takes delivery reports in; call it now and then when no request does."""
         self._producer.poll(0)
 
-    def close(self, timeout: float) -> None:
-        """Waits up to `timeout` seconds for what is queued; counts what is left as dropped. Safe to call twice."""
+    def drain(self) -> None:
+        """Makes and queues the records that wait, and takes no more reads: on the event loop that wrote them. Safe to
+        call twice."""
         self._closed = True
         self._flush(MAX_WAITING)
+
+    def close(self, timeout: float) -> None:
+        """Waits up to `timeout` seconds for what is queued; counts what is left as dropped. Safe to call twice, and from
+        another thread once the log is drained; drains it otherwise."""
+        if not self._closed:
+            self.drain()
         left = self._producer.flush(timeout)
         if left:
             self._metrics.log_dropped.labels("shutdown").inc(left)

@@ -20,6 +20,7 @@ from starlette.responses import PlainTextResponse
 from feature_store.errors import PredictFlowError, UnavailableError
 from serving.hot import PATH, Headers, HotRoutes, _parse
 from serving.hot_protocol import HotProtocol
+from serving.limits import Admitted
 from serving.metrics import Metrics
 from serving.online import Limits, OnlineService, entity_rows
 from serving.plans import ServicePlan
@@ -91,9 +92,9 @@ class Guard:
         self.open = True
         self.inside = 0
 
-    def admit(self, headers: Headers) -> bool:
+    def admit(self, headers: Headers) -> Admitted | None:
         self.inside += self.open
-        return self.open
+        return Admitted("mine") if self.open else None
 
     def release(self) -> None:
         self.inside -= 1
@@ -102,7 +103,8 @@ class Guard:
 class Server:
     """HotRoutes in front of an application that says what it was given, behind uvicorn with HotProtocol or its own."""
 
-    def __init__(self, http: Any) -> None:
+    def __init__(self, http: Any, seconds: float = 30.0) -> None:
+        self.seen = 0
         self.reader, self.guard, self.metrics = Reader(), Guard(), Metrics()
         limits = Limits(rows=3, body_bytes=5_000)
         online = OnlineService(
@@ -120,7 +122,11 @@ class Server:
         async def slow(request: Request) -> PlainTextResponse:
             return PlainTextResponse("slow " + (await request.body()).decode())
 
-        self.hot = HotRoutes(app, online, self.metrics, limits, self.guard)
+        async def counted(scope: Any, receive: Any, send: Any) -> None:
+            self.seen += 1
+            await app(scope, receive, send)
+
+        self.hot = HotRoutes(counted, online, self.metrics, limits, self.guard, seconds)
         config = uvicorn.Config(
             self.hot, port=0, http=http, loop="asyncio", lifespan="off", log_config=None, access_log=False
         )
@@ -258,6 +264,80 @@ def test_who_is_not_admitted_goes_to_the_application(http: Any) -> None:
             assert (await talk(server.port, request(GOOD), count=1))[0][1].startswith(b"slow")
 
     asyncio.run(run())
+
+
+async def until(what: Callable[[], bool]) -> None:
+    async with asyncio.timeout(20):
+        while not what():
+            await asyncio.sleep(0.005)
+
+
+def test_a_body_that_has_yet_to_come_holds_a_slot_until_the_client_leaves(http: Any) -> None:
+    async def run() -> None:
+        async with Server(http) as server:
+            _, writer = await asyncio.open_connection("127.0.0.1", server.port)
+            writer.write(request(GOOD)[:-5])
+            await until(lambda: server.guard.inside == 1 or server.seen == 1)
+            assert server.guard.inside == (http is HotProtocol)  # without it the application waits, in its own slot
+            writer.close()
+            await until(lambda: server.guard.inside == 0)
+
+    asyncio.run(run())
+
+
+def test_who_is_not_admitted_is_told_before_the_body_comes(http: Any) -> None:
+    async def run() -> None:
+        async with Server(http) as server:
+            server.guard.open = False
+            _, writer = await asyncio.open_connection("127.0.0.1", server.port)
+            writer.write(request(GOOD).partition(b"{")[0])
+            await until(lambda: server.seen == 1)
+            writer.close()
+
+    asyncio.run(run())
+
+
+def test_a_body_may_take_its_time_and_no_more(http: Any) -> None:
+    async def run() -> None:
+        async with Server(http, seconds=0.05) as server:
+            head, brace, rest = request(GOOD).partition(b"{")
+            reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+            writer.write(head)
+            await until(lambda: server.seen == 1)
+            assert server.guard.inside == 0
+            writer.write(brace + rest)
+            async with asyncio.timeout(20):
+                assert b"200 OK" in await reader.readuntil(b"slow {")
+            writer.close()
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("length", ["content-length: 5001", "transfer-encoding: chunked"])
+def test_a_body_that_is_too_long_or_of_unknown_length_is_the_applications_from_the_start(length: str) -> None:
+    async def run() -> None:
+        async with Server(HotProtocol, seconds=0.05) as server:
+            lines = [f"POST {PATH} HTTP/1.1", "host: x", "content-type: application/json", length, "", ""]
+            _, writer = await asyncio.open_connection("127.0.0.1", server.port)
+            writer.write("\r\n".join(lines).encode())
+            await until(lambda: server.seen == 1)
+            (connection,) = server.uvicorn.server_state.connections
+            assert connection._kept is None  # type: ignore[union-attr]  # it is a HotProtocol
+            writer.close()
+
+    asyncio.run(run())
+
+
+def test_the_access_line_names_the_key(http: Any, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "predictflow.access")
+
+    async def run() -> None:
+        async with Server(http) as server:
+            await talk(server.port, request(GOOD), count=1)
+            server.hot._lines.flush()
+
+    asyncio.run(run())
+    assert [r.key for r in caplog.records if r.name == "predictflow.access"] == ["mine"]
 
 
 def test_a_shutdown_waits_for_the_answer_and_a_client_that_left_harms_nobody(http: Any) -> None:

@@ -22,7 +22,7 @@ from feature_store.windows import Aggregate, windowed_feature_view
 from feature_store.windows.definition import definition_of
 from feature_store.windows.state import EntityState, Event
 from serving.encoding import dumps
-from serving.json_plan import JsonPlan
+from serving.json_plan import Caches, JsonPlan, _value
 from serving.online import _row
 from serving.plans import Column, ServicePlan
 from serving.served_log import Served, message_key, records
@@ -187,3 +187,18 @@ def test_doubles_keep_every_bit_and_what_json_cannot_hold_is_text(plan: ReadPlan
     got = json.loads(made.body(made.answered(entities, rows, to_micros(T))))["rows"]
     assert [got[0]["values"][f"d{i}"].hex() for i in range(4)] == [v.hex() for v in values]
     assert [got[1]["values"][f"d{i}"] for i in range(4)] == ["NaN", "Infinity", "-Infinity", 1.0]
+
+
+@pytest.mark.parametrize("null", [None, b""])
+def test_a_null_of_a_type_that_is_told_apart_by_its_declaration_is_null(null: bytes | None) -> None:
+    assert _value(null, ValueType.UUID) is None  # Feast stores a null as empty bytes, which JSON cannot hold
+
+
+def test_plans_share_what_they_decoded(plan: ReadPlan) -> None:
+    caches = Caches()
+    stamp = encode_timestamp(nanos_of(T))
+    row = [stamp, None, *[None] * 3, Value(int64_val=7).SerializeToString(), *[None] * 16]
+    for name in ("a", "b"):
+        JsonPlan(plan, name, caches).answered([{"customer_id": "a"}], [row], to_micros(T))
+    assert list(caches.times) == [stamp]
+    assert caches.values[Value(int64_val=7).SerializeToString()] == 7

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import linecache
+import pickle
 import sys
 import textwrap
 from collections.abc import Iterator
@@ -12,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from feast import FeatureStore
+from feast import FeatureStore, PushSource
 from feast.protos.feast.types.Value_pb2 import Value
 
 from feature_store.clock import to_micros
-from feature_store.errors import DataError, UsageError
+from feature_store.errors import DataError, NotFoundError, UsageError
 from feature_store.read_plan import OnlineRow, ReadPlan
 from feature_store.redis_layout import (
     encode_pair,
@@ -176,3 +177,33 @@ def test_the_registrys_pickled_functions_run_only_where_that_is_allowed(
     monkeypatch.setattr(store.config.online_store, "pickled_functions", "run")
     (row,) = read(ReadPlan.compile(store, ["by_dict:more"]), {"customer_id": "C1"})
     assert row.values == {"more": 4}
+
+
+def test_no_read_unpickles_what_the_registry_holds(store: FeatureStore, tmp_path: Path) -> None:
+    harm = tmp_path / "ran"
+
+    class Harm:
+        def __reduce__(self) -> Any:
+            return Path.touch, (harm,)
+
+    body = pickle.dumps(Harm())
+    push = PushSource(name="p", batch_source=store.get_feature_view("account").batch_source)
+    registry: Any = store.registry
+    message = registry._get_registry_proto(project="unit", allow_cache=True)
+    for view in message.on_demand_feature_views:
+        view.spec.feature_transformation.user_defined_function.body = body
+    (account,) = message.feature_views
+    stream = message.stream_feature_views.add()
+    stream.spec.name, stream.spec.project = "flow", "unit"
+    stream.spec.user_defined_function.body = body
+    stream.spec.user_defined_function.name = "f"
+    stream.spec.features.append(account.spec.features[0])
+    stream.spec.batch_source.CopyFrom(account.spec.batch_source)
+    stream.spec.stream_source.CopyFrom(push.to_proto())
+    account.spec.feature_transformation.user_defined_function.body = body
+
+    with pytest.raises(NotFoundError) as told:
+        ReadPlan.compile(store, ["nothing:n"])
+    assert told.value.valid == ["account", "by_dict", "by_frame", "by_row", "flow"]
+    assert ReadPlan.compile(store, ["account:n", "flow:charges", "by_dict:more"]).feature_names[0] == "n"
+    assert not harm.exists()

@@ -16,12 +16,13 @@ from feast.protos.feast.types.Value_pb2 import Value
 from feast.type_map import python_values_to_proto_values
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from feature_store.errors import DataError
 from feature_store.key_bytes import KEY, KeyColumns
 from feature_store.online_write import _chunks, _newest
 from feature_store.redis_layout import KeyPart, encode_pair, encode_timestamp, pair_field, timestamp_field
-from feature_store.redis_writer import Batch
+from feature_store.redis_writer import Batch, _on_node
 from feature_store.row_bytes import RowPacker, Times, packed
 from feature_store.value_bytes import ColumnEncoder, times_of
 from tests.value_types import COLUMNS, INT64
@@ -215,3 +216,39 @@ def test_a_batch_becomes_calls_of_bounded_size() -> None:
     assert payload.count(b"EVALSHA") == 3
     assert Batch(batch.keys, batch.rows, head, 600).calls()[1] == 65
     assert batch.calls([3], per_call=1)[0].count(b"k3") == 1
+
+
+def test_a_cluster_connection_with_unread_replies_is_not_used_again() -> None:
+    class Connection:
+        connected = True
+
+        def send_packed_command(self, command: object) -> None:
+            pass
+
+        def read_response(self, **_: object) -> int:
+            raise RedisTimeoutError("Timeout reading from socket")
+
+        def disconnect(self) -> None:
+            self.connected = False
+
+    class Pool:
+        connection = Connection()
+        released = 0
+
+        def get_connection(self) -> Connection:
+            return self.connection
+
+        def release(self, _: Connection) -> None:
+            self.released += 1
+
+    class Node:
+        connection_pool = Pool()
+
+    class Rows:
+        def calls(self, rows: list[int], per_call: int) -> tuple[bytes, int]:
+            return b"", len(rows)
+
+    with pytest.raises(RedisTimeoutError):
+        _on_node(Node(), Rows(), [0, 1])  # type: ignore[arg-type]  # all that it asks of a batch
+    assert not Pool.connection.connected
+    assert Node.connection_pool.released == 1

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
@@ -17,8 +19,9 @@ from feature_store.read_plan import OnlineRow, OnlineRows, ViewRead
 from serving import schemas
 from serving.access import Keys
 from serving.app import Dependencies, create_app
-from serving.limits import Gate, RequestLimits
+from serving.limits import HISTORICAL_PATH, Gate, RequestLimits
 from serving.metrics import Metrics
+from serving.middleware import RequestScope
 from serving.models import Model
 from serving.online import Limits, OnlineService
 from serving.plans import Asked, Column, ServicePlan
@@ -100,7 +103,7 @@ class FakeModels:
 class FakeLog:
     def __init__(self) -> None:
         self.records: list[dict[str, Any]] = []
-        self.closed = False
+        self.closed = self.drained = False
 
     def write(
         self, served: Served, plan: ServicePlan, rows: OnlineRows, probabilities: Sequence[float] | None = None
@@ -110,22 +113,33 @@ class FakeLog:
     def poll(self) -> None:
         pass
 
+    def drain(self) -> None:
+        asyncio.get_running_loop()  # raises in a thread
+        self.drained = True
+
     def close(self, timeout: float) -> None:
+        assert self.drained
         self.closed = True
 
 
 class NoJobs:
+    def __init__(self, log: FakeLog) -> None:
+        self.log = log
+        self.closed = False
+
     def sweep(self) -> None:
         pass
 
     def close(self) -> None:
-        pass
+        assert self.log.closed, "a job may take long to stop: the log comes first"
+        self.closed = True
 
 
 class Server:
     def __init__(self, keys: Keys | None = None, **request_limits: Any) -> None:
         self.reader, self.models, self.log, self.metrics = FakeReader(), FakeModels(), FakeLog(), Metrics()
         self.plans = FakePlans(self.reader)
+        self.jobs = NoJobs(self.log)
         self.redis_error: Exception | None = None
         self.closed = False
         limits = Limits(rows=3, features=2)
@@ -147,7 +161,7 @@ class Server:
                 catalogue=None,  # type: ignore[arg-type]  # no test here asks for it
                 push=None,  # type: ignore[arg-type]  # nor for this
                 historical=None,  # type: ignore[arg-type]  # nor for this
-                jobs=NoJobs(),  # type: ignore[arg-type]
+                jobs=self.jobs,  # type: ignore[arg-type]
                 reads=ThreadPoolExecutor(1),
                 served_log=self.log,
                 metrics=self.metrics,
@@ -323,6 +337,7 @@ def test_stopping_flushes_the_log_and_closes_connections(server: Server) -> None
     with TestClient(server.app):
         assert not server.log.closed
     assert server.log.closed
+    assert server.jobs.closed
     assert server.closed
 
 
@@ -344,3 +359,74 @@ def test_unknown_routes_and_methods_share_the_error_shape(client: TestClient) ->
         assert answer.status_code == status
         assert schemas.ErrorResponse.model_validate(answer.json())
     assert 'route="unmatched",status="404"' in client.get("/metrics").text
+
+
+def test_downloads_leave_the_other_slots_to_the_rest() -> None:
+    async def run() -> None:
+        going = asyncio.Event()
+
+        async def app(scope: Any, receive: Any, send: Any) -> None:
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+            if scope["path"] == HISTORICAL_PATH:
+                await going.wait()  # a reader that takes its time
+            await send({"type": "http.response.body", "body": b""})
+
+        scope_of_requests = RequestScope(app, Metrics(), Gate(None, 4), RequestLimits(4))
+
+        async def ask(path: str) -> int:
+            sent: list[Any] = []
+
+            async def receive() -> Any:
+                return {"type": "http.request", "body": b""}
+
+            async def send(message: Any) -> None:
+                sent.append(message)
+
+            scope = {"type": "http", "method": "POST", "path": path, "headers": [], "client": None}
+            await scope_of_requests(scope, receive, send)
+            return int(sent[0]["status"])
+
+        slow = [asyncio.create_task(ask(HISTORICAL_PATH)) for _ in range(4)]
+        await asyncio.sleep(0)
+        assert await ask("/api/v1/features/online") == 200
+        going.set()
+        assert sorted(await asyncio.gather(*slow)) == [200, 503, 503, 503]
+
+    asyncio.run(run())
+
+
+def test_functions_of_on_demand_views_do_not_run_on_the_event_loop() -> None:
+    ran: list[int] = []
+
+    class Computed:
+        """A plan's reader and its `plan` in one: `decode` and `at` run the functions."""
+
+        async def afetch(self, entities: Sequence[Any], at: datetime | None = None) -> tuple[list[Any], int]:
+            return [], 0
+
+        def decode(self, entities: Sequence[Mapping[str, object]], replies: list[Any], t_us: int) -> OnlineRows:
+            ran.append(threading.get_ident())
+            return OnlineRows(T, [])
+
+        def at(self, replies: list[Any], t_us: int, entities: Sequence[Any]) -> tuple[int, list[Any]]:
+            ran.append(threading.get_ident())
+            return t_us, []
+
+        def rows(self, entities: Sequence[Any], t_us: int, answers: list[Any]) -> OnlineRows:
+            return OnlineRows(T, [])
+
+    reader: Any = Computed()
+    reader.plan = reader
+    plans: Any = FakePlans(FakeReader())
+    plans.plan = ServicePlan("s", (), ("id",), reader, None, True)
+    online = OnlineService(
+        plans, FakeModels(), FakeLog(), Metrics(), ThreadPoolExecutor(1), lambda: SERVED_AT, Limits()
+    )
+
+    async def run() -> None:
+        await online.features({"id": ["a"]}, "s", None, None, False, "r")
+        await online.cells({"id": ["a"]}, "s", None, False, "r")
+
+    asyncio.run(run())
+    assert len(ran) == 2
+    assert threading.get_ident() not in ran

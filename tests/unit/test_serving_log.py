@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
 import math
@@ -148,3 +149,31 @@ def test_what_is_left_at_the_end_is_counted() -> None:
     log.close(0.1)
 
     assert counted(metrics, "predictflow_served_log_dropped_total", reason="shutdown") == 1
+
+
+def test_reads_that_wait_are_queued_by_the_drain_and_later_ones_counted() -> None:
+    class Read:
+        plan: Any = None
+
+        def __len__(self) -> int:
+            return 2
+
+        def records(self, served: Served, read: Any) -> Any:
+            return iter([(b"a", b"1"), (b"b", b"2")])
+
+    read: Any = Read()
+    read.plan = read
+    metrics, producer = Metrics(), FakeProducer(9)
+
+    async def run() -> None:
+        log = KafkaServedLog(producer, "t", metrics)  # type: ignore[arg-type]
+        log.write_read(SERVED, read)
+        assert not producer.taken
+        log.drain()
+        assert [key for key, _, _ in producer.taken] == [b"a", b"b"]
+        log.write_read(SERVED, read)
+        await asyncio.to_thread(log.close, 0.1)
+        assert len(producer.taken) == 2
+
+    asyncio.run(run())
+    assert counted(metrics, "predictflow_served_log_dropped_total", reason="shutdown") == 2 + 2

@@ -1,0 +1,95 @@
+"""Read plans of a server: what makes them new, what is tried again, which are kept."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from feast import Entity, FeatureService, FeatureStore, FeatureView, Field, FileSource, RepoConfig, ValueType
+from feast.protos.feast.core.Registry_pb2 import Registry
+from feast.types import Float64
+
+from serving import plans as plans_module
+from serving.plans import Plans
+
+customer = Entity(name="customer", join_keys=["customer_id"], value_type=ValueType.STRING)
+account = FeatureView(
+    name="account",
+    entities=[customer],
+    schema=[Field(name=f"f{i}", dtype=Float64) for i in range(4)],
+    source=FileSource(name="s", path="s.parquet", timestamp_field="event_timestamp"),
+)
+
+
+@pytest.fixture
+def plans(tmp_path: Path) -> Plans:
+    config = RepoConfig(
+        project="unit",
+        provider="local",
+        registry=str(tmp_path / "registry.db"),
+        online_store={
+            "type": "feature_store.online_store.PredictFlowOnlineStore",
+            "connection_string": "redis://127.0.0.1:1/0",
+        },
+        entity_key_serialization_version=3,
+    )
+    store = FeatureStore(config=config)
+    services = [FeatureService(name=n, features=[account[["f0"]]]) for n in ("one", "two")]
+    store.apply([customer, account, *services])
+    return Plans(store, lambda plan: plan)  # type: ignore[arg-type,return-value]  # nothing is read
+
+
+def test_a_service_that_did_not_compile_is_tried_again(plans: Plans, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[str] = []
+    compile_one, fails = plans._compile, True
+
+    def sometimes(asked: Any, full_names: bool, service: Any = None) -> Any:
+        compiled.append(asked)
+        if asked == "two" and fails:
+            raise RuntimeError("not now")
+        return compile_one(asked, full_names, service)
+
+    monkeypatch.setattr(plans, "_compile", sometimes)
+    assert plans.refresh()
+    assert plans.cached("one", False) is not None
+    assert plans.cached("two", False) is None
+    first = plans.cached("one", False)
+    compiled.clear()
+    assert not plans.refresh()
+    fails = False
+    assert not plans.refresh()
+    assert plans.cached("two", False) is not None
+    assert plans.cached("one", False) is first
+    assert compiled == ["two", "two"]
+    assert not plans.refresh()
+    assert compiled == ["two", "two"]
+
+
+def test_a_changed_stream_view_makes_plans_new(plans: Plans, monkeypatch: pytest.MonkeyPatch) -> None:
+    held = Registry()
+
+    def seen() -> str:
+        monkeypatch.setattr(plans._store.registry, "proto", lambda: held)
+        return plans._read_fingerprint()
+
+    empty = seen()
+    view = held.stream_feature_views.add()
+    view.spec.project = "another"
+    assert seen() == empty
+    view.spec.project = "unit"
+    with_view = seen()
+    assert with_view != empty
+    view.spec.ttl.seconds = 9
+    assert seen() != with_view
+
+
+def test_the_plans_in_use_are_kept(plans: Plans, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plans_module, "OTHER_PLANS", 2)
+    used, *others = [(f"account:f{i}",) for i in range(4)]
+    plans.get(used, False)
+    for other in others:
+        assert plans.cached(used, False) is not None
+        plans.get(other, False)
+    assert plans.cached(used, False) is not None
+    assert plans.cached(others[0], False) is None
