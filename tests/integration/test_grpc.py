@@ -23,7 +23,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from feature_store.errors import PredictFlowError, UsageError
 from serving.access import ApiKey
 from serving.grpc_push import StoreWriter
-from serving.grpc_server import OpenGate, client_of
+from serving.grpc_server import SPARE_RPCS, OpenGate, client_of
 from tests.integration.grpc_support import NOW, Repo, serving
 
 Code = grpc.StatusCode
@@ -285,6 +285,20 @@ def slow(server: Any, seconds: float) -> threading.Event:
 
     server._online.cells = cells
     return began
+
+
+def test_calls_beyond_the_bound_are_refused_before_the_gate_sees_them(repo: Repo) -> None:
+    gate = OpenGate(8)
+    gate.concurrent = 1 - SPARE_RPCS
+    with serving(repo, gate) as (address, server), grpc.insecure_channel(address) as channel:
+        began = slow(server, 1)
+        stub = GrpcFeatureServerStub(channel)
+        first = stub.GetOnlineFeatures.future(request("C1"), timeout=20)
+        assert began.wait(10)
+        error = refused(stub.GetOnlineFeatures, request("C1"))
+        assert (error.code(), gate._free) == (Code.RESOURCE_EXHAUSTED, 7)
+        assert error.trailing_metadata() == ()
+        assert first.result(20).results
 
 
 def test_the_time_budget_and_the_clients_deadline_end_a_request(repo: Repo) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import threading
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -193,3 +196,25 @@ def test_no_function_is_taken_out_of_the_registry(store: FeatureStore, monkeypat
     assert historical.table(wanted).column("amount").to_pylist() == [1.5]
     with pytest.raises(OnDemandViewError, match="more"):
         historical.wanted(("pushed:amount", "more:more"), entities, False, False)
+
+
+def test_slow_pushes_leave_other_threads_alone(store: FeatureStore) -> None:
+    """More of them at a time than the loop's own executor has threads."""
+    go = threading.Event()
+
+    class Slow(Written):
+        def _online_write(self, view: FeatureView, data: list[Any]) -> None:
+            assert go.wait(20)
+            super()._online_write(view, data)
+
+    async def both() -> None:
+        loop = asyncio.get_running_loop()
+        loop.set_default_executor(ThreadPoolExecutor(1))
+        pushes = [asyncio.create_task(slow.apush("pushed", None, row(), "online")) for _ in range(8)]
+        await asyncio.wait_for(asyncio.to_thread(int), 10)
+        go.set()
+        await asyncio.gather(*pushes)
+
+    slow = Slow(store)
+    asyncio.run(both())
+    assert len(slow.online) == 8
