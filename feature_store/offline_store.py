@@ -30,6 +30,7 @@ from feature_store.point_in_time.request import view_requests
 from feature_store.point_in_time.retrieval import known_keys, retrieve_slices
 from feature_store.point_in_time.source import file_path, open_source, resolve
 from feature_store.windows.definition import definition_of
+from feature_store.without_functions import requested_on_demand
 
 if TYPE_CHECKING:
     from feast import FeatureView
@@ -89,7 +90,6 @@ class PredictFlowOfflineStore(OfflineStore):
         Without `entity_df`: one row per key known in [start_date, end_date], at end_date. `filter_by_created_timestamp`
         is as-known mode for row views; windowed views are always as known by t.
         """
-        from feast.on_demand_feature_view import OnDemandFeatureView
 
         def requests(columns: list[str]) -> Any:
             return view_requests(config, feature_views, feature_refs, registry, project, full_feature_names, columns)
@@ -114,7 +114,7 @@ class PredictFlowOfflineStore(OfflineStore):
             slices,
             config,
             metadata=RetrievalMetadata(list(feature_refs), rows.keys, span["min"], span["max"]),
-            on_demand=OnDemandFeatureView.get_requested_odfvs(feature_refs, project, registry),
+            on_demand=requested_on_demand(feature_refs, project, registry),
             full_feature_names=full_feature_names,
         )
 

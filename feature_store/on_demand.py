@@ -22,6 +22,7 @@ from feature_store.view_plan import (
     ViewRow,
     python_value,
 )
+from feature_store.without_functions import message
 
 if TYPE_CHECKING:
     from feast import OnDemandFeatureView, RepoConfig
@@ -106,19 +107,10 @@ def with_function(config: RepoConfig, registry: Any, project: str, view: OnDeman
 
 def _proto(registry: Any, project: str, name: str) -> Any:
     """From the registry's cached message: its Python objects would come with their functions unpickled."""
-    for view in _message(registry, project).on_demand_feature_views:
+    for view in message(registry, project).on_demand_feature_views:
         if view.spec.name == name and view.spec.project == project:
             return view
     return None
-
-
-def _message(registry: Any, project: str) -> Any:
-    if hasattr(registry, "_get_registry_proto"):  # Feast's file registry
-        return registry._get_registry_proto(project=project, allow_cache=True)
-    if hasattr(registry, "_refresh_cached_registry_if_necessary"):  # its SQL and other caching registries
-        registry._refresh_cached_registry_if_necessary()
-        return registry.cached_registry_proto
-    return registry.proto()
 
 
 def _shape(spec: Any) -> Any:

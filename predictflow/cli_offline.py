@@ -265,13 +265,15 @@ def compact(
 def erase(entity: str, value: str, offline: str | None, online: bool, dry_run: bool, yes: bool, as_json: bool) -> None:
     """Erase ENTITY with key VALUE from every file of the offline store, and keep it out of every later backfill.
 
-    For instance `predictflow erase customer C000123 --dry-run`. It cannot be undone. Safe to run twice.
+    For instance `predictflow erase customer C000123 --dry-run`. It cannot be undone. Safe to run twice. The server's jobs
+    and their results, which may hold the entity, are dropped.
     Exit codes as `predictflow backfill`.
     """
     from feature_store.erasure import erase as run
     from feature_store.erasure_online import erase_online
     from predictflow.settings import Settings
     from predictflow.wiring import feast_store
+    from serving.jobs import Jobs
 
     if dry_run == yes:
         raise UsageError("erasing cannot be undone: pass --dry-run to see what it would do, or --yes to do it")
@@ -286,13 +288,19 @@ def erase(entity: str, value: str, offline: str | None, online: bool, dry_run: b
         entities[entity].join_key, value, offline_path=target, views=views, at=datetime.now(UTC), dry_run=dry_run
     )
     keys = erase_online(store, entities[entity], value, dry_run) if online else None
+    jobs = Jobs(settings.home / "serving" / "jobs", lambda: datetime.now(UTC))
+    dropped = jobs.count() if dry_run else jobs.forget_all()
     if as_json:
-        click.echo(json.dumps({**result.to_json(), "online_keys": keys}))
+        click.echo(json.dumps({**result.to_json(), "online_keys": keys, "jobs": dropped}))
         return
     verb = "would rewrite" if dry_run else "rewrote"
     for file in result.files:
         click.echo(f"{verb} {file.path}: {file.rows:,} of {file.of:,} rows")
-    click.echo(f"{len(result.files)} files, {result.rows:,} rows" + (f", {keys} online keys" if online else ""))
+    click.echo(
+        f"{len(result.files)} files, {result.rows:,} rows"
+        + (f", {keys} online keys" if online else "")
+        + (f", {dropped} jobs of the server" if dropped else "")
+    )
 
 
 def _views(settings: Settings) -> dict[str, FeatureView]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Awaitable, Callable
 from contextlib import AbstractContextManager, nullcontext
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -41,8 +40,8 @@ def with_grpc(
     metrics: Metrics,
     ping: Callable[[], Awaitable[None]],
     *,
+    push: Push,
     gate: Gate | None = None,
-    push: Push | None = None,
     tls: tuple[Path, Path] | None = None,
     seconds: float = 30.0,
     request_bytes: int = 4 * 1024 * 1024,
@@ -69,5 +68,4 @@ def with_grpc(
 
     pair = None if tls is None else (tls[1].read_bytes(), tls[0].read_bytes())
     options = GrpcOptions(*address, tls=pair, seconds=seconds, request_bytes=request_bytes)
-    writer = StoreWriter(store, lambda: datetime.now(UTC), push)
-    return WithService(app, GrpcServer(online, writer, metrics, ready, options, gate))
+    return WithService(app, GrpcServer(online, StoreWriter(store, push), metrics, ready, options, gate))

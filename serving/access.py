@@ -11,12 +11,13 @@ import hmac
 import os
 import re
 import secrets
+import stat
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from feature_store.durable import locked, write_whole
+from feature_store.durable import locked, sync_directory, writing
 from feature_store.errors import NotFoundError, UsageError
 
 Scope = Literal["read", "write", "predict", "admin"]
@@ -159,8 +160,38 @@ def drop_key(path: Path, name: str) -> None:
 
 
 def _write(path: Path, text: str, more: str) -> None:
-    write_whole(path, (text + more).encode())
-    path.chmod(0o600)
+    """Replaces the file by one of the same owner, group and mode, so that the server that reads it still can; a new file
+    is its owner's only. UsageError, and the file as it was, where this user may not make such a file.
+    """
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        held = path.stat() if path.exists() else None
+        temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+        try:
+            with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as f:
+                if held is not None:
+                    _like(f.fileno(), held, path)
+                f.write((text + more).encode())
+                f.flush()
+                os.fsync(f.fileno())
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        sync_directory(path.parent)
+
+
+def _like(handle: int, held: os.stat_result, path: Path) -> None:
+    made = os.fstat(handle)
+    try:
+        if (made.st_uid, made.st_gid) != (held.st_uid, held.st_gid):
+            os.fchown(handle, held.st_uid, held.st_gid)
+    except PermissionError as e:
+        raise UsageError(
+            "the API keys file belongs to another user or group, whose server could not read what this user writes",
+            value=str(path),
+            next_step="run the command as its owner, or as root",
+        ) from e
+    os.fchmod(handle, stat.S_IMODE(held.st_mode))
 
 
 def _lock(path: Path) -> Path:

@@ -171,7 +171,7 @@ def _write_routes(app: FastAPI, deps: Dependencies) -> None:
     )
     async def push(body: schemas.PushRequest) -> Response:
         """The newest (event_timestamp, created) of an entity stays. Safe to repeat; a windowed view is refused."""
-        pushed = await asyncio.to_thread(deps.push.push, body.feature_view, body.push_source, body.columns, body.to)
+        pushed = await deps.push.apush(body.feature_view, body.push_source, body.columns, body.to)
         return JSONBytes({"rows": pushed.rows, "feature_views": pushed.feature_views, "to": body.to})
 
 

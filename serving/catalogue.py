@@ -20,7 +20,7 @@ class FeatureCatalogue:
 
     def all(self) -> schemas.Catalogue:
         """Every feature view and feature service of the project, by name."""
-        views = self._store.list_feature_views(allow_cache=True)
+        views = self._views()
         services = self._store.registry.list_feature_services(self._store.project, allow_cache=True)
         return schemas.Catalogue(
             project=self._store.project,
@@ -30,12 +30,19 @@ class FeatureCatalogue:
 
     def view(self, name: str) -> schemas.ViewInfo:
         """One feature view; NotFoundError names the others."""
-        views = {v.name: v for v in self._store.list_feature_views(allow_cache=True)}
+        views = {v.name: v for v in self._views()}
         if name not in views:
             raise NotFoundError("unknown feature view", value=name, valid=views, next_step="GET /api/v1/features")
         return self._view(views[name])
 
+    def _views(self) -> list[Any]:
+        # Nothing here needs a view's function, which Feast would restore from the registry's pickles.
+        store = self._store
+        return list(store.registry.list_feature_views(store.project, allow_cache=True, skip_udf=True))
+
     def _view(self, view: Any) -> schemas.ViewInfo:
+        from feast.feature_view import DUMMY_ENTITY_ID
+
         window = definition_of(view)
         ttl = view.ttl.total_seconds() if view.ttl else 0
         hidden = {STATE_FIELD} if window else set()
@@ -44,7 +51,7 @@ class FeatureCatalogue:
             description=view.description or "",
             owner=view.owner or "",
             ttl_seconds=ttl or None,
-            join_keys=[c.name for c in view.entity_columns],
+            join_keys=[c.name for c in view.entity_columns if c.name != DUMMY_ENTITY_ID],
             windowed=window is not None,
             topic=window.topic if window else None,
             features=[

@@ -49,7 +49,7 @@ class FeatureClient:
     `base_url`: `http://` or `https://` for REST, `grpc://host:port` or `grpcs://` for gRPC, which carries online features
     and pushes only. `timeout` in seconds, for connecting and for each wait on an answer. Every call is safe to repeat, so an
     overloaded or unavailable server and a broken connection are tried again up to `retries` times, after a random pause
-    that grows and honours Retry-After. `ca_file`: certificates (PEM) to trust instead of the system's.
+    that grows and honours Retry-After; historical features that are not answered in time are not, as each try may start a job. `ca_file`: certificates (PEM) to trust instead of the system's.
 
     Raises UsageError and NotFoundError (with the valid values) for what the server refuses, UnavailableError when it
     does not answer or a server behind it does not, PredictFlowError for anything else.
@@ -278,7 +278,7 @@ class _Http:
         try:
             response = self._client.request(call.method, self._base + call.path, **_request(call))
         except httpx.HTTPError as e:
-            return self._failed(e)
+            return self._failed(e, call)
         except httpx.InvalidURL as e:
             raise UsageError("not a URL", value=self._base, next_step=f"for example {DEFAULT_URL}") from e
         return call.parse(response) if response.status_code < 400 else calls.refusal(response)
@@ -289,7 +289,7 @@ class _Http:
         try:
             response = await self._client.request(call.method, self._base + call.path, **_request(call))
         except httpx.HTTPError as e:
-            return self._failed(e)
+            return self._failed(e, call)
         except httpx.InvalidURL as e:
             raise UsageError("not a URL", value=self._base, next_step=f"for example {DEFAULT_URL}") from e
         return call.parse(response) if response.status_code < 400 else calls.refusal(response)
@@ -298,11 +298,13 @@ class _Http:
         """Closes it; to be awaited on the event loop."""
         return self._client.aclose() if hasattr(self._client, "aclose") else self._client.close()
 
-    def _failed(self, error: httpx.HTTPError) -> Failure:
+    def _failed(self, error: httpx.HTTPError, call: Call[Any]) -> Failure:
         import httpx
 
         if isinstance(error, httpx.UnsupportedProtocol):
             raise UsageError(f"the request cannot be sent ({error})", value=self._base) from error
+        if call.starts_work and isinstance(error, httpx.ReadTimeout):
+            return calls.too_late(self._base)
         return calls.no_answer(self._base, error)
 
 

@@ -33,7 +33,10 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Call(Generic[T]):
-    """One request over either transport; `over_grpc` makes its gRPC form, None where there is none. Safe to repeat."""
+    """One request over either transport; `over_grpc` makes its gRPC form, None where there is none. Safe to repeat.
+
+    `starts_work`: it may start a job, so no answer in time does not mean that it may be sent again: the job may run.
+    """
 
     what: str
     path: str
@@ -43,19 +46,21 @@ class Call(Generic[T]):
     headers: Mapping[str, str] = field(default_factory=dict)
     params: Mapping[str, Any] = field(default_factory=dict)
     over_grpc: Callable[[], GrpcCall[T]] | None = None
+    starts_work: bool = False
 
 
 @dataclass(frozen=True)
 class Failure:
-    """A call that failed; `wait`: seconds that the server asked for before the next try."""
+    """A call that failed; `wait`: seconds that the server asked for before the next try; `final`: there is none."""
 
     error: PredictFlowError
     wait: float = 0.0
+    final: bool = False
 
 
 def pause(failure: Failure, attempt: int, retries: int) -> float:
     """Seconds before the next try: random, growing, and what the server asked for. Raises the error when there is none."""
-    if not isinstance(failure.error, UnavailableError) or attempt >= retries:
+    if failure.final or not isinstance(failure.error, UnavailableError) or attempt >= retries:
         raise failure.error
     backoff = min(MAX_BACKOFF_SECONDS, BACKOFF_SECONDS * 2**attempt)
     return min(failure.wait, MAX_BACKOFF_SECONDS) + random.uniform(0, backoff)
@@ -128,6 +133,7 @@ def historical(
         content=_stream(entities),
         headers={"Content-Type": ARROW, "Accept": ARROW},
         params=params,
+        starts_work=True,
     )
 
 
@@ -232,11 +238,23 @@ def refusal(response: httpx.Response) -> Failure:
 
 
 def no_answer(url: str, error: Exception) -> Failure:
-    """The error of a server that cannot be reached or does not answer in time."""
+    """The error of a server that cannot be reached or does not answer."""
     return Failure(
         UnavailableError(
             f"the server does not answer ({type(error).__name__})",
             value=url,
             next_step="predictflow serve, or check the base URL",
         )
+    )
+
+
+def too_late(url: str) -> Failure:
+    """The error of a server that took a call that starts work and did not answer in time: not to be sent again unseen."""
+    return Failure(
+        UnavailableError(
+            "the server did not answer in time, and may still be working on the request",
+            value=url,
+            next_step="pass a longer timeout= to the client, or send fewer rows",
+        ),
+        final=True,
     )

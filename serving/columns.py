@@ -1,7 +1,8 @@
-"""Columns of a JSON request as an Arrow table in a feature view's declared types. Strict: nothing is guessed or rounded.
+"""Columns of a request as an Arrow table in a feature view's declared types. Strict: nothing is guessed or rounded.
 
 int64 and floats as JSON numbers (NaN and infinities as the strings of `serving.encoding`), bytes as base64, times as ISO
-8601 or epoch seconds, maps, structs and nested lists as JSON or as a JSON text, lists and sets as arrays.
+8601 or epoch seconds, maps, structs and nested lists as JSON or as a JSON text, lists and sets as arrays. What JSON has no
+type for may also be given as what it is (bytes, aware or UTC datetimes, UUIDs, Decimals, sets): gRPC knows these.
 """
 
 from __future__ import annotations
@@ -115,6 +116,8 @@ def _string(value: Any) -> str:
 
 
 def _bytes(value: Any) -> bytes:
+    if isinstance(value, bytes):
+        return value
     try:
         return base64.b64decode(_string(value), validate=True)
     except binascii.Error as e:
@@ -154,6 +157,8 @@ def _bool(value: Any) -> bool:
 
 
 def _time(value: Any) -> datetime:
+    if isinstance(value, datetime):
+        return (value if value.tzinfo else value.replace(tzinfo=UTC)).astimezone(UTC)
     if isinstance(value, int) and not isinstance(value, bool):
         return EPOCH + timedelta(seconds=value)
     try:
@@ -163,11 +168,11 @@ def _time(value: Any) -> datetime:
 
 
 def _uuid(value: Any) -> str:
-    return str(uuid.UUID(_string(value)))
+    return str(value if isinstance(value, uuid.UUID) else uuid.UUID(_string(value)))
 
 
 def _decimal(value: Any) -> str:
-    number = Decimal(_string(value))
+    number = value if isinstance(value, Decimal) else Decimal(_string(value))
     if not number.is_finite():
         raise ValueError
     return str(number)
@@ -186,6 +191,6 @@ def _json_text(kind: str) -> Callable[[Any], str]:
 
 
 def _list(value: Any) -> list[Any]:
-    if not isinstance(value, list) or any(v is None for v in value):
+    if not isinstance(value, list | set) or any(v is None for v in value):
         raise TypeError
-    return value
+    return list(value)

@@ -109,7 +109,7 @@ def add_routes(app: FastAPI, online: OnlineService, plans: Plans, push: Pusher) 
         summary="Push rows to the views of a push source, as Feast's push does",
     )
     async def feast_push(body: FeastPush) -> Response:
-        await asyncio.to_thread(push.push, None, body.push_source_name, body.df, body.to)
+        await push.apush(None, body.push_source_name, body.df, body.to)
         return Response()
 
     @app.post(
@@ -120,7 +120,7 @@ def add_routes(app: FastAPI, online: OnlineService, plans: Plans, push: Pusher) 
         summary="Write rows of one feature view to the online store, as Feast's remote client does",
     )
     async def write_to_online_store(body: FeastWrite) -> Response:
-        await asyncio.to_thread(push.push, body.feature_view_name, None, body.df, "online")
+        await push.apush(body.feature_view_name, None, body.df, "online")
         return Response()
 
     @app.get(

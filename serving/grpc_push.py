@@ -1,14 +1,13 @@
-"""Rows that arrive over gRPC, one per request: values by their declared type, then written through the Feast store."""
+"""Rows that arrive over gRPC, one per request: values by their declared type, then pushed as REST pushes are."""
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Protocol
 
-from feature_store.errors import DataError, NotFoundError, UsageError
-from feature_store.windows.definition import definition_of
+from feature_store.errors import DataError, UsageError
+from serving.push import column_names, column_types, require_row_view, view_named, views_of_source
 
 if TYPE_CHECKING:
     from feast import FeatureStore, FeatureView
@@ -34,104 +33,46 @@ class Push(Protocol):
 
 
 class StoreWriter:
-    """Through `push`, or else `FeatureStore.push` and `.write_to_online_store`. One row at a time, from any thread. Safe
-    to repeat: the newest (event_timestamp, created) wins."""
+    """Through `push`, which REST pushes go through too. One row at a time, from any thread. Safe to repeat: the newest
+    (event_timestamp, created) wins."""
 
-    def __init__(self, store: FeatureStore, wall: Callable[[], datetime], push: Push | None = None) -> None:
+    def __init__(self, store: FeatureStore, push: Push) -> None:
         self._store = store
-        self._wall = wall
         self._push = push
-        self._lock = threading.Lock()  # Feast's registry cache is refreshed by whoever asks
 
     def push(self, source: str, values: Mapping[str, object], to: str) -> None:
-        """NotFoundError for an unknown push source, UsageError for `to`, DataError for values that do not fit."""
-        from feast.data_source import PushMode
-        from feast.errors import PushSourceNotFoundException
-
+        """NotFoundError for an unknown push source, UsageError for `to` and columns, DataError for a text that does not fit."""
         if to not in MODES:
             raise UsageError("not a place to push to", value=to, valid=MODES)
-        with self._lock:
-            try:
-                views = list(self._store._fvs_for_push_source_or_raise(source, True))
-            except PushSourceNotFoundException as e:
-                raise NotFoundError(
-                    "unknown push source", value=source, valid=self._push_sources(), next_step="feast apply"
-                ) from e
-            row = self._row(views, values)
-            if self._push is not None:
-                self._push(None, source, {name: [value] for name, value in row.items()}, to)
-            else:
-                self._store.push(source, _frame(row), allow_registry_cache=True, to=PushMode[to.upper()])
+        self._push(None, source, _columns(views_of_source(self._store, source), values), to)
 
     def write(self, view: str, values: Mapping[str, object]) -> None:
-        """NotFoundError for an unknown view, DataError for values that do not fit."""
-        from feast.errors import FeatureViewNotFoundException
-
-        with self._lock:
-            try:
-                found = self._store.registry.get_any_feature_view(view, self._store.project, allow_cache=True)
-            except FeatureViewNotFoundException as e:
-                every = self._store.registry.list_all_feature_views(self._store.project, allow_cache=True)
-                raise NotFoundError(
-                    "unknown feature view", value=view, valid=[v.name for v in every], next_step="feast apply"
-                ) from e
-            row = self._row([found], values)
-            if self._push is not None:
-                self._push(view, None, {name: [value] for name, value in row.items()}, "online")
-            else:
-                self._store.write_to_online_store(view, _frame(row))
-
-    def _push_sources(self) -> list[str]:
-        views = self._store.registry.list_all_feature_views(self._store.project, allow_cache=True)
-        sources = [getattr(v, "stream_source", None) for v in views]
-        return sorted({s.name for s in sources if s is not None})
-
-    def _row(self, views: list[Any], values: Mapping[str, object]) -> dict[str, object]:
-        row: dict[str, object] = {}
-        for view in views:
-            row |= self._typed(view, values)
-        return row
-
-    def _typed(self, view: FeatureView, values: Mapping[str, object]) -> dict[str, object]:
-        """The row as the view declares it, by the column names of its source; `created` filled in when it is absent."""
-        source = getattr(view, "batch_source", None)
-        if source is None:
-            raise UsageError("rows cannot be written to an on-demand view without a source", value=view.name)
-        if definition_of(view) is not None:
-            raise UsageError(
-                "a windowed view is not pushed to: it follows its events",
-                value=view.name,
-                next_step="send the events to its topic; `predictflow sync` applies them",
-            )
-        mapping = source.field_mapping or {}
-        types = {f.name: f.dtype.to_value_type().name for f in [*view.entity_columns, *view.features]}
-        times = {source.timestamp_field, source.created_timestamp_column} - {"", None}
-        row = {}
-        for name, value in values.items():
-            kind = "UNIX_TIMESTAMP" if name in times else types.get(mapping.get(name, name))
-            row[name] = _read(name, kind, value) if isinstance(value, str) else value
-        if source.created_timestamp_column and row.get(source.created_timestamp_column) is None:
-            row[source.created_timestamp_column] = self._wall()
-        given = {mapping.get(name, name) for name in row}
-        missing = [name for name in [*types, source.timestamp_field] if name not in given]
-        if missing:
-            raise DataError(
-                f"the row lacks columns of {view.name}", value=missing, valid=[*types, source.timestamp_field]
-            )
-        return row
+        """NotFoundError for an unknown view, UsageError for columns, DataError for a text that does not fit."""
+        self._push(view, None, _columns([view_named(self._store, view)], values), "online")
 
 
-def _frame(row: Mapping[str, object]) -> Any:
-    import pandas as pd
-
-    return pd.DataFrame({name: [value] for name, value in row.items()})
+def _columns(views: Sequence[FeatureView], values: Mapping[str, object]) -> dict[str, list[object]]:
+    """The row as columns of one value, by our names, texts read as declared. What is missing `push` tells."""
+    names: dict[str, str] = {}
+    types: dict[str, str] = {}
+    for view in views:
+        require_row_view(view)
+        names = column_names(view) | names
+        types = column_types(view) | types
+    out: dict[str, list[object]] = {}
+    for given, value in values.items():
+        name = names.get(given, given)
+        if name in out:
+            raise UsageError("two columns are one and the same", value=given, valid=[name])
+        out[name] = [_read(given, types.get(name), value) if isinstance(value, str) else value]
+    return out
 
 
 def _read(name: str, kind: str | None, text: str) -> object:
     """A text as a value of the declared type (a ValueType's name; None: an undeclared column, left as it is)."""
     try:
         match kind:
-            case None | "STRING" | "UUID" | "TIME_UUID":
+            case None | "STRING" | "UUID" | "TIME_UUID" | "DECIMAL":
                 return text
             case "INT32" | "INT64":
                 return int(text)

@@ -10,8 +10,10 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
+from urllib.parse import unquote
 
 import grpc
 from feast.protos.feast.serving import GrpcServer_pb2 as feast_server
@@ -27,8 +29,10 @@ from serving.errors import RETRY_AFTER_SECONDS, redis_unavailable
 from serving.grpc_wire import Heads, encode
 from serving.middleware import access, request_id_of
 from serving.ports import cannot_listen
+from serving.push import PUSH_THREADS
 
 if TYPE_CHECKING:
+    from serving.access import ApiKey
     from serving.grpc_push import RowWriter
     from serving.metrics import Metrics
     from serving.online import OnlineService
@@ -38,6 +42,8 @@ log = logging.getLogger(__name__)
 DEFAULT_PORT = 50051
 SERVING = "feast.serving.ServingService"
 FEATURE_SERVER = "GrpcFeatureServer"
+SPARE_RPCS = 64
+"""Calls at a time beyond what the gate lets in: health checks, reflection, and requests that the gate refuses."""
 _CODES = {
     "unauthorized": grpc.StatusCode.UNAUTHENTICATED,
     "forbidden": grpc.StatusCode.PERMISSION_DENIED,
@@ -47,7 +53,11 @@ _CODES = {
 
 
 class Gate(Protocol):
-    """Who may call, and how many at a time; the one REST asks. `headers`: metadata, names in lower case."""
+    """Who may call, and how many (`concurrent`) at a time; the one REST asks. `headers`: metadata, names in lower case."""
+
+    concurrent: int
+
+    def caller(self, headers: Mapping[bytes, bytes]) -> ApiKey | None: ...
 
     def guard(self, headers: Mapping[bytes, bytes], scope_needed: str) -> PredictFlowError | None: ...
 
@@ -60,7 +70,11 @@ class OpenGate:
     """Open to everyone; at most `concurrent` requests at a time."""
 
     def __init__(self, concurrent: int = 256) -> None:
+        self.concurrent = concurrent
         self._free = concurrent
+
+    def caller(self, headers: Mapping[bytes, bytes]) -> ApiKey | None:
+        return None
 
     def guard(self, headers: Mapping[bytes, bytes], scope_needed: str) -> PredictFlowError | None:
         return None
@@ -118,19 +132,22 @@ class GrpcServer:
         self._server: grpc.aio.Server | None = None
         self._health = health.aio.HealthServicer()
         self._watch: asyncio.Task[None] | None = None
+        self._pushes = ThreadPoolExecutor(PUSH_THREADS, thread_name_prefix="grpc-push")
         self.port = 0
 
     async def start(self) -> None:
         """Listens; PredictFlowError when the port is taken."""
         options = self._options
         server = grpc.aio.server(
+            # Refused before their messages are read; the gate, which sees them after, tells why and when to try again.
+            maximum_concurrent_rpcs=self._gate.concurrent + SPARE_RPCS,
             options=[
                 ("grpc.so_reuseport", 1),
                 ("grpc.max_receive_message_length", options.request_bytes),
                 ("grpc.max_send_message_length", -1),
                 ("grpc.keepalive_permit_without_calls", 1),
                 ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
-            ]
+            ],
         )
         online = self._method(self._features, "read")
         info = self._method(self._info, None)
@@ -169,6 +186,7 @@ class GrpcServer:
             await self._health.enter_graceful_shutdown()
             await self._server.stop(self._options.drain_seconds)
             self._server = None
+        self._pushes.shutdown(wait=False, cancel_futures=True)
 
     async def _watch_health(self) -> None:
         while True:
@@ -193,6 +211,8 @@ class GrpcServer:
             metadata = {key.encode(): _bytes(value) for key, value in context.invocation_metadata() or ()}
             request_id = request_id_of(metadata.get(b"x-request-id"))
             status = grpc.StatusCode.CANCELLED
+            caller = self._gate.caller(metadata)
+            who = (client_of(context.peer()), None if caller is None else caller.name)
             refused = self._gate.guard(metadata, scope) if scope is not None else None
             held = False
             try:
@@ -215,16 +235,31 @@ class GrpcServer:
             finally:
                 if held:
                     self._gate.release()
-                self._finish(answer.__name__, request_id, status, time.perf_counter() - started)
+                self._finish(answer.__name__, request_id, status, time.perf_counter() - started, who)
 
         return grpc.unary_unary_rpc_method_handler(handle)
 
-    def _finish(self, method: str, request_id: str, status: grpc.StatusCode, seconds: float) -> None:
+    def _finish(
+        self,
+        method: str,
+        request_id: str,
+        status: grpc.StatusCode,
+        seconds: float,
+        who: tuple[str | None, str | None],
+    ) -> None:
         route = _ROUTES[method]
         self._metrics.request_seconds.labels("GRPC", route, status.name).observe(seconds)
         if access.isEnabledFor(logging.INFO):
-            fields = {"request_id": request_id, "method": "GRPC", "path": route, "status": status.name}
-            access.log(logging.INFO, "GRPC %s %s", route, status.name, extra=fields | {"ms": round(seconds * 1000, 3)})
+            fields = {
+                "request_id": request_id,
+                "method": "GRPC",
+                "path": route,
+                "status": status.name,
+                "ms": round(seconds * 1000, 3),
+                "client": who[0],
+                "key": who[1],
+            }
+            access.log(logging.INFO, "GRPC %s %s", route, status.name, extra=fields)
 
     async def _info(self, body: bytes, request_id: str) -> bytes:
         from importlib.metadata import version
@@ -246,13 +281,16 @@ class GrpcServer:
 
     async def _push(self, body: bytes, request_id: str) -> bytes:
         request = feast_server.PushRequest.FromString(body)
-        await asyncio.to_thread(self._writer.push, request.stream_feature_view, _row(request), request.to)
+        await self._in_thread(self._writer.push, request.stream_feature_view, _row(request), request.to)
         return feast_server.PushResponse(status=True).SerializeToString()
 
     async def _write(self, body: bytes, request_id: str) -> bytes:
         request = feast_server.WriteToOnlineStoreRequest.FromString(body)
-        await asyncio.to_thread(self._writer.write, request.feature_view_name, _row(request))
+        await self._in_thread(self._writer.write, request.feature_view_name, _row(request))
         return feast_server.WriteToOnlineStoreResponse(status=True).SerializeToString()
+
+    async def _in_thread(self, write: Callable[..., None], *args: Any) -> None:
+        await asyncio.get_running_loop().run_in_executor(self._pushes, write, *args)
 
 
 _ROUTES = {
@@ -298,6 +336,12 @@ def _status_of(error: PredictFlowError) -> grpc.StatusCode:
     return _INVALID if isinstance(error, UsageError) or error.code == "data" else grpc.StatusCode.INTERNAL
 
 
+def client_of(peer: str) -> str | None:
+    """The address in gRPC's name of a peer (`ipv4:1.2.3.4:5`, `ipv6:[::1]:5`, percent-encoded); None for other peers."""
+    kind, _, rest = unquote(peer).partition(":")
+    return rest.rpartition(":")[0].strip("[]") if kind in ("ipv4", "ipv6") else None
+
+
 def _bytes(value: str | bytes) -> bytes:
     return value.encode() if isinstance(value, str) else value
 
@@ -328,5 +372,8 @@ def _row(request: Any) -> dict[str, object]:
     row: dict[str, object] = {}
     for name, value in request.typed_features.items():
         kind = value.WhichOneof("val")
-        row[name] = None if kind in (None, "null_val") else feast_value_type_to_python_type(value)
+        try:
+            row[name] = None if kind in (None, "null_val") else feast_value_type_to_python_type(value)
+        except (ValueError, ArithmeticError, OSError) as e:  # a year beyond 9999, a UUID that is none
+            raise UsageError(f"column {name}: a value out of range, or malformed", value=kind) from e
     return row

@@ -69,8 +69,12 @@ def _head(plan: ReadPlan, entities: tuple[str, ...], with_versions: bool) -> byt
 
 
 def encode(read: CellRead, heads: Heads, entities: Mapping[str, Any], with_versions: bool) -> bytes:
-    """The response: join keys as the request gave them (`RepeatedValue` by name), then one vector per feature."""
+    """The response: join keys as the request gave them (`RepeatedValue` by name), then one vector per feature.
+
+    What else `entities` holds, inputs of on-demand views, is left out, as in Feast's own answers.
+    """
     plan = read.plan.reader.plan
+    entities = {name: values for name, values in entities.items() if name in plan.key_types}
     n = len(read.rows)
     out = [heads.of(plan, tuple(entities), with_versions)]
     # FeatureVector.values and RepeatedValue.val have the same field number, so the request's own bytes are the answer's.

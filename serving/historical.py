@@ -1,6 +1,7 @@
 """Point-in-time features for entity rows that a client sends: at once, or as a job when there are many.
 
-The rows are data, never SQL text or a path. Blocking: run it in threads of their own.
+The rows are data, never SQL text or a path. On-demand features are refused: their functions run at online reads only, and
+Feast would take them out of the registry. Blocking: run it in threads of their own.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from serving.plans import Asked
 
 if TYPE_CHECKING:
     import pyarrow as pa
-    from feast import FeatureService, FeatureStore
+    from feast import FeatureService, FeatureStore, FeatureView
 
 TIME = "event_timestamp"
 SLICE_ROWS = 50_000
@@ -37,6 +38,7 @@ class Wanted:
     """A checked request: features by name, and entity rows with their join keys in the declared types."""
 
     features: FeatureService | list[str]
+    views: list[tuple[FeatureView, list[str]]]
     feature_service: str | None
     feature_names: list[str]
     entities: pa.Table
@@ -62,8 +64,12 @@ class Historical:
         as_known: bool,
         full_names: bool,
     ) -> Wanted:
-        """Checks names, columns and types. UsageError, NotFoundError or TooManyError; nothing is read but the registry."""
-        from feature_store.view_plan import resolve
+        """Checks names, columns and types. UsageError, NotFoundError or TooManyError, OnDemandViewError for an on-demand
+        view; nothing is read but the registry.
+        """
+        from feast import OnDemandFeatureView
+
+        from feature_store.view_plan import OnDemandViewError, resolve
 
         if not isinstance(asked, str) and len(asked) > self.limits.features:
             raise TooManyError("features", len(asked), self.limits.features)
@@ -72,6 +78,13 @@ class Historical:
             raise TooManyError("rows", rows, self.limits.rows)
         features = self._service(asked) if isinstance(asked, str) else list(asked)
         views = resolve(self._store.registry, self._store.project, features, full_names)
+        for view, _ in views:
+            if isinstance(view, OnDemandFeatureView):
+                raise OnDemandViewError(
+                    "on-demand features are not computed for historical rows over the network",
+                    value=view.name,
+                    next_step="ask for the features it reads, or use get_historical_features of the SDK in the checkout",
+                )
         names = [
             f"{view.projection.name_to_use()}__{name}" if full_names else name
             for view, wanted in views
@@ -89,20 +102,34 @@ class Historical:
                     "an entity column has the name of a feature", value=name, next_step="rename the column"
                 )
         service = asked if isinstance(asked, str) else None
-        return Wanted(features, service, names, table, as_known, full_names)
+        return Wanted(features, views, service, names, table, as_known, full_names)
 
     def tables(self, wanted: Wanted, slice_rows: int | None) -> Iterator[pa.Table]:
         """The entity rows, in order, with their features, in tables of `slice_rows` (None: one table)."""
         from feature_store.point_in_time.job import ALL_ROWS, PredictFlowRetrievalJob
 
-        ours = self._store.config.offline_store.type.endswith("PredictFlowOfflineStore")
-        job: Any = self._store.get_historical_features(
-            # Other stores know pandas only, which has no exact integers beside nulls.
-            entity_df=wanted.entities if ours else wanted.entities.to_pandas(),  # ours takes Arrow
-            features=wanted.features,
-            full_feature_names=wanted.full_names,
-            filter_by_created_timestamp=wanted.as_known,
-        )
+        store = self._store
+        job: Any
+        if store.config.offline_store.type.endswith("PredictFlowOfflineStore"):
+            # Not by way of the store: it looks the views up again, with their functions.
+            job = store._get_provider().get_historical_features(
+                config=store.config,
+                feature_views=[view for view, _ in wanted.views],
+                feature_refs=[f"{view.projection.name_to_use()}:{n}" for view, names in wanted.views for n in names],
+                entity_df=wanted.entities,  # ours takes Arrow
+                registry=store.registry,
+                project=store.project,
+                full_feature_names=wanted.full_names,
+                filter_by_created_timestamp=wanted.as_known,
+            )
+        else:
+            job = store.get_historical_features(
+                # Other stores know pandas only, which has no exact integers beside nulls.
+                entity_df=wanted.entities.to_pandas(),
+                features=wanted.features,
+                full_feature_names=wanted.full_names,
+                filter_by_created_timestamp=wanted.as_known,
+            )
         if isinstance(job, PredictFlowRetrievalJob):
             yield from job.tables(slice_rows or ALL_ROWS)
         else:

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     pass
 
 PARQUET = "application/vnd.apache.parquet"
+BODIES = 8
+"""Requests whose bodies, or the rows in them, are held at a time; the others are not read yet."""
 _BATCH_ROWS = 16_384
 _CHUNK_BYTES = 256 * 1024
 _BINARY = {"schema": {"type": "string", "format": "binary"}}
@@ -36,6 +38,8 @@ _BINARY = {"schema": {"type": "string", "format": "binary"}}
 
 def add_routes(app: FastAPI, historical: Historical, jobs: Jobs, threads: Executor, limits: RequestLimits) -> None:
     """`threads` is where requests are answered: so many at a time, the others wait."""
+
+    held = asyncio.Semaphore(BODIES)
 
     async def run(call: Any, *args: Any) -> Any:
         return await asyncio.get_running_loop().run_in_executor(threads, partial(call, *args))
@@ -76,6 +80,16 @@ def add_routes(app: FastAPI, historical: Historical, jobs: Jobs, threads: Execut
         full_feature_names: Annotated[bool, Query(description="With an Arrow body; else a field of it.")] = False,
     ) -> Response:
         """Every row comes back once, in order, with the values that were known at its `event_timestamp`."""
+        async with held:
+            return await answer(request, feature_service, features, as_known, full_feature_names)
+
+    async def answer(
+        request: Request,
+        feature_service: str | None,
+        features: list[str] | None,
+        as_known: bool,
+        full_feature_names: bool,
+    ) -> Response:
         body = await request.body()
         if _media_type(request) == ARROW:
 

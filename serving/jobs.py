@@ -1,7 +1,8 @@
 """Jobs: reads too large for one request, run in the background, their results on disk until they are fetched or too old.
 
 One directory per job, seen by all workers of a server: `state.json`, `result.parquet`, and `lock`, which the worker that
-runs it holds, so that a job whose worker died is told from one that runs. Blocking: call it from threads.
+runs it holds, so that a job whose worker died is told from one that runs. The directories are their owner's only: results
+are whoever's data. Blocking: call it from threads.
 """
 
 from __future__ import annotations
@@ -14,14 +15,14 @@ import shutil
 import threading
 import uuid
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from feature_store.durable import BusyError, locked, write_whole
+from feature_store.durable import BusyError, locked, write_whole, writing
 from feature_store.errors import NotFoundError, PredictFlowError
 
 if TYPE_CHECKING:
@@ -83,6 +84,7 @@ class Jobs:
         self._limits = limits or JobLimits()
         self._pool = ThreadPoolExecutor(self._limits.running, thread_name_prefix="job")
         self._mine = 0
+        self._futures: dict[str, Future[None]] = {}
         self._mutex = threading.Lock()
         self._stopping = threading.Event()
 
@@ -100,9 +102,12 @@ class Jobs:
             self.sweep(room_for=1)
             job = Job(uuid.uuid4().hex, "queued", 0, rows_total, self._now().isoformat(), owner=owner)
             place = self._home / job.id
+            with writing(place):
+                self._home.mkdir(mode=0o700, parents=True, exist_ok=True)
+                place.mkdir(mode=0o700)
             held.enter_context(locked(place / _LOCK, seconds=0))
             self._write(job)
-            future = self._pool.submit(self._run, job, tables)
+            future = self._futures[job.id] = self._pool.submit(self._run, job, tables)
         except BaseException:
             held.close()
             raise
@@ -132,6 +137,19 @@ class Jobs:
         """Stops a job and forgets it with its result; NotFoundError as `get`."""
         self.get(job_id, owner, any_owner)
         self._forget(job_id)
+
+    def forget_all(self) -> int:
+        """Cancels and forgets every job with its result, whoever's it is; how many there were. Safe to repeat."""
+        with writing(self._home):
+            known = self._known()
+            for name in known:
+                self._forget(name)
+        return len(known)
+
+    def count(self) -> int:
+        """How many jobs there are, whatever their status."""
+        with writing(self._home):
+            return len(self._known())
 
     def sweep(self, room_for: int = 0) -> None:
         """Forgets what is too old, and of what has ended the oldest, until no more than `kept` remain. Safe to repeat."""
@@ -181,6 +199,7 @@ class Jobs:
 
     def _let_go(self, job_id: str, held: ExitStack) -> None:
         held.close()
+        self._futures.pop(job_id, None)
         # After the lock: whoever cancels from now on finds it free and clears up himself.
         if (self._home / job_id / _CANCELLED).exists():
             shutil.rmtree(self._home / job_id, ignore_errors=True)
@@ -221,6 +240,10 @@ class Jobs:
         except FileNotFoundError:
             return None
 
+    def _known(self) -> list[str]:
+        places = list(self._home.iterdir()) if self._home.is_dir() else []
+        return [place.name for place in places if self._read(place.name) is not None]
+
     def _write(self, job: Job) -> None:
         write_whole(self._home / job.id / _STATE, json.dumps(asdict(job)).encode())
 
@@ -234,6 +257,9 @@ class Jobs:
         try:
             (place / _CANCELLED).touch()
         except FileNotFoundError:  # another worker was faster
+            return
+        future = self._futures.get(job_id)
+        if future is not None and future.cancel():  # it had not begun: its place is free at once
             return
         if self._is_free(job_id):  # else the worker that runs it clears up
             shutil.rmtree(place, ignore_errors=True)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from feature_store.errors import DataError, DefinitionError
 from feature_store.windows.definition import WindowedView, definition_of
+from feature_store.without_functions import requested_on_demand
 
 if TYPE_CHECKING:
     from feast import FeatureView
@@ -68,10 +69,9 @@ def view_requests(
 
     A feature whose name an entity column already has comes back as `view__feature`: the caller's columns stay.
     """
-    from feast.on_demand_feature_view import OnDemandFeatureView
     from feast.utils import _get_requested_feature_views_to_features_dict
 
-    on_demand = OnDemandFeatureView.get_requested_odfvs(list(feature_refs), project, registry)
+    on_demand = requested_on_demand(feature_refs, project, registry)
     grouped, _ = _get_requested_feature_views_to_features_dict(list(feature_refs), list(feature_views), on_demand)
     requests = [
         _request(config, view, list(dict.fromkeys(names)), full_feature_names, set(entity_columns))

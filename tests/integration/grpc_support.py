@@ -26,6 +26,7 @@ from serving.metrics import Metrics
 from serving.models import NoModels
 from serving.online import Limits, OnlineService
 from serving.plans import Plans
+from serving.push import Pusher
 from serving.served_log import NoServedLog
 
 NOW = datetime.now(UTC).replace(microsecond=123_456)
@@ -130,7 +131,8 @@ def serving(repo: Repo, gate: Any = None, **options: Any) -> Iterator[tuple[str,
             return True
 
         chosen = replace(GrpcOptions(port=0, drain_seconds=2), **options)
-        server = GrpcServer(service, StoreWriter(repo.store, lambda: datetime.now(UTC)), metrics, ready, chosen, gate)
+        writer = StoreWriter(repo.store, Pusher(repo.store, lambda: datetime.now(UTC)).push)
+        server = GrpcServer(service, writer, metrics, ready, chosen, gate)
         await server.start()
         server.client = redis  # type: ignore[attr-defined]  # closed below
         return server

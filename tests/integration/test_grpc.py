@@ -21,8 +21,9 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from feature_store.errors import PredictFlowError, UsageError
+from serving.access import ApiKey
 from serving.grpc_push import StoreWriter
-from serving.grpc_server import OpenGate
+from serving.grpc_server import SPARE_RPCS, OpenGate, client_of
 from tests.integration.grpc_support import NOW, Repo, serving
 
 Code = grpc.StatusCode
@@ -170,7 +171,8 @@ def test_pushes_and_writes_are_read_back(repo: Repo, channel: grpc.Channel) -> N
     [
         ({"features": {"customer_id": "P"}, "stream_feature_view": "no", "to": "online"}, Code.NOT_FOUND, "account_push"),
         ({"features": {"a": "b"}, "stream_feature_view": "account_push", "to": "x"}, Code.INVALID_ARGUMENT, "online"),
-        ({"features": {"a": "b"}, "stream_feature_view": "account_push", "to": "online"}, Code.INVALID_ARGUMENT, "lacks"),
+        ({"features": {"a": "b"}, "stream_feature_view": "account_push", "to": "online"}, Code.INVALID_ARGUMENT, "no such column"),
+        ({"features": {"customer_id": "P"}, "stream_feature_view": "account_push", "to": "online"}, Code.INVALID_ARGUMENT, "missing"),
         ({"features": {"charges": "lots"}, "stream_feature_view": "account_push", "to": "online"}, Code.INVALID_ARGUMENT, "lots"),
         ({"features": {"tags": "a"}, "stream_feature_view": "account_push", "to": "online"}, Code.INVALID_ARGUMENT, "typed"),
         ({"stream_feature_view": "account_push", "to": "online"}, Code.INVALID_ARGUMENT, "empty"),
@@ -186,7 +188,7 @@ def test_bad_pushes_are_refused(channel: grpc.Channel, asked: Any, code: Code, s
 def test_a_windowed_view_is_not_pushed_to(channel: grpc.Channel) -> None:
     asked = server_pb2.WriteToOnlineStoreRequest(features={"customer_id": "C1"}, feature_view_name="behavior")
     error = refused(GrpcFeatureServerStub(channel).WriteToOnlineStore, asked)
-    assert (error.code(), "follows its events" in error.details()) == (Code.INVALID_ARGUMENT, True)
+    assert (error.code(), "come from its stream" in error.details()) == (Code.INVALID_ARGUMENT, True)
 
 
 METHODS = (
@@ -285,6 +287,20 @@ def slow(server: Any, seconds: float) -> threading.Event:
     return began
 
 
+def test_calls_beyond_the_bound_are_refused_before_the_gate_sees_them(repo: Repo) -> None:
+    gate = OpenGate(8)
+    gate.concurrent = 1 - SPARE_RPCS
+    with serving(repo, gate) as (address, server), grpc.insecure_channel(address) as channel:
+        began = slow(server, 1)
+        stub = GrpcFeatureServerStub(channel)
+        first = stub.GetOnlineFeatures.future(request("C1"), timeout=20)
+        assert began.wait(10)
+        error = refused(stub.GetOnlineFeatures, request("C1"))
+        assert (error.code(), gate._free) == (Code.RESOURCE_EXHAUSTED, 7)
+        assert error.trailing_metadata() == ()
+        assert first.result(20).results
+
+
 def test_the_time_budget_and_the_clients_deadline_end_a_request(repo: Repo) -> None:
     with serving(repo, seconds=0.2) as (address, server), grpc.insecure_channel(address) as channel:
         slow(server, 30)
@@ -328,12 +344,41 @@ def test_tls(repo: Repo, tmp_path: Path) -> None:
             assert refused(GrpcFeatureServerStub(channel).GetOnlineFeatures, request("C1")).code() == Code.UNAVAILABLE
 
 
-def test_rows_go_through_the_push_that_rest_uses_when_there_is_one(repo: Repo) -> None:
+def test_a_row_goes_by_our_names_and_in_its_own_types(repo: Repo) -> None:
+    """`created` is left to the push, which knows what clock the rows are under."""
     pushed: list[Any] = []
-    writer = StoreWriter(repo.store, lambda: NOW, lambda *what: pushed.append(what))
+    writer = StoreWriter(repo.store, lambda *what: pushed.append(what))
     writer.write("visits", {"customer_id": "C1", "visits": "3", "event_timestamp": "2026-01-01T00:00:00.000001Z"})
     ((view, source, columns, to),) = pushed
     assert (view, source, to) == ("visits", None, "online")
     assert columns["visits"] == [3]
     assert columns["event_timestamp"][0].microsecond == 1
-    assert columns["created"] == [NOW]
+    assert "created" not in columns
+
+
+def test_a_value_that_no_python_value_stands_for_is_the_requests_fault(channel: grpc.Channel) -> None:
+    asked = server_pb2.WriteToOnlineStoreRequest(
+        typed_features={"event_timestamp": Value(unix_timestamp_val=2**62)}, feature_view_name="visits"
+    )
+    error = refused(GrpcFeatureServerStub(channel).WriteToOnlineStore, asked)
+    assert (error.code(), "event_timestamp" in error.details()) == (Code.INVALID_ARGUMENT, True)
+
+
+def test_an_access_line_names_client_and_key(repo: Repo, caplog: pytest.LogCaptureFixture) -> None:
+    class Named(OpenGate):
+        def caller(self, headers: Any) -> ApiKey | None:
+            return ApiKey("reader", frozenset({"read"}), b"")
+
+    caplog.set_level("INFO", "predictflow.access")
+    with serving(repo, Named()) as (address, _), grpc.insecure_channel(address) as channel:
+        GrpcFeatureServerStub(channel).GetOnlineFeatures(request("C1"), timeout=10)
+    (line,) = [r for r in caplog.records if r.name == "predictflow.access"]
+    assert (line.client, line.key) == ("127.0.0.1", "reader")  # type: ignore[attr-defined]  # fields of the line
+
+
+@pytest.mark.parametrize(
+    ("peer", "client"),
+    [("ipv4:10.0.0.1:5", "10.0.0.1"), ("ipv6:%5B::1%5D:5", "::1"), ("unix:", None), ("", None)],
+)
+def test_a_peer_is_told_by_its_address(peer: str, client: str | None) -> None:
+    assert client_of(peer) == client

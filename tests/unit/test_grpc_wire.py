@@ -35,6 +35,7 @@ class Plan:
     def __init__(self, views: list[Any]) -> None:
         self.view_plans = views
         self.feature_names = [f.result for v in views for f in v.features]
+        self.key_types = {"k": "STRING"}
 
 
 def test_the_status_numbers_are_feasts() -> None:
@@ -54,6 +55,7 @@ def test_the_answer_is_the_one_that_protobuf_writes() -> None:
             cells[0] = rng.choice([("NOT_FOUND", None), ("PRESENT", -(2**63)), ("PRESENT", 7), ("INVALID", None)])
             answers.append([ViewRow(event, None, None, cells)])
         entities = {"k": RepeatedValue(val=[Value(string_val=f"k{i}") for i in range(rows)])}
+        entities["factor"] = RepeatedValue(val=[Value(double_val=1.5)] * rows)  # an on-demand view's input: not told
         read = SimpleNamespace(plan=SimpleNamespace(reader=SimpleNamespace(plan=plan)), rows=answers)
         got = GetOnlineFeaturesResponse.FromString(encode(read, Heads(), entities, True))  # type: ignore[arg-type]  # a plan by hand
         want = GetOnlineFeaturesResponse()

@@ -93,6 +93,23 @@ def test_a_file_that_broke_leaves_the_keys_in_force(tmp_path: Path) -> None:
     assert keys.find(key.encode()) is not None
 
 
+def test_a_file_stays_its_servers_when_somebody_else_changes_it(tmp_path: Path) -> None:
+    path = tmp_path / "keys"
+    add_key(path, "reader", ["read"])
+    path.chmod(0o640)
+    owner = (path.stat().st_uid, path.stat().st_gid)
+    if os.geteuid() == 0:
+        owner = (4711, 4712)
+        os.chown(path, *owner)
+
+    add_key(path, "other", ["read"])
+    drop_key(path, "reader")
+
+    status = path.stat()
+    assert (status.st_uid, status.st_gid, status.st_mode & 0o777) == (*owner, 0o640)
+    assert [p.name for p in tmp_path.iterdir() if p.name.endswith(".tmp")] == []
+
+
 def test_the_gate_knows_keys_by_either_header_and_scopes(tmp_path: Path) -> None:
     path = tmp_path / "keys"
     reader, admin = add_key(path, "reader", ["read"]), add_key(path, "admin", ["admin"])

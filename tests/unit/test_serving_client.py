@@ -228,3 +228,20 @@ def test_history_comes_as_arrow_also_from_a_job(script: Script) -> None:
     script.answers = [(202, running, {}), (200, failed, {})]
     with pytest.raises(PredictFlowError, match="no such column"):
         script.client().get_historical_features({"id": ["C0"]}, feature_service="s")
+
+
+def test_a_historical_request_that_is_not_answered_in_time_is_not_sent_again() -> None:
+    """The server may have started a job for it."""
+    import socket
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        slept: list[float] = []
+        client = FeatureClient(url, timeout=0.2, sleep=slept.append)
+        rows = {"id": ["C1"], "event_timestamp": [datetime(2026, 1, 1, tzinfo=UTC)]}
+        with pytest.raises(UnavailableError, match="may still be working"):
+            client.get_historical_features(rows, feature_service="s")
+        assert slept == []
+        with pytest.raises(UnavailableError, match="does not answer"):
+            client.get_online_features({"id": ["C1"]}, feature_service="s")
+        assert len(slept) == 3

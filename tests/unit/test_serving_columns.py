@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import struct
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta, timezone
+from decimal import Decimal
 from typing import Any
+from uuid import UUID
 
 import pyarrow as pa
 import pytest
@@ -39,6 +41,17 @@ from serving.errors import TooManyError
         ("JSON", [1], "[1]"),
         ("JSON_LIST", ["{}", 1], ["{}", "1"]),
         ("INT64", None, None),
+        # What gRPC has types for.
+        ("BYTES", b"\x00\xff", b"\x00\xff"),
+        (
+            "UNIX_TIMESTAMP",
+            datetime(2026, 1, 1, 2, tzinfo=timezone(timedelta(hours=2))),
+            datetime(2026, 1, 1, tzinfo=UTC),
+        ),
+        ("UNIX_TIMESTAMP", datetime(2026, 1, 1), datetime(2026, 1, 1, tzinfo=UTC)),
+        ("UUID", UUID("12345678-1234-5678-1234-567812345678"), "12345678-1234-5678-1234-567812345678"),
+        ("DECIMAL", Decimal("1.10"), "1.10"),
+        ("INT64_SET", {1}, [1]),
     ],
 )
 def test_values_keep_their_meaning(kind: str, given: Any, kept: Any) -> None:

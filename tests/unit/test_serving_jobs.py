@@ -157,6 +157,26 @@ def test_more_jobs_than_may_wait_are_refused(jobs: Jobs) -> None:
     done(jobs)
 
 
+def test_a_cancelled_job_that_waited_gives_its_place_back_at_once(jobs: Jobs, tmp_path: Path) -> None:
+    slices = Slices()
+    running = jobs.submit(6, slices, None)
+    waiting = jobs.submit(6, Slices(), None)
+    jobs.cancel(waiting.id, None, True)
+    assert {p.name for p in tmp_path.iterdir()} == {running.id}
+    waiting = jobs.submit(6, Slices(), None)
+    assert jobs.forget_all() == 2
+    assert {p.name for p in tmp_path.iterdir()} == {running.id}
+    slices.go.release(3)
+    wait_until(lambda: list(tmp_path.iterdir()) == [])
+
+
+def test_results_are_their_owners_only(tmp_path: Path, clock: Clock) -> None:
+    jobs = Jobs(tmp_path / "home", clock)
+    job = done(jobs)
+    assert [p.stat().st_mode & 0o077 for p in (tmp_path / "home", tmp_path / "home" / job.id)] == [0, 0]
+    jobs.close()
+
+
 def test_the_oldest_and_the_old_are_forgotten(jobs: Jobs, clock: Clock, tmp_path: Path) -> None:
     made = []
     for _ in range(4):

@@ -1,0 +1,97 @@
+"""Feature views as the registry holds them, without their functions.
+
+Feast's own look-ups restore a view's function from the pickle or the text beside it, and restoring runs whatever was put
+there. What only needs names, types and sources reads the registry's message through here instead. Blocking; needs the
+registry when its cache is too old.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+
+def message(registry: Any, project: str, *, fresh: bool = False) -> Any:
+    """The registry's cached message, read anew when `fresh`: its Python objects would come with their functions."""
+    if fresh:
+        registry.refresh(project)
+    if hasattr(registry, "_get_registry_proto"):  # Feast's file registry
+        return registry._get_registry_proto(project=project, allow_cache=True)
+    if hasattr(registry, "_refresh_cached_registry_if_necessary"):  # its SQL and other caching registries
+        registry._refresh_cached_registry_if_necessary()
+        return registry.cached_registry_proto
+    return registry.proto()
+
+
+def view_named(registry: Any, project: str, name: str, *, fresh: bool = False) -> Any:
+    """The view of any kind with this name, None where there is none."""
+    for kind, view in _views(message(registry, project, fresh=fresh), project):
+        if view.spec.name == name:
+            return _made(kind, view)
+    return None
+
+
+def view_names(registry: Any, project: str) -> list[str]:
+    """The names of the project's views of every kind."""
+    return sorted({view.spec.name for _, view in _views(message(registry, project), project)})
+
+
+def push_sources(registry: Any, project: str) -> list[str]:
+    """The names of the push sources that views have."""
+    return sorted({view.spec.stream_source.name for _, view in _pushed(message(registry, project), project)})
+
+
+def pushed_views(registry: Any, project: str, source: str, *, fresh: bool = False) -> list[Any]:
+    """The views that have the push source of this name, by their names."""
+    found = _pushed(message(registry, project, fresh=fresh), project)
+    views = [_made(kind, view) for kind, view in found if view.spec.stream_source.name == source]
+    return sorted(views, key=lambda view: str(view.name))
+
+
+def requested_on_demand(feature_refs: Sequence[str], project: str, registry: Any) -> list[Any]:
+    """Feast's list of the on-demand views that `view:feature` references name, with their functions.
+
+    Feast restores the functions of all of the project's on-demand views to find that out; here none is where none was named.
+    """
+    from feast.on_demand_feature_view import OnDemandFeatureView
+
+    named = {view.spec.name for kind, view in _views(message(registry, project), project) if kind == _ON_DEMAND}
+    asked = {ref.partition(":")[0].partition("@")[0] for ref in feature_refs}
+    if not asked & named:
+        return []
+    found: list[Any] = OnDemandFeatureView.get_requested_odfvs(list(feature_refs), project, registry)
+    return found
+
+
+_ON_DEMAND = "on_demand_feature_views"
+_KINDS = ("feature_views", "stream_feature_views", _ON_DEMAND, "label_views")
+
+
+def _views(stored: Any, project: str) -> list[tuple[str, Any]]:
+    return [(kind, view) for kind in _KINDS for view in getattr(stored, kind) if view.spec.project == project]
+
+
+def _pushed(stored: Any, project: str) -> list[tuple[str, Any]]:
+    from feast.protos.feast.core.DataSource_pb2 import DataSource
+
+    return [
+        (kind, view)
+        for kind, view in _views(stored, project)
+        if kind in ("feature_views", "stream_feature_views")
+        and view.spec.HasField("stream_source")
+        and view.spec.stream_source.type == DataSource.PUSH_SOURCE
+    ]
+
+
+def _made(kind: str, view: Any) -> Any:
+    from feast import FeatureView, OnDemandFeatureView, StreamFeatureView
+    from feast.labeling.label_view import LabelView
+
+    if kind == "label_views":  # has no function
+        return LabelView.from_proto(view)
+    classes: dict[str, Any] = {
+        "feature_views": FeatureView,
+        "stream_feature_views": StreamFeatureView,
+        _ON_DEMAND: OnDemandFeatureView,
+    }
+    return classes[kind].from_proto(view, skip_udf=True)
