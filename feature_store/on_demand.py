@@ -22,7 +22,7 @@ from feature_store.view_plan import (
     ViewRow,
     python_value,
 )
-from feature_store.without_functions import message
+from feature_store.without_functions import message, view_named
 
 if TYPE_CHECKING:
     from feast import OnDemandFeatureView, RepoConfig
@@ -38,36 +38,10 @@ def stored(registry: Any, project: str, name: str) -> OnDemandFeatureView | None
     return None if proto is None else OnDemandFeatureView.from_proto(proto, skip_udf=True)
 
 
-def stored_view(registry: Any, project: str, name: str) -> Any:
-    """The feature view, stream or on-demand view as applied, without functions; None where there is none of this name.
-
-    Feast's own look-ups unpickle the functions that a view may carry, which runs whatever was put into the registry.
-    """
-    from feast import FeatureView, OnDemandFeatureView, StreamFeatureView
-
-    message = _message(registry, project)
-    for kind, views in (
-        (FeatureView, message.feature_views),
-        (StreamFeatureView, message.stream_feature_views),
-        (OnDemandFeatureView, message.on_demand_feature_views),
-    ):
-        for proto in views:
-            if proto.spec.name == name and proto.spec.project == project:
-                return kind.from_proto(proto, skip_udf=True)
-    return None
-
-
 def source_view(registry: Any, project: str, name: str) -> Any:
-    """As `stored_view`, for a view that another one reads; Feast's own error where there is none."""
-    found = stored_view(registry, project, name)
+    """The view that another one reads, without functions; Feast's own error where there is none."""
+    found = view_named(registry, project, name)
     return registry.get_feature_view(name, project, allow_cache=True) if found is None else found
-
-
-def view_names(registry: Any, project: str) -> list[str]:
-    """The names of all views of a project, sorted; nothing is unpickled."""
-    message = _message(registry, project)
-    kinds = (message.feature_views, message.stream_feature_views, message.on_demand_feature_views, message.label_views)
-    return sorted(v.spec.name for views in kinds for v in views if v.spec.project == project)
 
 
 def with_function(config: RepoConfig, registry: Any, project: str, view: OnDemandFeatureView) -> OnDemandFeatureView:

@@ -243,11 +243,11 @@ def resolve(
 def _view(registry: BaseRegistry, project: str, name: str, version: int | None) -> Any:
     from feast.errors import FeatureViewNotFoundException
 
-    from feature_store.on_demand import stored_view, view_names
+    from feature_store.without_functions import view_named, view_names
 
     try:
         if version is None:
-            view = stored_view(registry, project, name)
+            view = view_named(registry, project, name)
             if view is None:  # a label view, which has no functions, or nothing
                 view = registry.get_any_feature_view(name, project, allow_cache=True)
         elif not getattr(registry, "enable_online_versioning", False):

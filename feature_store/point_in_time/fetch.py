@@ -191,7 +191,9 @@ def _by_engine(
     wide = "".join(f", f.{ident(n)}" for n in names)
     piece = f"(SELECT w._number{wide} FROM {relation([file])} f JOIN _wanted w ON f.file_row_number = w._row) AS _piece"
     what = f"{source.label}: {file}"
-    con.execute("SET preserve_insertion_order = false")  # rows carry their number, and need not be held to keep in order
+    con.execute(
+        "SET preserve_insertion_order = false"
+    )  # rows carry their number, and need not be held to keep in order
     try:
         with (
             scanning(replace(source, files=(file,)), names),
