@@ -9,6 +9,7 @@ from typing import Any
 
 import pandas as pd
 import psycopg2
+import pyarrow as pa
 import pytest
 import redis
 from click.testing import CliRunner
@@ -18,6 +19,7 @@ from feature_store.clock import replay_clock_key, to_micros
 from feature_store.durable import locked
 from feature_store.published import table_lock
 from predictflow.cli import cli
+from serving.jobs import Jobs
 
 
 @pytest.fixture
@@ -104,13 +106,18 @@ def test_backfill_compact_and_erase_end_to_end(
 
     project.materialize(T0, CUT)
     assert run("erase", "customer", "C1")[0] == 2
+    served = Path(environment["PREDICTFLOW_HOME"]) / "serving" / "jobs"
+    jobs = Jobs(served, lambda: CUT)
+    jobs.submit(1, lambda: iter([pa.table({"customer_id": ["C1"]})]), None)
+    jobs.close()
     code, out, _ = run("erase", "customer", "C1", "--dry-run", "--online", "--json")
     planned = json.loads(out)
-    assert (code, planned["online_keys"], planned["dry_run"]) == (0, 1, True)
+    assert (code, planned["online_keys"], planned["jobs"], planned["dry_run"]) == (0, 1, 1, True)
     assert any(r["customer_id"] == "C1" for r in rows(offline / "churn_features"))
     code, out, _ = run("erase", "customer", "C1", "--yes", "--online", "--json")
     done = json.loads(out)
-    assert (code, done["rows"], done["online_keys"]) == (0, planned["rows"], 1)
+    assert (code, done["rows"], done["online_keys"], done["jobs"]) == (0, planned["rows"], 1, 1)
+    assert list(served.iterdir()) == []
     run(*command)
     for table in ("churn_features", "customer_events"):
         assert {r["customer_id"] for r in rows(offline / table)} == {f"C{c}" for c in range(20) if c != 1}
