@@ -7,6 +7,7 @@ are whoever's data. Blocking: call it from threads.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import logging
 import os
@@ -22,7 +23,7 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from feature_store.durable import BusyError, locked, write_whole, writing
+from feature_store.durable import locked, write_whole, writing
 from feature_store.errors import NotFoundError, PredictFlowError
 
 if TYPE_CHECKING:
@@ -265,14 +266,14 @@ class Jobs:
             shutil.rmtree(place, ignore_errors=True)
 
     def _is_free(self, job_id: str) -> bool:
-        """Whether no worker runs the job."""
-        place = self._home / job_id
-        if not place.is_dir():
-            return True
+        """Whether no worker runs the job. Makes nothing: its worker may be removing the directory this moment."""
         try:
-            with locked(place / _LOCK, seconds=0):
+            with open(self._home / job_id / _LOCK) as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 return True
-        except BusyError:
+        except FileNotFoundError:
+            return True
+        except BlockingIOError:
             return False
 
     @staticmethod
