@@ -213,7 +213,7 @@ def test_a_demo_of_another_size_shows_its_own_figures_only(
 def test_the_demo_on_real_data_after_the_simulator(checkout: Checkout, first_run: tuple[str, dict[str, Any]]) -> None:
     # Where the README's command looks for it.
     copy = checkout.path / re.search(r"DATA=(\S+)", checkout.block("make demo DATA="))[1]
-    copy.parent.mkdir(parents=True)
+    copy.parent.mkdir(parents=True, exist_ok=True)
     kept, dirty = sample(RETAIL, copy, every=6)
     simulated = _known(checkout, [f"C{n:06}" for n in range(1, 251)])
     assert simulated

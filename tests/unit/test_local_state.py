@@ -62,7 +62,6 @@ def test_env_prints_the_settings(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("check", "url", "variable"),
     [
-        (external.check_postgres, "postgresql://me:secret@127.0.0.1:1/db", "POSTGRES_URL"),
         (external.check_postgres, "postgresql+psycopg2://me:secret@127.0.0.1:1/db", "POSTGRES_URL"),
         (external.check_redis, "redis://:secret@127.0.0.1:1/0", "REDIS_URL"),
         (external.check_redis, "127.0.0.1:1,db=0,password=secret", "REDIS_URL"),
