@@ -30,14 +30,6 @@ if TYPE_CHECKING:
 Entity = Mapping[str, object]
 
 
-def stored(registry: Any, project: str, name: str) -> OnDemandFeatureView | None:
-    """The on-demand view as applied, without its function; None where the name is not an on-demand view's."""
-    from feast import OnDemandFeatureView
-
-    proto = _proto(registry, project, name)
-    return None if proto is None else OnDemandFeatureView.from_proto(proto, skip_udf=True)
-
-
 def source_view(registry: Any, project: str, name: str) -> Any:
     """The view that another one reads, without functions; Feast's own error where there is none."""
     found = view_named(registry, project, name)

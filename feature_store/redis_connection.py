@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from feature_store.errors import UnavailableError, UsageError
 
@@ -15,10 +15,6 @@ if TYPE_CHECKING:
 _TIMEOUTS: dict[str, Any] = {"socket_connect_timeout": 5.0, "socket_timeout": 10.0}
 """Seconds; without them a server that vanished blocks a request for ever. A connection string may set its own."""
 _RETRIES = 3
-
-
-RedisKind = Literal["redis", "redis_cluster", "redis_sentinel"]
-"""Feast's setting `redis_type`."""
 
 
 def connect(connection_string: str, kind: str = "redis", sentinel_master: str = "mymaster") -> Redis:

@@ -6,7 +6,6 @@ Importing it loads neither Feast nor pandas; gRPC loads Feast's messages when th
 from __future__ import annotations
 
 import asyncio
-import itertools
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from datetime import datetime
@@ -144,12 +143,13 @@ class FeatureClient:
         return self._run(calls.catalogue())
 
     def _run(self, call: Call[T]) -> T:
-        for attempt in itertools.count():
+        attempt = 0
+        while True:
             outcome = self._transport.send(call)
             if not isinstance(outcome, Failure):
                 return outcome
             self._sleep(calls.pause(outcome, attempt, self._retries))
-        raise AssertionError("itertools.count() does not end")
+            attempt += 1
 
     def _logged(self, answer: T, request_id: str | None) -> T:
         if self._log is not None:
@@ -243,12 +243,13 @@ class AsyncFeatureClient:
         return await self._run(calls.catalogue())
 
     async def _run(self, call: Call[T]) -> T:
-        for attempt in itertools.count():
+        attempt = 0
+        while True:
             outcome = await self._transport.asend(call)
             if not isinstance(outcome, Failure):
                 return outcome
             await self._sleep(calls.pause(outcome, attempt, self._retries))
-        raise AssertionError("itertools.count() does not end")
+            attempt += 1
 
     def _logged(self, answer: T, request_id: str | None) -> T:
         if self._log is not None:

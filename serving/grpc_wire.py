@@ -23,7 +23,6 @@ _PRESENT = STATUS["PRESENT"]
 _NO_VALUE = b"\x0a\x00"
 _NO_TIME = b"\x1a\x00"
 _NULL_TAG = 0x98  # first byte of a Value that holds null_val (field 19)
-_STRING_TAG = 0x12
 
 
 def varint(number: int) -> bytes:
