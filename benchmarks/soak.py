@@ -133,7 +133,7 @@ class Soak:
             self.counts[f"{name} rows read"] += len(keys)
             for key, n_before, row in zip(keys, least, answer.rows):
                 self._judge(name, key, n_before, row.values)
-            time.sleep(0.002)
+            time.sleep(0.002)  # a mixed load, not the most that one reader can ask
 
     def _judge(self, name: str, key: int, least: int, values: dict[str, Any]) -> None:
         n = values["n"]
@@ -167,7 +167,7 @@ class Soak:
             with self.lock:
                 self.written[key] = n
             self.counts["writes"] += 1
-            time.sleep(0.005)
+            time.sleep(0.005)  # writes are the smaller part of the mix
 
     def nonsense(self) -> None:
         """What no server should mind: broken bodies, unknown names, frames cut short."""
@@ -192,19 +192,19 @@ class Soak:
                         self.counts["nonsense refused"] += 1
                     except UnavailableError as e:
                         self._away("nonsense", e)
-            time.sleep(0.2)
+            time.sleep(0.2)  # nonsense now and then
 
     def _away(self, what: str, error: PredictFlowError) -> None:
         self.counts[f"{what}: unavailable"] += 1
         if not self.redis_away.is_set():
             self.fault(f"{what} with Redis there: {error.format_message()}")
-        time.sleep(0.05)
+        time.sleep(0.05)  # as a client that backs off
 
     def restart_redis(self) -> None:
         """Ends Redis as an operator would (it syncs its log), leaves it away for a while, and waits for reads to be back."""
         self.redis_away.set()
         os.kill(self.redis_pid, signal.SIGTERM)
-        time.sleep(DOWN_SECONDS)
+        time.sleep(DOWN_SECONDS)  # how long it is away
         self.start_redis()
         there = time.monotonic()
         while self.last_good < there:
@@ -299,7 +299,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 soak.restart_redis()
                 print(f"{time.monotonic() - began:6.0f} s: Redis restarted; {dict(soak.counts)}", flush=True)
             samples.append(soak.memory_mb())
-            time.sleep(1.0)
+            time.sleep(1.0)  # between samples of memory
         soak.stop.set()
         for thread in threads:
             thread.join(60)

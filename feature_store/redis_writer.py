@@ -232,7 +232,7 @@ class _Lane:
                     self._client.script_load(NEWEST_WINS)
             except _retried() as e:
                 self._drop()
-                time.sleep(self._pause.after(e))
+                time.sleep(self._pause.after(e))  # grows, with jitter, and ends with the time budget
 
     def close(self) -> None:
         """Gives the connection back; a connection with unread replies is closed."""
@@ -322,7 +322,7 @@ def _write_to_cluster(client: Any, batch: Batch, budget_seconds: float) -> int:
             with answering(client):
                 client.nodes_manager.initialize()
         if error is not None:
-            time.sleep(pause.after(error))
+            time.sleep(pause.after(error))  # as above, while the Cluster moves slots
     return written
 
 

@@ -197,7 +197,7 @@ class Sync:
                         f"no committed offsets of group {self._group} ({e.args[0].str()})", next_step="start sync again"
                     ) from e
                 log.warning("committed offsets not read, trying again: %s", e.args[0].str())
-                time.sleep(1)
+                time.sleep(1)  # within a rebalance: the client's own thread keeps our place in the group
         return []
 
     def _on_revoke(self, consumer: Any, partitions: list[Any]) -> None:

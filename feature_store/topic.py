@@ -134,7 +134,7 @@ def group_members(config: dict[str, Any], group: str, seconds: float = 30.0) -> 
                 return []
             if code not in not_yet or time.monotonic() > until:
                 raise _unavailable(config, e) from e
-        time.sleep(0.2)
+        time.sleep(0.2)  # a fresh broker finds its coordinator within seconds
 
 
 def commit_group(config: dict[str, Any], group: str, topic: str, offsets: dict[int, int]) -> None:

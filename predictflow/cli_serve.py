@@ -274,7 +274,7 @@ def _end_with_parent() -> None:
     def watch() -> None:
         connection.wait([sentinel])
         os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(2 * DRAIN_SECONDS)
+        time.sleep(2 * DRAIN_SECONDS)  # the drain has its time, and as much again, before this worker ends itself
         os._exit(1)
 
     threading.Thread(target=watch, name="parent-watch", daemon=True).start()
