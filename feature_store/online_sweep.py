@@ -17,7 +17,7 @@ from feature_store.clock import from_micros, to_micros
 from feature_store.errors import NotFoundError
 from feature_store.redis_connection import answering
 from feature_store.redis_layout import decode_timestamp, feature_field, join_keys_of, pair_field, timestamp_field
-from feature_store.redis_writer import Command, run_script
+from feature_store.redis_writer import DROP_VIEW, Command, run_script
 from feature_store.windows.definition import STATE_FIELD, definition_of
 from feature_store.windows.state import RETENTION_SLACK
 
@@ -154,7 +154,7 @@ def orphans(
             if not versioned:
                 fields += [n for n in names if len(n) == _VALUE_FIELD and n not in values]
             with answering(client):
-                client.eval(_DROP_ORPHANS, 1, key, *fields)
+                client.eval(DROP_VIEW, 1, key, *fields)
             for name in gone:
                 found[name].removed += 1
         if advance:
@@ -164,15 +164,6 @@ def orphans(
 
 _VALUE_FIELD = 4
 """Bytes of a value's field: its hash. Those of times are longer."""
-_DROP_ORPHANS = """
-for i = 1, #ARGV, 2000 do
-  redis.call('HDEL', KEYS[1], unpack(ARGV, i, math.min(i + 1999, #ARGV)))
-end
-for _, name in ipairs(redis.call('HKEYS', KEYS[1])) do
-  if name:sub(1, 4) == '_ts:' then return 0 end
-end
-return redis.call('DEL', KEYS[1])
-"""
 
 
 def clock_of(store: FeatureStore, wall: datetime) -> datetime | None:
