@@ -1,0 +1,103 @@
+"""Expressions of a windowed definition as SQL text for DuckDB, Flink and Spark, each meaning what `ir.Operator` says."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+from feature_store.windows.ir import AggregateRef, Call, Column, Constant, Expression, Type
+
+Dialect = Literal["duckdb", "flink", "spark"]
+
+_SAME = ("+", "-", "*", "=", "<>", "<", "<=", ">", ">=")
+_CAST: dict[Dialect, dict[Type, str]] = {
+    "duckdb": {"int64": "BIGINT", "float64": "DOUBLE", "string": "VARCHAR", "bool": "BOOLEAN", "timestamp": "TIMESTAMPTZ"},
+    "flink": {"int64": "BIGINT", "float64": "DOUBLE", "string": "STRING", "bool": "BOOLEAN", "timestamp": "TIMESTAMP_LTZ(6)"},
+    "spark": {"int64": "BIGINT", "float64": "DOUBLE", "string": "STRING", "bool": "BOOLEAN", "timestamp": "TIMESTAMP"},
+}  # fmt: skip
+_FUNCTION: dict[str, dict[Dialect, str]] = {
+    "abs": {},
+    "floor": {},
+    "ceil": {},
+    "coalesce": {},
+    "nullif": {},
+    "lower": {},
+    "upper": {},
+    "length": {"flink": "char_length", "spark": "char_length"},
+}
+
+
+def expression_sql(expression: Expression, dialect: Dialect, aggregates: Sequence[str] = ()) -> str:
+    """The text of an expression. `aggregates`: what stands for each AggregateRef. Always safe to put within another expression."""
+    match expression:
+        case Column(name, _):
+            return identifier(name, dialect)
+        case Constant(value, kind):
+            return constant_sql(value, kind, dialect)
+        case AggregateRef(index, _):
+            return aggregates[index]
+    parts = [expression_sql(a, dialect, aggregates) for a in expression.arguments]
+    kinds = [a.type for a in expression.arguments]
+    double = _CAST[dialect]["float64"]
+    match expression.operator:
+        case operator if operator in _SAME:
+            return f"({parts[0]} {operator} {parts[1]})"
+        case "and" | "or":
+            return "(" + f" {expression.operator.upper()} ".join(parts) + ")"
+        case "neg":
+            return f"(-{parts[0]})"
+        case "not":
+            return f"(NOT {parts[0]})"
+        case "/":
+            # Engines differ on a zero divisor (null, infinity, error), so it is taken out first.
+            return f"(CAST({parts[0]} AS {double}) / nullif(CAST({parts[1]} AS {double}), 0))"
+        case "%":
+            return f"({parts[0]} % nullif({parts[1]}, 0))"
+        case "is_null":
+            return f"({parts[0]} IS NULL)"
+        case "in":
+            return f"({parts[0]} IN ({', '.join(parts[1:])}))"
+        case "case":
+            whens = " ".join(f"WHEN {c} THEN {v}" for c, v in zip(parts[:-1:2], parts[1:-1:2], strict=True))
+            return f"CASE {whens} ELSE {parts[-1]} END"
+        case "cast":
+            if kinds[0] == "bool" and dialect == "flink":
+                return f"CASE WHEN {parts[0]} THEN 1 WHEN NOT {parts[0]} THEN 0 END"
+            return f"CAST({parts[0]} AS {_CAST[dialect][expression.type]})"
+        case "hour":
+            return f"EXTRACT(HOUR FROM {_utc(parts[0], dialect)})"
+        case "isodow":
+            day = {"duckdb": "ISODOW", "flink": "ISODOW", "spark": "DAYOFWEEK_ISO"}[dialect]
+            return f"EXTRACT({day} FROM {_utc(parts[0], dialect)})"
+        case name:
+            return f"{_FUNCTION[name].get(dialect, name)}({', '.join(parts)})"
+
+
+def _utc(timestamp: str, dialect: Dialect) -> str:
+    """Parts of a time are taken in UTC, whatever the session's zone; Flink and Spark take it from the session (see `explain`)."""
+    return f"({timestamp} AT TIME ZONE 'UTC')" if dialect == "duckdb" else timestamp
+
+
+def identifier(name: str, dialect: Dialect = "duckdb") -> str:
+    """A quoted name."""
+    quote = '"' if dialect == "duckdb" else "`"
+    return quote + name.replace(quote, quote * 2) + quote
+
+
+def constant_sql(value: int | float | str | bool | None, kind: Type, dialect: Dialect = "duckdb") -> str:
+    """A literal of the type, a null too."""
+    if value is None:
+        return f"CAST(NULL AS {_CAST[dialect][kind]})"
+    if kind == "string":
+        text = str(value).replace("\\", "\\\\") if dialect == "spark" else str(value)
+        return "'" + text.replace("'", "\\'" if dialect == "spark" else "''") + "'"
+    if kind == "bool":
+        return "TRUE" if value else "FALSE"
+    if kind == "timestamp":
+        if dialect == "duckdb":
+            return f"make_timestamptz({int(value)})"
+        return f"TO_TIMESTAMP_LTZ({int(value) // 1000}, 3)" if dialect == "flink" else f"timestamp_micros({int(value)})"
+    if kind == "float64":
+        return f"CAST('{float(value)!r}' AS {_CAST[dialect]['float64']})"
+    number = int(value)
+    return f"CAST({number} AS BIGINT)" if number >= 0 else f"CAST('{number}' AS BIGINT)"
