@@ -11,10 +11,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from feature_store.point_in_time.engine import ident, reading
+from feature_store.point_in_time.engine import ident
 from feature_store.point_in_time.join import entity_keys, spread
 from feature_store.point_in_time.request import Feature, ViewRequest
-from feature_store.point_in_time.source import ParquetSource, open_source
+from feature_store.point_in_time.source import ParquetSource, open_source, scanning
 from feature_store.windows.definition import STATE_FIELD
 
 HISTORY, STREAM = "history", "stream"
@@ -50,7 +50,7 @@ def window_values(con: duckdb.DuckDBPyConnection, request: ViewRequest, entities
     columns = "".join(f", CAST({ident(f.source)} AS BIGINT) AS {ident(f.output)}" for f in wanted)
     con.register("_entities", rows)
     try:
-        with reading(source.label):
+        with scanning(source, list(source.columns)):
             sql = history_sql(request.definition, "_entities", f"(SELECT * FROM {source.relation})", known="by_time")
             found = con.sql(f"SELECT _row{columns} FROM ({sql})").to_arrow_table()
     finally:
