@@ -42,7 +42,7 @@ def evaluate(
             return (names or {})[name]
     arguments = expression.arguments
 
-    def value(i: int) -> Value:
+    def part(i: int) -> Value:
         return evaluate(arguments[i], aggregates, names)
 
     match expression.operator:
@@ -50,24 +50,24 @@ def evaluate(
             deciding = operator == "or"
             found: Value = not deciding
             for i in range(len(arguments)):
-                part = value(i)
-                if part is not None and bool(part) == deciding:
+                one = part(i)
+                if one is not None and bool(one) == deciding:
                     return deciding
-                found = None if part is None else found
+                found = None if one is None else found
             return found
         case "is_null":
-            return value(0) is None
+            return part(0) is None
         case "case":
             for i in range(0, len(arguments) - 1, 2):
-                if value(i):
-                    return value(i + 1)
-            return value(len(arguments) - 1)
+                if part(i):
+                    return part(i + 1)
+            return part(len(arguments) - 1)
         case "coalesce":
-            return next((v for i in range(len(arguments)) if (v := value(i)) is not None), None)
+            return next((v for i in range(len(arguments)) if (v := part(i)) is not None), None)
         case "nullif":
-            first, second = value(0), value(1)
+            first, second = part(0), part(1)
             return None if first is not None and second is not None and first == second else first
-    parts = [value(i) for i in range(len(arguments))]
+    parts = [part(i) for i in range(len(arguments))]
     if any(p is None for p in parts):
         return None
     return _strict(expression, parts)
