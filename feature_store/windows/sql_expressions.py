@@ -192,7 +192,9 @@ class Checker:
                 instead = "CAST(x AS BIGINT)"
             elif kinds == ("bool",):
                 instead = "a comparison, like x > 0"
-            raise SqlError(node.at, f"{where} needs {' or '.join(kinds)}, not {found.type}", nearest=instead)
+            raise SqlError(
+                node.at, f"{where} needs {' or '.join(kinds)}, not {found.type}", valid=kinds, nearest=instead
+            )
         return found
 
     def _arithmetic(self, at: At, operator: Operator, left: Node, right: Node) -> Expression:

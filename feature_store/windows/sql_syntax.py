@@ -125,8 +125,10 @@ _CLAUSES = {
         "HAVING: an entity always has a value",
         "a condition in the output, like CASE WHEN COUNT(*) > 3 THEN SUM(x) END AS name",
     ),
-    "ORDER": ("ORDER BY: one row is served at a time", "nothing here (ORDER BY belongs into OVER (...))"),
-    **dict.fromkeys(("LIMIT", "OFFSET", "FETCH"), ("a limit of rows: one row per entity is served", "nothing here")),
+    "ORDER": ("ORDER BY: one row is served at a time", "the SELECT without it (ORDER BY stands within OVER (...))"),
+    **dict.fromkeys(
+        ("LIMIT", "OFFSET", "FETCH"), ("a limit of rows: one row per entity is served", "the SELECT without it")
+    ),
     **dict.fromkeys(
         ("UNION", "INTERSECT", "EXCEPT", "MINUS"), ("a set operation", "several SELECTs with ; between them")
     ),
@@ -336,7 +338,9 @@ class _Reader:
     def _over(self, at: At) -> Over:
         """After the opening parenthesis."""
         if not self._is("PARTITION"):
-            self._unexpected("a window begins with PARTITION BY", OVER_FORM)
+            raise SqlError(
+                self._next.at, "a window begins with PARTITION BY", value=self._next.text or None, nearest=OVER_FORM
+            )
         partition = self._partition()
         self._expect("ORDER", "BY", nearest=OVER_FORM)
         order = self._column()
