@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import random
+import re
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -396,3 +399,11 @@ def test_whatever_the_text_only_definition_errors_come_back() -> None:
             read(text)
             read_well += 1
     assert read_well > 10  # else nothing but the first words was ever tried
+
+
+def test_the_sql_of_the_reference_page_is_read() -> None:
+    page = (Path(__file__).parents[2] / "docs/reference/windows-sql.md").read_text()
+    (text,) = re.findall(r"```sql\n(.*?)```", page, re.DOTALL)
+    source = replace(SOURCE, timestamp="event_timestamp", columns={"status": "string", "amount_cents": "int64"})
+    statements = parse(text, source, ("customer_id",))
+    assert [s.window.kind for s in statements] == ["tumble", "hop", "session", "session", "over", "over"]
