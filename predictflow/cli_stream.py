@@ -147,25 +147,22 @@ def _offsets(starts: Mapping[int, int]) -> str:
 
 @windows.command()
 @click.argument("view")
-def explain(view: str) -> None:
-    """Show a windowed view's definition, the state it keeps, and the SQL of its history."""
+@click.option(
+    "--events-per-day",
+    type=click.FloatRange(min=0),
+    default=10.0,
+    show_default=True,
+    help="Of one entity, for the size of its state.",
+)
+def explain(view: str, events_per_day: float) -> None:
+    """Show a windowed view's plan, the state it keeps, and the DuckDB, Flink and Spark SQL it compiles to."""
     from feature_store.window_store import windowed_views
-    from feature_store.windows.history import history_sql
-    from feature_store.windows.state import RETENTION_SLACK, summed_columns
+    from feature_store.windows.explain import explain as explained
     from predictflow.settings import Settings
     from predictflow.wiring import feast_store
 
-    ((_, d),) = windowed_views(feast_store(Settings.from_environ(os.environ)), [view])
-    click.echo(f"{d.name}: topic {d.topic}, key {', '.join(d.entity_key)}, ttl {d.ttl}, definition {d.hash}")
-    for a in d.aggregates:
-        where = f" where {a.where.column} in {', '.join(a.where.values)}" if a.where else ""
-        click.echo(f"  {a.name}: {a.function}({a.column or '*'}){where}, t - {a.window} <= event time <= t")
-    width = 8 * (1 + (d.event_id is not None) + len(summed_columns(d))) + 1
-    click.echo(
-        f"state: the events of {d.longest_window + RETENTION_SLACK}, about {width} bytes each, "
-        f"at most {d.max_events_per_entity:,} per entity"
-    )
-    click.echo(history_sql(d, "entities", "events"))
+    ((_, definition),) = windowed_views(feast_store(Settings.from_environ(os.environ)), [view])
+    click.echo(explained(definition, events_per_day=events_per_day))
 
 
 @click.group()
