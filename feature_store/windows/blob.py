@@ -17,8 +17,8 @@ from feature_store.windows.rows import NEVER, Array, Rows
 from feature_store.windows.state_errors import WindowStateError
 
 MAGIC = int.from_bytes(b"PFwin\x02\x00\x00", "little")
-HASH_AT, FENCE_AT = 8, 16
-"""Byte positions, for the script that writes states."""
+FENCE_AT = 16
+"""Where the fence is, for the script that writes states; before it stand what must be equal: format and definition."""
 _FIXED = 9
 
 
