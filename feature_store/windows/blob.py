@@ -34,7 +34,7 @@ def decode(layout: Layout, blobs: Sequence[bytes | None]) -> tuple[Array, list[R
         raise _damaged(layout, int(sizes[(sizes & 7) != 0][0]))
     sizes >>= 3
     words = np.frombuffer(b"".join(data), "<i8").astype(np.int64, copy=False)
-    starts = np.cumsum(sizes) - sizes
+    first = starts = np.cumsum(sizes) - sizes
     fixed = np.full((n, 4), NEVER, np.int64)
     counts = np.zeros((n, len(layout.widths)), np.int64)
     held = np.flatnonzero(sizes)
@@ -56,8 +56,7 @@ def decode(layout: Layout, blobs: Sequence[bytes | None]) -> tuple[Array, list[R
         fixed[held] = headers[:, 5:_FIXED]
         counts[held] = rows
     sections = []
-    at = np.zeros(n, np.int64)
-    at[held] = starts + head
+    at = first + head
     for i, width in enumerate(layout.widths):
         ends = np.zeros(n + 1, np.int64)
         np.cumsum(counts[:, i], out=ends[1:])
