@@ -149,9 +149,18 @@ def pull_job(
     return PredictFlowRetrievalJob(slices, config)
 
 
+_ARROW: dict[str, pa.DataType] = {
+    "int64": pa.int64(),
+    "float64": pa.float64(),
+    "bool": pa.bool_(),
+    "string": pa.string(),
+    "timestamp": pa.timestamp("us", "UTC"),
+}
+
+
 def _no_rows(pull: Pull, definition: WindowedView) -> pa.Table:
     time = pa.timestamp("us", "UTC")
-    types: dict[str, pa.DataType] = {a.name: pa.int64() for a in definition.aggregates}
+    types: dict[str, pa.DataType] = {o.name: _ARROW[o.type] for o in definition.outputs}
     types.update({key: pa.string() for key in pull.keys}, window_state=pa.binary())
     types.update({name: time for name in (pull.timestamp, pull.created) if name})
     return pa.table({c: pa.array([], types.get(c, pa.string())) for c in pull.columns})
