@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from feature_store.errors import UsageError
+from predictflow.cli_window_values import values
 from predictflow.times import parse_time
 
 if TYPE_CHECKING:
@@ -208,4 +209,5 @@ def _shown(data: bytes | None) -> str | None:
     return None if data is None else data.decode("utf-8", "backslashreplace")
 
 
+windows.add_command(values)
 COMMANDS = [sync, windows, dlq]

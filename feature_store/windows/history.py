@@ -138,7 +138,7 @@ def _value_ctes(plan: Plan) -> list[str]:
         values = []
         for i, (a, wanted) in enumerate(zip(statement.aggregates, plan.inputs[n], strict=True)):
             where = f"{d.name}.{statement.outputs[0].name}" if len(statement.outputs) == 1 else d.name
-            values.append(f"CASE WHEN _valued THEN {final_sql(plan, a, wanted, where)} END AS _a{n}_{i}")
+            values.append(f"CASE WHEN _valued THEN {final_sql(a, wanted, where)} END AS _a{n}_{i}")
         ctes.append(
             f"""valued_{n} AS (
   SELECT j._row, {", ".join(values)}
