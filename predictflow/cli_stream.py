@@ -58,6 +58,9 @@ def windows() -> None:
     """Windowed features: their online state and their definitions."""
 
 
+windows.add_command(values)
+
+
 @windows.command()
 @click.argument("views", nargs=-1, metavar="[VIEW ...]")
 @click.option("--known-by", default=None, help="ISO 8601; default: now under the wall clock, required under replay.")
@@ -209,5 +212,4 @@ def _shown(data: bytes | None) -> str | None:
     return None if data is None else data.decode("utf-8", "backslashreplace")
 
 
-windows.add_command(values)
 COMMANDS = [sync, windows, dlq]
