@@ -15,7 +15,6 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -23,10 +22,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from feature_store.errors import DataError
-
-NEVER = -(2**63)
-"""No time."""
-Ints = np.ndarray[Any, np.dtype[np.int64]]
+from feature_store.logged import NEVER, Ints, Logged
 
 UTC_MICROS = pa.timestamp("us", tz="UTC")
 LOG_FIELDS = [
@@ -66,44 +62,6 @@ class LogFile:
             and self.partition == other.partition
             and self.idle == other.idle
             and other.first <= self.first <= self.last <= other.last
-        )
-
-
-@dataclass(frozen=True)
-class Logged:
-    """Rows of one partition, by offset: when each became visible first, and the watermark before it (NEVER: none)."""
-
-    offsets: Ints
-    visible_at: Ints
-    watermarks: Ints
-
-    @classmethod
-    def none(cls) -> Logged:
-        """No rows."""
-        nothing = np.empty(0, np.int64)
-        return cls(nothing, nothing, nothing)
-
-    def __len__(self) -> int:
-        return len(self.offsets)
-
-    def find(self, offsets: Ints) -> tuple[np.ndarray[Any, np.dtype[np.bool_]], Ints]:
-        """Whether each offset is here, and its place."""
-        at = np.minimum(np.searchsorted(self.offsets, offsets), max(len(self) - 1, 0))
-        return (self.offsets[at] == offsets if len(self) else np.zeros(len(offsets), bool)), at
-
-    def since(self, offset: int) -> Logged:
-        """The rows from an offset on."""
-        keep = self.offsets >= offset
-        return Logged(self.offsets[keep], self.visible_at[keep], self.watermarks[keep])
-
-    def and_then(self, other: Logged) -> Logged:
-        """These and other rows, none of which are here yet."""
-        offsets = np.concatenate([self.offsets, other.offsets])
-        order = np.argsort(offsets, kind="stable")
-        return Logged(
-            offsets[order],
-            np.concatenate([self.visible_at, other.visible_at])[order],
-            np.concatenate([self.watermarks, other.watermarks])[order],
         )
 
 
@@ -294,7 +252,7 @@ def _is_idle(rows: pa.Table) -> pa.ChunkedArray:
     return pc.fill_null(pc.equal(rows["_dropped"].cast(pa.string()), IDLE), False)
 
 
-def _micros(times: pa.ChunkedArray) -> np.ndarray[Any, np.dtype[np.int64]]:
+def _micros(times: pa.ChunkedArray) -> Ints:
     """Microseconds since the epoch, NEVER for null."""
     return np.asarray(pc.fill_null(times.cast(pa.int64()), NEVER).to_numpy())
 

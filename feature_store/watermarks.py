@@ -8,13 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 
-from feature_store.event_log import NEVER, EventLog, Logged
-
-Ints = np.ndarray[Any, np.dtype[np.int64]]
+from feature_store.event_log import EventLog
+from feature_store.logged import NEVER, Ints, Logged
 
 
 @dataclass

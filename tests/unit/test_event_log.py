@@ -9,7 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from feature_store.errors import DataError
-from feature_store.event_log import LOG_FIELDS, NEVER, UTC_MICROS, EventLog, log_files
+from feature_store.event_log import LOG_FIELDS, UTC_MICROS, EventLog, log_files
+from feature_store.logged import NEVER
 
 SCHEMA = pa.schema([pa.field("customer_id", pa.string()), *LOG_FIELDS])
 

@@ -10,7 +10,8 @@ import pyarrow as pa
 from hypothesis import given
 from hypothesis import strategies as st
 
-from feature_store.event_log import LOG_FIELDS, NEVER, UTC_MICROS, EventLog, Logged
+from feature_store.event_log import LOG_FIELDS, UTC_MICROS, EventLog
+from feature_store.logged import NEVER, Logged, LoggedTails
 from feature_store.watermarks import Watermarks
 
 LATENESS = 3
@@ -106,7 +107,15 @@ def test_what_the_log_holds_is_found_by_offset():
     found, at = logged.find(np.array([2, 3, 4, 5, 6]))
     assert found.tolist() == [False, True, False, True, False]
     assert logged.visible_at[at[found]].tolist() == [30, 50]
-    more = logged.and_then(Logged(np.array([4]), np.array([40]), np.array([1])))
-    assert more.offsets.tolist() == [3, 4, 5]
-    assert more.since(5).visible_at.tolist() == [50]
+    tails = LoggedTails()
+    tails.start(0, logged)
+    tails.add(0, Logged(np.array([4, 6]), np.array([40, 60]), np.array([1, 3])))
+    assert tails.find(np.array([0, 0, 1]), np.array([4, 7, 4]))[0].tolist() == [True, False, False]
+    found, visible, watermarks = tails.find(np.zeros(4, np.int64), np.array([3, 4, 5, 6]))
+    assert (visible.tolist(), watermarks.tolist()) == ([30, 40, 50, 60], [1, 1, 2, 3])
+    tails.committed(0, 6)
+    assert tails.find(np.zeros(4, np.int64), np.array([3, 4, 5, 6]))[0].tolist() == [False, True, False, True]
+    tails.stop(0)
+    assert not tails.find(np.zeros(1, np.int64), np.array([6]))[0].any()
+    assert logged.since(5).visible_at.tolist() == [50]
     assert not Logged.none().find(np.array([1]))[0].any()
