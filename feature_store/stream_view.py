@@ -6,8 +6,8 @@ event that is delivered again keeps the time at which it first became visible, a
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,10 +15,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from feature_store.batch_columns import entities_of, int64_of, valid_of
+from feature_store.batch_result import BatchResult, PartitionResult
 from feature_store.clock import ClockMode
-from feature_store.erasure_list import ErasureList, digest_of
+from feature_store.erased_rows import ErasedRows
 from feature_store.errors import UsageError
-from feature_store.event_decode import ARROW, UTC_MICROS, Decoder, Raw, RawBatch
+from feature_store.event_decode import ARROW, UTC_MICROS, Decoder, RawBatch
 from feature_store.event_log import IDLE, LOG_FIELDS, STREAM, EventLog
 from feature_store.event_numbers import EventNumbers, Numbers
 from feature_store.events import CREATED, MessageSchema
@@ -26,7 +28,7 @@ from feature_store.logged import NEVER, Bools, Ints, Logged, LoggedTails
 from feature_store.topic_record import read_record
 from feature_store.visibility import ahead, too_far_ahead, visible_times
 from feature_store.watermarks import Watermarks
-from feature_store.window_store import Key, WindowStore
+from feature_store.window_store import WindowStore
 from feature_store.windows.definition import WindowedView
 from feature_store.windows.state import APPLIED, DUPLICATE, LATE, REPLAYED, Events
 
@@ -36,43 +38,8 @@ if TYPE_CHECKING:
 _REASONS = {LATE: "late", DUPLICATE: "duplicate"}
 
 
-@dataclass
-class PartitionResult:
-    """What became of one partition's part of a batch. `watermark_us`: after it, NEVER: none.
-
-    `late`: events older than the newest of their partition so far; `dropped`: of them too late to count.
-    """
-
-    applied: int = 0
-    duplicates: int = 0
-    replayed: int = 0
-    late: int = 0
-    dropped: int = 0
-    watermark_us: int = NEVER
-
-
-@dataclass
-class BatchResult:
-    """What became of a batch. `clock_us`: the newest `_visible_at` given, 0 if none; `refused`: with the reason.
-
-    `erased`: of entities on the erasure list, which go nowhere, not even to the dead letters. `without_value`: entities
-    written without values; `fenced`: not written, a newer owner of their partition having been there.
-    """
-
-    erased: int = 0
-    without_value: int = 0
-    fenced: int = 0
-    clock_us: int = 0
-    refused: list[tuple[Raw, str]] = field(default_factory=list)
-    partitions: dict[int, PartitionResult] = field(default_factory=dict)
-
-    def total(self, name: str) -> int:
-        """A count over all partitions: applied, duplicates, replayed, late or dropped."""
-        return sum(getattr(p, name) for p in self.partitions.values())
-
-
 @dataclass(frozen=True)
-class _Events:
+class GoodEvents:
     """Good events of a batch, by column; `entity` numbers the `keys`."""
 
     rows: pa.Table
@@ -85,12 +52,12 @@ class _Events:
     def __len__(self) -> int:
         return len(self.place)
 
-    def where(self, keep: Bools) -> _Events:
+    def where(self, keep: Bools) -> GoodEvents:
         if keep.all():
             return self
         numbers = {name: column[keep] for name, column in self.numbers.items()}
         rows = self.rows.filter(pa.array(keep))
-        return _Events(rows, self.place[keep], self.partition[keep], self.offset[keep], self.time[keep], numbers)
+        return GoodEvents(rows, self.place[keep], self.partition[keep], self.offset[keep], self.time[keep], numbers)
 
 
 class StreamView:
@@ -121,9 +88,7 @@ class StreamView:
         self._visible_us = 0
         self._newest: dict[int, int] = {}  # partition -> its greatest event time here: where idle advances end
         self._heard: dict[int, int] = {}  # partition -> the machine's clock at its last message
-        self._erasures = ErasureList(offline_path)
-        self._erasures_read: tuple[int, ...] | None = None
-        self._erased: list[tuple[str, frozenset[str]]] = []  # join key, digests
+        self._erased = ErasedRows(offline_path, self.definition.entity_key)
 
     # Partitions
 
@@ -166,7 +131,7 @@ class StreamView:
             self._heard[p] = wall_us
             result.partitions[p] = PartitionResult()
         events = self._good(batch, wall_us, result)
-        keys, entity = _entities(events.rows, self.definition.entity_key)
+        keys, entity = entities_of(events.rows, self.definition.entity_key)
         states = self.online.load(keys)
         logged, first_visible, first_watermark = self._logged.find(events.partition, events.offset)
         # Strictly after everything that a reader may have been told at the present clock.
@@ -183,7 +148,7 @@ class StreamView:
                 logged[keep],
                 first_watermark[keep],
             )
-            keys, entity = _entities(events.rows, self.definition.entity_key)
+            keys, entity = entities_of(events.rows, self.definition.entity_key)
             states = self.online.load(keys)
         result.refused.sort(key=lambda refused: refused[0][:2])
         before, after = self._watermarks.before(events.partition, events.offset, events.time, first_watermark)
@@ -248,32 +213,36 @@ class StreamView:
         for p in silent:
             self._watermarks.idle(p, watermark)
             self._heard[p] = wall_us
-        self.online.write([], self.online.load([]), {p: (watermark, visible) for p in silent})
+        self.online.write([], self.online.load([]), dict.fromkeys(silent, (watermark, visible)))
         return n
 
     # The steps of a batch
 
-    def _good(self, batch: RawBatch, wall_us: int, result: BatchResult) -> _Events:
+    def _good(self, batch: RawBatch, wall_us: int, result: BatchResult) -> GoodEvents:
         """The events that can be applied, but for those ahead of the clock; the others go into `result`."""
         decoded = self._decoder.decode(batch)
         for place, reason in decoded.refused:
             result.refused.append((batch[place], reason))
         rows, place = decoded.rows, decoded.places
-        erased = self._erased_rows(rows)
+        erased = self._erased.of(rows)
         if erased.any():
-            result.erased = int(erased.sum())
+            for i in place[erased].tolist():
+                result.partitions[batch.partitions[i]].erased += 1
             rows, place = rows.filter(pa.array(~erased)), place[~erased]
         numbers, failed = self._numbers.of(rows)
-        time = _int64(rows[self.definition.source.timestamp])
+        time = int64_of(rows[self.definition.source.timestamp])
         partition = np.asarray(batch.partitions, np.int64)[place]
         offset = np.asarray(batch.offsets, np.int64)[place]
-        events = _Events(rows, place, partition, offset, time, numbers)
+        events = GoodEvents(rows, place, partition, offset, time, numbers)
         bad = np.zeros(len(events), bool)
         for i, reason in failed:
             bad[i] = True
             result.refused.append((batch[int(place[i])], reason))
         created = rows[CREATED]
-        late = (CREATED, np.where(_valid(created), _int64(created), NEVER)), (self.definition.source.timestamp, time)
+        late = (
+            (CREATED, np.where(valid_of(created), int64_of(created), NEVER)),
+            (self.definition.source.timestamp, time),
+        )
         for name, times in late:
             beyond = too_far_ahead(times, wall_us) & ~bad
             for i in np.flatnonzero(beyond):
@@ -282,18 +251,20 @@ class StreamView:
             bad |= beyond
         return events.where(~bad)
 
-    def _known(self, events: _Events) -> Ints:
+    def _known(self, events: GoodEvents) -> Ints:
         """When the source knew each event."""
         created = events.rows[CREATED]
-        return np.where(_valid(created), _int64(created), events.time)
+        return np.where(valid_of(created), int64_of(created), events.time)
 
-    def _refuse_early(self, batch: RawBatch, events: _Events, visible: Ints, early: Bools, result: BatchResult) -> None:
+    def _refuse_early(
+        self, batch: RawBatch, events: GoodEvents, visible: Ints, early: Bools, result: BatchResult
+    ) -> None:
         for i in np.flatnonzero(early):
             reason = ahead(self.definition.source.timestamp, int(events.time[i]), "the clock", int(visible[i]))
             result.refused.append((batch[int(events.place[i])], reason))
 
     def _append(
-        self, events: _Events, visible: Ints, before: Ints, outcome: np.ndarray[Any, Any], logged: Bools
+        self, events: GoodEvents, visible: Ints, before: Ints, outcome: np.ndarray[Any, Any], logged: Bools
     ) -> None:
         """Logs the rows that are not in the log yet, also those that only a lost log would lack."""
         new = ~logged
@@ -318,7 +289,9 @@ class StreamView:
             mine = partition == p
             self._logged.add(p, Logged(offset[mine], visible[mine], before[mine]))
 
-    def _known_watermarks(self, events: _Events, visible: Ints, after: Mapping[int, int]) -> dict[int, tuple[int, int]]:
+    def _known_watermarks(
+        self, events: GoodEvents, visible: Ints, after: Mapping[int, int]
+    ) -> dict[int, tuple[int, int]]:
         """What readers of closed windows need: each partition's watermark, and from when on it is known."""
         if not self.definition.closes_windows:
             return {}
@@ -326,7 +299,7 @@ class StreamView:
 
     def _count(
         self,
-        events: _Events,
+        events: GoodEvents,
         before: Ints,
         outcome: np.ndarray[Any, Any],
         after: Mapping[int, int],
@@ -338,64 +311,15 @@ class StreamView:
             mine = events.partition == p
             of = outcome[mine]
             counts = np.bincount(of, minlength=4)
-            result.partitions[p] = PartitionResult(
-                applied=int(counts[APPLIED]),
-                duplicates=int(counts[DUPLICATE]),
-                replayed=int(counts[REPLAYED]),
-                late=int((late[mine] & (of != REPLAYED)).sum()),
-                dropped=int(counts[LATE]),
-                watermark_us=watermark,
-            )
+            found = result.partitions[p]
+            found.applied, found.duplicates = int(counts[APPLIED]), int(counts[DUPLICATE])
+            found.replayed, found.dropped = int(counts[REPLAYED]), int(counts[LATE])
+            found.late = int((late[mine] & (of != REPLAYED)).sum())
+            found.watermark_us = watermark
             self._newest[p] = max(self._newest.get(p, NEVER), int(events.time[mine].max()))
 
-    # Erasure
 
-    def _read_erasures(self) -> None:
-        now = self._erasures.changed()
-        if now == self._erasures_read:
-            return
-        listed = [(k, self._erasures.digests_of(k)) for k in self.definition.entity_key]
-        self._erased = [of_key for of_key in listed if of_key[1]]
-        self._erasures_read = now
-
-    def _erased_rows(self, rows: pa.Table) -> Bools:
-        self._read_erasures()
-        erased = np.zeros(rows.num_rows, bool)
-        for join_key, digests in self._erased:
-            codes, values = _coded(rows[join_key])
-            listed = np.array([digest_of(join_key, v) in digests for v in values], bool)
-            if listed.any():
-                erased |= listed[codes]
-        return erased
-
-
-def _entities(rows: pa.Table, names: Sequence[str]) -> tuple[list[Key], Ints]:
-    """The distinct keys of rows, and the number of each row's key."""
-    codes, values = _coded(rows[names[0]])
-    keys: list[Key] = [(v,) for v in values]
-    for name in names[1:]:
-        more, others = _coded(rows[name])
-        pairs, codes = np.unique(codes * max(len(others), 1) + more, return_inverse=True)
-        keys = [(*keys[pair // len(others)], others[pair % len(others)]) for pair in pairs.tolist()]
-    return keys, codes.astype(np.int64)
-
-
-def _coded(column: pa.ChunkedArray) -> tuple[Ints, list[Any]]:
-    coded = column.combine_chunks().dictionary_encode()
-    if isinstance(coded, pa.ChunkedArray):
-        coded = coded.combine_chunks() if coded.num_chunks else pa.array([], column.type).dictionary_encode()
-    return coded.indices.to_numpy().astype(np.int64), coded.dictionary.to_pylist()
-
-
-def _int64(column: pa.ChunkedArray) -> Ints:
-    return np.asarray(pc.fill_null(column.cast(pa.int64()), 0).to_numpy())
-
-
-def _valid(column: pa.ChunkedArray) -> Bools:
-    return np.asarray(column.is_valid().to_numpy())
-
-
-def _next_offsets(events: _Events) -> dict[int, int]:
+def _next_offsets(events: GoodEvents) -> dict[int, int]:
     return {p: int(events.offset[events.partition == p].max()) + 1 for p in np.unique(events.partition).tolist()}
 
 
