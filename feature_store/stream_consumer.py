@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from feature_store.errors import DataError, NotFoundError, UnavailableError
@@ -35,7 +35,7 @@ class StreamConsumer:
         commit_delay: float,
         start: Callable[[int, int], None],
         stop: Callable[[int], None],
-        assigned: Callable[[Iterable[int]], None],
+        assigned: Callable[[], None],
         stopping: Callable[[], bool],
     ) -> None:
         self.owned: dict[int, int] = {}
@@ -173,16 +173,20 @@ class StreamConsumer:
         self._committed |= due
 
     def _on_commit(self, error: Any, _partitions: Any) -> None:
-        if error is not None:
-            log.warning("offsets not committed: %s", error.str())
-            self._recommit = True
+        from confluent_kafka import KafkaError
+
+        if error is None:
+            return
+        self._recommit = True
+        rebalancing = (KafkaError.ILLEGAL_GENERATION, KafkaError.REBALANCE_IN_PROGRESS, KafkaError.UNKNOWN_MEMBER_ID)
+        level = logging.DEBUG if error.code() in rebalancing else logging.WARNING
+        log.log(level, "offsets not committed, tried again later: %s", error.str())
 
     # Rebalance: called from within poll
 
     def _on_assign(self, consumer: Any, partitions: list[Any]) -> None:
         from confluent_kafka import OFFSET_BEGINNING
 
-        self._assigned([p.partition for p in partitions])
         for p in self._places(consumer, partitions):
             if p.error is not None:
                 raise UnavailableError(f"no committed offset of partition {p.partition} ({p.error.str()})")
@@ -194,6 +198,7 @@ class StreamConsumer:
                     given.offset = p.offset if p.offset >= 0 else OFFSET_BEGINNING
         consumer.incremental_assign(partitions)
         log.info("assigned %s", {p.partition: self.owned[p.partition] for p in partitions})
+        self._assigned()
 
     def _places(self, consumer: Any, partitions: list[Any]) -> list[Any]:
         """The group's place in partitions; a broker that is away is waited for."""

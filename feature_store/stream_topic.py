@@ -24,8 +24,12 @@ if TYPE_CHECKING:
 AnyView = StreamView | RowView
 
 
-def views_of_topic(store: FeatureStore, topic: str | None = None) -> tuple[str, list[FeatureView]]:
-    """The topic (None: the only one) and the views that it feeds. NotFoundError: none, or several."""
+def topics_of(store: FeatureStore) -> list[str]:
+    """The topics that feed views of the registry. NotFoundError: none."""
+    return sorted(_fed(store))
+
+
+def _fed(store: FeatureStore) -> dict[str, list[FeatureView]]:
     fed: dict[str, list[FeatureView]] = {}
     for view in store.list_feature_views():
         definition = definition_of(view)
@@ -34,6 +38,12 @@ def views_of_topic(store: FeatureStore, topic: str | None = None) -> tuple[str, 
             fed.setdefault(name, []).append(view)
     if not fed:
         raise NotFoundError("the registry holds no feature view that a topic feeds", next_step="feast apply")
+    return fed
+
+
+def views_of_topic(store: FeatureStore, topic: str | None = None) -> tuple[str, list[FeatureView]]:
+    """The topic (None: the only one) and the views that it feeds. NotFoundError: none, or several."""
+    fed = _fed(store)
     if topic is None and len(fed) > 1:
         raise NotFoundError("several topics have feature views", valid=fed, next_step="pass --topic")
     if topic is not None and topic not in fed:

@@ -11,7 +11,7 @@ import gc
 import logging
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,6 @@ from feature_store.errors import DataError, UnavailableError
 from feature_store.event_decode import RawBatch
 from feature_store.redis_settings import warn_of_settings
 from feature_store.replay_clock import ReplayClock
-from feature_store.row_view import RowView
 from feature_store.stream_consumer import StreamConsumer
 from feature_store.stream_metrics import StreamMetrics
 from feature_store.stream_place import StreamPlace
@@ -96,7 +95,7 @@ class Sync:
         since the states were written; UnavailableError: no broker at the start. Later a missing server is waited for, and logged.
         """
         o = self._options
-        config = client_config(o.bootstrap_servers)
+        config = self._config = client_config(o.bootstrap_servers)
         self._topic, views = views_of_topic(self._store, o.topic)
         self._partitions = len(ensure_topic(config, self._topic))
         ensure_topic(config, dead_letter_topic(self._topic))
@@ -119,7 +118,7 @@ class Sync:
             commit_delay=o.commit_delay,
             start=self._start_partition,
             stop=self._stop_partition,
-            assigned=self._check_partitions,
+            assigned=self.assigned.set,
             stopping=self._stop.is_set,
         )
         try:
@@ -143,15 +142,15 @@ class Sync:
 
     # Partitions
 
-    def _check_partitions(self, partitions: Iterable[int]) -> None:
-        grown = max((p + 1 for p in partitions), default=0)
-        if grown > self._partitions:  # while we ran
+    def _start_partition(self, partition: int, offset: int) -> None:
+        if partition >= self._partitions:  # the topic got partitions while we ran
             for view in self.views:
                 if isinstance(view, StreamView):
-                    refuse_other_partitions(view.name, TopicRecord(self._topic, "", self._partitions), grown)
-        self.assigned.set()
-
-    def _start_partition(self, partition: int, offset: int) -> None:
+                    refuse_other_partitions(
+                        view.name,
+                        TopicRecord(self._topic, "", self._partitions),
+                        len(ensure_topic(self._config, self._topic)),
+                    )
         self._place.forget(partition)
         for view in self.views:
             view.start_partition(partition, offset, to_micros(self._wall.now()))
@@ -281,7 +280,8 @@ def _next_offsets(batch: RawBatch) -> dict[int, int]:
     return {p: o + 1 for p, o in zip(batch.partitions, batch.offsets, strict=True)}
 
 
-def _compact(view: StreamView | RowView, partition: int) -> None:
+def _compact(view: AnyView, partition: int) -> None:
+    """Fewer log files, for readers; it can wait, for instance for room on the disk."""
     try:
         view.compact(partition)
     except OSError as e:
