@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -62,7 +63,11 @@ def open_views(
     clock: ClockMode,
     schema_registry: str | None = None,
 ) -> list[AnyView]:
-    """The views, ready to apply batches. DataError: the topic is not the one their states were made from."""
+    """The views, ready to apply batches.
+
+    DataError: the topic is not the one their states were made from; StateLostError: Redis does not hold these states;
+    DefinitionError: it holds those of another definition; UnavailableError: no Redis.
+    """
     opened: list[AnyView] = []
     for v in views:
         if definition_of(v) is None:
@@ -75,6 +80,7 @@ def open_views(
         if paths.count(view.log.directory) > 1:
             raise DataError("two windowed views share one source path", value=str(view.log.directory))
         refuse_other_topic(view.name, view.log, topic_id)
+        view.online.attach(applied=bool(view.log.files()), run_id=uuid.uuid4().hex)
         record = read_record(view.log)
         if record is None:
             write_record(view.log, TopicRecord(topic, topic_id, partitions))

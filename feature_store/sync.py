@@ -28,6 +28,7 @@ from feature_store.stream_topic import AnyView, open_views, views_of_topic
 from feature_store.stream_view import StreamView
 from feature_store.topic import client_config, default_group, ensure_topic, topic_id
 from feature_store.topic_record import TopicRecord, refuse_other_partitions
+from feature_store.window_store import StateLostError
 
 if TYPE_CHECKING:
     from feast import FeatureStore
@@ -92,7 +93,7 @@ class Sync:
         """Consumes until stopped. Safe to start again after any end, and several times in one group.
 
         NotFoundError: no such topic or view; DataError: the topic was made anew or got partitions, or offsets are gone,
-        since the states were written; UnavailableError: no broker at the start. Later a missing server is waited for, and logged.
+        since the states were written; StateLostError: Redis lost the states; UnavailableError: no broker or Redis at the start. Later a missing server is waited for, and logged.
         """
         o = self._options
         config = self._config = client_config(o.bootstrap_servers)
@@ -193,6 +194,8 @@ class Sync:
                     with self.metrics.batch_seconds.time():
                         self._apply_once(batch)
                     return True
+                except StateLostError:
+                    raise  # waiting does not bring them back
                 except (UnavailableError, OSError) as e:
                     log.warning("batch not applied, next try in %.1f s: %s", backoff, e)
                     self.metrics.retries.inc()
