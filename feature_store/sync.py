@@ -75,6 +75,7 @@ class Sync:
     ) -> None:
         self.metrics = metrics or StreamMetrics()
         self.assigned = threading.Event()
+        self.finished = threading.Event()
         self.views: list[AnyView] = []
         self._store = store
         self._options = options
@@ -127,6 +128,7 @@ class Sync:
             self._consume()
         finally:
             self._consumer.close()
+            self.finished.set()
             log.info("stopped: %s", self.metrics.line())
 
     def _record_lineage(self) -> None:
