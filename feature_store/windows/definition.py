@@ -74,7 +74,7 @@ class WindowedView:
         """What the SQL says. DefinitionError (with line and column) for what is not supported."""
         from feature_store.windows.parse import parse
 
-        return parse(self.sql, self.source, self.entity_key)
+        return parse(self.sql, self.source, self.entity_key, self.key_types)
 
     @property
     def outputs(self) -> list[Output]:

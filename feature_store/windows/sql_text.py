@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-from feature_store.windows.ir import AggregateRef, Call, Column, Constant, Expression, Type
+from feature_store.windows.ir import AggregateRef, Column, Constant, Expression, Type
 
 Dialect = Literal["duckdb", "flink", "spark"]
 
