@@ -201,7 +201,7 @@ class _Maker:
         if function == "count":
             argument = None if r.random() < 0.5 else self.any_argument()
         elif function == "count_distinct":
-            argument = r.choice([_column("kind"), _column("n"), _column("m"), _column("flag"), self.integer()])
+            argument = r.choice([_column("kind"), _column("n"), _column("m"), _column("flag"), _column("at"), self.integer()])
         elif function == "stddev":
             argument = r.choice([_column("m"), _column("x"), _column("z"), _column("n"), self.small_float()])
         elif function in ("sum", "avg"):
