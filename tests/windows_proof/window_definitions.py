@@ -196,12 +196,16 @@ class _Maker:
 
     def aggregate(self, where: Expression | None, over: str) -> tuple[AggregateRef, str]:
         r = self.random
-        function = r.choice(["count", "count", "count_distinct", "sum", "sum", "avg", "min", "max", "first", "last", "stddev"])
+        function = r.choice(
+            ["count", "count", "count_distinct", "sum", "sum", "avg", "min", "max", "first", "last", "stddev"]
+        )
         argument: Expression | None
         if function == "count":
             argument = None if r.random() < 0.5 else self.any_argument()
         elif function == "count_distinct":
-            argument = r.choice([_column("kind"), _column("n"), _column("m"), _column("flag"), _column("at"), self.integer()])
+            argument = r.choice(
+                [_column("kind"), _column("n"), _column("m"), _column("flag"), _column("at"), self.integer()]
+            )
         elif function == "stddev":
             argument = r.choice([_column("m"), _column("x"), _column("z"), _column("n"), self.small_float()])
         elif function in ("sum", "avg"):
@@ -280,7 +284,14 @@ class _Maker:
             return self.small_float()
         y, x = _column("y"), _column("x")
         return r.choice(
-            [y, y, _column("z"), Call("*", (y, x), "float64"), Call("/", (y, x), "float64"), Call("/", (x, _column("m")), "float64")]
+            [
+                y,
+                y,
+                _column("z"),
+                Call("*", (y, x), "float64"),
+                Call("/", (y, x), "float64"),
+                Call("/", (x, _column("m")), "float64"),
+            ]
         )
 
     def condition(self, depth: int) -> Expression:
@@ -306,7 +317,9 @@ class _Maker:
                 Call("in", (_column("m"), Constant(1, "int64"), Constant(-2, "int64")), "bool"),
                 Call("=", (_column("flag"), Constant(r.random() < 0.5, "bool")), "bool"),
                 _column("flag"),
-                Call(">=", (Call("hour", (_column(TIME),), "int64"), Constant(r.choice([0, 1, 12, 23]), "int64")), "bool"),
+                Call(
+                    ">=", (Call("hour", (_column(TIME),), "int64"), Constant(r.choice([0, 1, 12, 23]), "int64")), "bool"
+                ),
                 Call(compare, (_column("at"), at), "bool"),  # type: ignore[arg-type]
                 Call(compare, (_column("at"), _column(TIME)), "bool"),  # type: ignore[arg-type]
             ]

@@ -9,68 +9,38 @@ one (entity, t, what was known); every one is compared over all outputs, the sta
 from __future__ import annotations
 
 import contextlib
-import math
+import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from random import Random
-from typing import Any
+from typing import Any, Literal
 
 import duckdb
 import numpy as np
-import pyarrow as pa
-from window_definitions import COLUMNS, TIME, sql_of
+import window_platform as platform
+from window_definitions import sql_of
 from window_histories import Message, Scenario, random_scenario
-from window_oracle import HISTORY, Answer, Oracle, OutOfRangeError, Possible, Raw, Value
+from window_oracle import HISTORY, Answer, Oracle, OutOfRangeError, Possible, Raw
+from window_platform import DROPPED, NEVER, Got, Numbers, Platform, Row
 
-from feature_store.windows.history import LAST_SEEN, history_sql
-from feature_store.windows.plan import plan_of
-from feature_store.windows.state import APPLIED, DUPLICATE, LATE, REPLAYED, Events, States
+from feature_store.windows.state import APPLIED, REPLAYED, Events, States
 
-NEVER = -(2**63)
-DROPPED = {APPLIED: None, DUPLICATE: "duplicate", LATE: "late"}
-UTC_US = pa.timestamp("us", "UTC")
-ARROW = {"string": pa.string(), "int64": pa.int64(), "float64": pa.float64(), "bool": pa.bool_(), "timestamp": UTC_US}
 NOBODY = "nobody"
 """An entity without events."""
 
 MakeOracle = Callable[..., Oracle]
 
 
-@dataclass(frozen=True)
-class Row:
-    """A row of the event log."""
-
-    message: Message
-    partition: int
-    offset: int
-    visible_at: int
-    watermark: int | None
-    dropped: str | None
-
-
 @dataclass
-class Read:
-    """One read and what the platform answered. `offsets`: what the state had applied, None for a read by time only."""
+class Read(platform.Read):
+    """One read and what the platform answered. `by_time`: history knows at t just what the state knew."""
 
-    entity: str
-    t: int
-    offsets: dict[int, int] | None
-    by_time: bool
-    watermark: int | None = None
+    by_time: bool = False
     state: Got | None = None
     history_by_time: Got | None = None
     history_by_offset: Got | None = None
     too_early: bool = False
-
-
-@dataclass(frozen=True)
-class Got:
-    """An answer of the platform; `error` instead of values."""
-
-    values: Mapping[str, Value] | None
-    last_seen: int | None
-    error: str | None = None
 
 
 @dataclass
@@ -93,28 +63,29 @@ class Run:
         self.scenario = scenario
         self.random = Random(scenario.plan)
         self.view = scenario.meant.view
-        self.plan = plan_of(self.view)
+        self.platform = Platform(self.view, self.random.choice(["UTC", "America/New_York", "Asia/Kolkata"]))
         source = self.view.source
         self.oracle = oracle(
             scenario.meant.statements,
             retention_us=source.retention_us,
             lateness_us=source.allowed_lateness_us,
-            ttl_us=self.view.ttl // (self.view.ttl.resolution),
+            ttl_us=self.platform.ttl_us,
             has_event_id=source.event_id is not None,
         )
-        self.con = duckdb.connect(config={"threads": 1})
-        self.con.execute(f"SET TimeZone='{self.random.choice(['UTC', 'America/New_York', 'Asia/Kolkata'])}'")
         self.counts: Counter[str] = Counter()
         self.differences: list[Difference] = []
         self.reads: list[Read] = []
 
     def go(self) -> Run:
-        with contextlib.closing(self.con):
-            self._prepare()
-            self._stream()
-            self._check_log()
-            self._ask_about_the_past()
-            self._compare()
+        with contextlib.closing(self.platform):
+            try:
+                self._prepare()
+                self._stream()
+                self._check_log()
+                self._ask_about_the_past()
+                self._compare()
+            except Exception:  # noqa: BLE001 - whatever is raised is a difference too, to be made small like any other
+                self._differs(traceback.format_exc())
         return self
 
     def _differs(self, what: str, read: Read | None = None, **answers: Any) -> None:
@@ -136,7 +107,7 @@ class Run:
             self.topic.append(placed)
         events = [*self.history, *(m for p in self.topic for _, m in p if m.idle is None)]
         self._place = {id(m): i for i, m in enumerate(events)}
-        self.masks, self.ids, self.values = self._numbers(events)
+        self.numbers = self.platform.numbers(events) if events else Numbers(np.empty(0), np.empty(0), [])
 
     def _fits(self, m: Message) -> bool:
         try:
@@ -150,36 +121,8 @@ class Run:
 
     def _check_refused(self, m: Message) -> None:
         with contextlib.suppress(duckdb.OutOfRangeException, duckdb.ConversionException):
-            _, _, values = self._numbers([m])
-            if all(np.isfinite(v).all() for v in values):
+            if all(np.isfinite(v).all() for v in self.platform.numbers([m]).values):
                 self._differs(f"DuckDB takes an event that overflows: {m}")
-
-    def _numbers(self, events: Sequence[Message]) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
-        table = self._table([Row(m, 0, i, 0, None, None) for i, m in enumerate(events)])
-        self.con.register("raw", table)
-        sql = f"SELECT {self.plan.numbers_sql()}, {self.plan.event_id_sql()} FROM raw ORDER BY _offset"
-        out = self.con.execute(sql).fetchnumpy()
-        self.con.unregister("raw")
-        kinds = [np.float64 if v.is_float else np.int64 for v in self.plan.values]
-        values = [np.asarray(out[f"_v{i}"]).astype(kind, copy=False) for i, kind in enumerate(kinds)]
-        return np.asarray(out["_mask"], np.int64), np.asarray(out["_id"], np.int64), values
-
-    def _table(self, rows: Sequence[Row]) -> pa.Table:
-        columns: dict[str, pa.Array] = {
-            "k": pa.array([r.message.entity for r in rows], pa.string()),
-            TIME: pa.array([r.message.time for r in rows], pa.int64()).cast(UTC_US),
-        }
-        for name, kind in COLUMNS.items():
-            columns[name] = pa.array([r.message.columns.get(name) for r in rows], ARROW[kind])
-        if self.view.source.event_id is not None:
-            columns["id"] = pa.array([r.message.event_id for r in rows], pa.string())
-        columns["_topic_id"] = pa.array(["t"] * len(rows), pa.string())
-        columns["_partition"] = pa.array([r.partition for r in rows], pa.int32())
-        columns["_offset"] = pa.array([r.offset for r in rows], pa.int64())
-        columns["_visible_at"] = pa.array([r.visible_at for r in rows], pa.int64()).cast(UTC_US)
-        columns["_watermark"] = pa.array([r.watermark for r in rows], pa.int64()).cast(UTC_US)
-        columns["_dropped"] = pa.array([r.dropped for r in rows], pa.string())
-        return pa.table(columns)
 
     # The stream
 
@@ -332,22 +275,7 @@ class Run:
 
     def _events(self, rows: Sequence[Row], entities: Sequence[str]) -> Events:
         places = np.array([self._place[id(r.message)] for r in rows], dtype=np.int64)
-        number = {e: i for i, e in enumerate(entities)}
-
-        def integers(of: Callable[[Row], int | None]) -> np.ndarray:
-            return np.array([NEVER if (v := of(r)) is None else v for r in rows], dtype=np.int64)
-
-        return Events(
-            entity=integers(lambda r: number[r.message.entity]),  # type: ignore[index]  # only idle rows have none
-            time=integers(lambda r: r.message.time),
-            partition=integers(lambda r: r.partition),
-            offset=integers(lambda r: r.offset),
-            visible_at=integers(lambda r: r.visible_at),
-            watermark=integers(lambda r: r.watermark),
-            mask=self.masks[places],
-            id=self.ids[places],
-            values=[v[places] for v in self.values],
-        )
+        return self.platform.events(rows, entities, self.numbers.at(places))
 
     # Reads
 
@@ -363,20 +291,16 @@ class Run:
         for entity in [*self.scenario.entities, NOBODY]:
             for t in self._times(entity, self.clock, until, 24 if last else 6):
                 exact = by_time and self.clock <= t <= until and mapping is not None
-                asked.append(Read(entity, t, {}, exact))
+                asked.append(Read(entity, t, {}, by_time=exact))
         states = States.decode(self.view, [self.blobs.get(q.entity) for q in asked])
-        for i, q in enumerate(asked):
-            q.offsets = {p: o for p, o in states.offsets_of(i).items() if p >= 0}
-            if states.visible_at[i] != NEVER and r.random() < 0.02:
-                q.t, q.by_time, q.too_early = int(states.visible_at[i]) - 1, False, True
-        finals = states.values(np.array([q.t for q in asked], dtype=np.int64), mapping)
-        for i, q in enumerate(asked):
-            q.watermark = None if finals.watermark[i] == NEVER else int(finals.watermark[i])
-            error = finals.errors.get(i)
-            if error is not None:
-                q.state = Got(None, None, str(error))
-            else:
-                q.state = self._got({n: c[i] for n, c in finals.columns.items()}, finals.seen[i], q.t)
+        for q, visible in zip(asked, states.visible_at.tolist()):
+            if visible != NEVER and r.random() < 0.02:
+                q.t, q.by_time, q.too_early = visible - 1, False, True
+        answers = self.platform.ask_states(states, [q.t for q in asked], mapping)
+        for q, question, got in zip(asked, answers[::2], answers[1::2]):
+            assert isinstance(question, platform.Read)
+            assert isinstance(got, Got)
+            q.offsets, q.watermark, q.state = question.offsets, question.watermark, got
         self.reads += asked
 
     def _times(self, entity: str, start: int, until: int, count: int) -> list[int]:
@@ -400,18 +324,16 @@ class Run:
         far = [t for t in found if t > until] + [until + 1 + r.randrange(30 * self.scenario.meant.unit_us)]
         return r.sample(near, min(len(near), count)) + r.sample(far, min(len(far), 2))
 
-    def _got(self, values: Mapping[str, Any], seen: int | None, t: int) -> Got:
-        """As a reader shows it: silent for longer than the ttl is no value."""
-        ttl = self.oracle.ttl_us
-        if seen is None or (ttl and t - seen > ttl):
-            return Got(dict.fromkeys(values), None if seen is None else int(seen))
-        return Got({n: _plain(v) for n, v in values.items()}, int(seen))
-
     # History
 
     def _check_log(self) -> None:
         """The oracle takes the raw events in the order in which they became visible, and must drop the same ones."""
-        raws = [Raw(r.message.entity, r.message.time, HISTORY, r.offset, r.visible_at, r.message.columns, r.message.event_id) for r in self.history_rows]
+        raws = [
+            Raw(
+                r.message.entity, r.message.time, HISTORY, r.offset, r.visible_at, r.message.columns, r.message.event_id
+            )
+            for r in self.history_rows
+        ]
         arrived = sorted([*self.log.values(), *self.idle], key=lambda r: (r.visible_at, r.partition, r.offset))
         arrived = self._in_offset_order(arrived)
         for row in arrived:
@@ -444,30 +366,10 @@ class Run:
             for entity in [*self.scenario.entities, NOBODY]:
                 own = [r.visible_at for r in rows if r.message.entity == entity] or [first]
                 for _ in range(10):
-                    t = self.random.choice([self.random.choice(own) + self.random.choice([-1, 0, 1]), self.random.randint(first, last)])
-                    self.reads.append(Read(entity, t, None, True))
-
-    def _answers(self, reads: Sequence[tuple[int, Read]], known: str) -> dict[int, Got]:
-        if not reads:
-            return {}
-        asked: dict[str, pa.Array] = {
-            "_row": pa.array([i for i, _ in reads], pa.int64()),
-            "k": pa.array([q.entity for _, q in reads], pa.string()),
-            "_t": pa.array([q.t for _, q in reads], pa.int64()).cast(UTC_US),
-        }
-        if known == "by_offset":
-            offsets = [list((q.offsets or {}).items()) for _, q in reads]
-            asked["_offsets"] = pa.array(offsets, pa.map_(pa.int32(), pa.int64()))
-            asked["_watermark_us"] = pa.array([q.watermark for _, q in reads], pa.int64())
-        self.con.register("asked", pa.table(asked))
-        columns = self.con.execute(history_sql(self.view, "asked", "log", known)).to_arrow_table().to_pydict()  # type: ignore[arg-type]
-        self.con.unregister("asked")
-        names = [o.name for o in self.view.outputs]
-        rows = zip(columns["_row"], columns[LAST_SEEN], *(columns[n] for n in names))
-        out = {row: Got({n: _plain(v) for n, v in zip(names, values)}, _plain(seen)) for row, seen, *values in rows}
-        if len(out) != len(reads) or len(columns["_row"]) != len(reads):
-            self._differs(f"history gave {len(columns['_row'])} rows for {len(reads)} reads")
-        return out
+                    t = self.random.choice(
+                        [self.random.choice(own) + self.random.choice([-1, 0, 1]), self.random.randint(first, last)]
+                    )
+                    self.reads.append(Read(entity, t, by_time=True))
 
     # All together
 
@@ -475,23 +377,23 @@ class Run:
         rows = [*self.history_rows, *self.log.values(), *self.idle]
         rows += [r for r in rows if r.partition >= 0 and r.dropped != "idle" and self.random.random() < 0.05]
         self.random.shuffle(rows)
-        self.con.register("log_table", self._table(rows))
-        self.con.execute("CREATE TEMP TABLE log AS SELECT * FROM log_table")
+        self.platform.set_log(rows)
         expected = [self._expected_of(q) for q in self.reads]
-        for known in ("by_time", "by_offset"):
+        ways: tuple[Literal["by_time", "by_offset"], ...] = ("by_time", "by_offset")
+        for known in ways:
             wanted = [
-                (i, q)
-                for i, q in enumerate(self.reads)
+                q
+                for q, e in zip(self.reads, expected)
                 if (q.by_time if known == "by_time" else q.offsets is not None)
-                and not any(p.error for p in expected[i].values.values())
+                and not any(p.error for p in e.values.values())
             ]
             try:
-                answers = self._answers(wanted, known)
+                answers = self.platform.ask_history(wanted, known) if wanted else []
             except duckdb.Error as e:
                 self._differs(f"history {known} fails: {e}")
                 continue
-            for i, q in wanted:
-                setattr(q, f"history_{known}", answers.get(i))
+            for q, got in zip(wanted, answers):
+                setattr(q, f"history_{known}", got)
         self._check_overflow(expected)
         for q, e in zip(self.reads, expected):
             self._check(q, e)
@@ -501,7 +403,7 @@ class Run:
         for q, e in zip(self.reads, expected):
             if any(p.error and p.low is None and not p.null for p in e.values.values()):
                 try:
-                    got = self._answers([(0, q)], "by_time" if q.by_time else "by_offset")
+                    got = self.platform.ask_history([q], "by_time" if q.by_time else "by_offset")
                 except duckdb.Error:
                     self.counts["overflows"] += 1
                 else:
@@ -550,17 +452,6 @@ class Run:
         return None
 
 
-def _plain(value: Any) -> Value:
-    """A value as the oracle has it: times in microseconds."""
-    if hasattr(value, "timestamp"):
-        return int(np.datetime64(value.replace(tzinfo=None), "us").astype(np.int64)) - (
-            0 if value.tzinfo is None else int(value.utcoffset().total_seconds()) * 1_000_000
-        )
-    if isinstance(value, np.generic):
-        return value.item()
-    return value
-
-
 def _show(p: Possible) -> str:
     if p.null and p.low is None:
         return "null"
@@ -594,10 +485,7 @@ def shrunk(difference: Difference, oracle: MakeOracle = Oracle, tries: int = 300
             tries -= 1
             if tries < 0:
                 break
-            try:
-                found = Run(smaller, oracle).go().differences
-            except Exception:  # noqa: BLE001 - another fault than the one to be shown
-                continue
+            found = Run(smaller, oracle).go().differences
             if found:
                 best, progress = found[0], True
                 break
@@ -619,7 +507,10 @@ def report(d: Difference) -> str:
         f"seed {s.seed}, unit {s.meant.unit}, retention {v.source.retention_us}, lateness {v.source.allowed_lateness_us}, ttl {v.ttl}",
         v.sql,
         "meant:",
-        *(f"  {x.window} {[(a.function, a.argument and sql_of(a.argument), a.filter and sql_of(a.filter)) for a in x.aggregates]}" for x in s.meant.statements),
+        *(
+            f"  {x.window} {[(a.function, a.argument and sql_of(a.argument), a.filter and sql_of(a.filter)) for a in x.aggregates]}"
+            for x in s.meant.statements
+        ),
     ]
     entity = d.read.entity if d.read else None
     for p, messages in [(-1, s.history), *enumerate(s.partitions)]:
@@ -630,7 +521,3 @@ def report(d: Difference) -> str:
         lines += [f"  {n}: {getattr(q, n)}" for n in ("state", "history_by_time", "history_by_offset")]
     lines += [f"  {name}: {answer}" for name, answer in d.answers.items()]
     return "\n".join(lines)
-
-
-def is_close(a: float, b: float) -> bool:
-    return math.isclose(a, b, rel_tol=1e-12)

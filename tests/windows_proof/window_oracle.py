@@ -270,9 +270,7 @@ class Oracle:
             return done[-1] if done else []
         end = watermark // w.slide_us * w.slide_us
         return [
-            e
-            for e in known
-            if self.within_window(e.raw.time, end, w.size_us) and self.in_time_for(end, e.watermark)
+            e for e in known if self.within_window(e.raw.time, end, w.size_us) and self.in_time_for(end, e.watermark)
         ]
 
     def has_closed(self, session: Sequence[Logged], gap: int, watermark: int) -> bool:
@@ -352,7 +350,7 @@ def distinct(values: Iterable[Value]) -> int:
     hashes = sorted({hash63(text_of(v)) for v in values})
     if len(hashes) < K:
         return len(hashes)
-    return int(round((K - 1) * 2.0**63 / float(hashes[K - 1])))
+    return round((K - 1) * 2.0**63 / float(hashes[K - 1]))
 
 
 def hash63(text: str) -> int:
@@ -368,7 +366,7 @@ def text_of(value: Value) -> str:
 
 def possible(expression: Expression, results: Sequence[Result]) -> Possible:
     """An output over aggregates: computed at both ends of every tolerance, so that an exact result allows one value."""
-    used = sorted({i for i in _references(expression)})
+    used = sorted(set(_references(expression)))
     if any(results[i].error for i in used):
         return Possible(error=True)
     ends: list[list[Value]] = []
@@ -459,6 +457,8 @@ def _strict(call: Call, v: list[Any]) -> Value:
     if operator == "/":
         return None if v[1] == 0 else float(v[0]) / float(v[1])
     if operator == "%":
+        if v == [-(2**63), -1]:
+            raise OutOfRangeError(v)
         return None if v[1] == 0 else int(math.copysign(1, v[0])) * (abs(v[0]) % abs(v[1]))
     if operator in ("=", "<>", "<", "<=", ">", ">="):
         a, b = v
