@@ -1,9 +1,9 @@
-"""Runs a scenario through the stream's states and through history, asks both many times, and compares with the oracle.
+"""Runs a scenario through the stream's states and through history, and asks both many times; `window_judge.py` compares.
 
 The stream side is the real `States` with blobs in a dictionary for Redis: batches of random size over the partitions,
 crashes after any step (log written, some of the dirty entities written, nothing committed), restarts from the committed
 offsets with other batch sizes. The history side is the real `history_sql` over the event log that this left. A read is
-one (entity, t, what was known); every one is compared over all outputs, the status and the time last seen.
+one (entity, t, what was known).
 """
 
 from __future__ import annotations
@@ -11,17 +11,16 @@ from __future__ import annotations
 import contextlib
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from random import Random
-from typing import Any, Literal
+from typing import Literal
 
 import duckdb
 import numpy as np
 import window_platform as platform
-from window_definitions import sql_of
-from window_histories import Message, Scenario, random_scenario
-from window_oracle import HISTORY, Answer, Oracle, OutOfRangeError, Possible, Raw
+from window_histories import Message, Scenario
+from window_oracle import HISTORY, Answer, Oracle, OutOfRangeError, Raw
 from window_platform import DROPPED, NEVER, Got, Numbers, Platform, Row
 
 from feature_store.windows.state import APPLIED, REPLAYED, Events, States
@@ -43,53 +42,52 @@ class Read(platform.Read):
     too_early: bool = False
 
 
-@dataclass
-class Difference(Exception):
-    """What was wrong, with all that is needed to see it again."""
-
-    scenario: Scenario
-    what: str
-    read: Read | None = None
-    answers: Mapping[str, Any] = field(default_factory=dict)
-
-    def __str__(self) -> str:
-        return report(self)
-
-
 class Run:
-    """One scenario, run once. `differences` is empty when all agree."""
+    """One scenario, run once: the log it left and the answers to all reads. `faults`: what contradicts itself."""
 
-    def __init__(self, scenario: Scenario, oracle: MakeOracle = Oracle) -> None:
+    def __init__(self, scenario: Scenario) -> None:
         self.scenario = scenario
         self.random = Random(scenario.plan)
         self.view = scenario.meant.view
         self.platform = Platform(self.view, self.random.choice(["UTC", "America/New_York", "Asia/Kolkata"]))
+        self.reference = self.oracle()
+        self.counts: Counter[str] = Counter()
+        self.faults: list[str] = []
+        self.reads: list[Read] = []
+        self.rows: list[Row] = []
+        """The log, in the order in which the events became known."""
+
+    def oracle(self, make: MakeOracle = Oracle) -> Oracle:
+        """One for this scenario's definition, not fed yet."""
         source = self.view.source
-        self.oracle = oracle(
-            scenario.meant.statements,
+        return make(
+            self.scenario.meant.statements,
             retention_us=source.retention_us,
             lateness_us=source.allowed_lateness_us,
             ttl_us=self.platform.ttl_us,
             has_event_id=source.event_id is not None,
         )
-        self.counts: Counter[str] = Counter()
-        self.differences: list[Difference] = []
-        self.reads: list[Read] = []
 
     def go(self) -> Run:
         with contextlib.closing(self.platform):
             try:
                 self._prepare()
                 self._stream()
-                self._check_log()
+                self.rows = [*self.history_rows, *self._arrived()]
+                self.reference.feed(self.raws())
                 self._ask_about_the_past()
-                self._compare()
-            except Exception:  # noqa: BLE001 - whatever is raised is a difference too, to be made small like any other
-                self._differs(traceback.format_exc())
+                self._ask_history()
+            except Exception:  # noqa: BLE001 - whatever is raised is a fault too, to be made small like any other
+                self.faults.append(traceback.format_exc())
         return self
 
-    def _differs(self, what: str, read: Read | None = None, **answers: Any) -> None:
-        self.differences.append(Difference(self.scenario, what, read, answers))
+    def raws(self) -> list[Raw]:
+        """The rows of the log as events that nobody has judged yet."""
+        return [
+            Raw(m.entity, m.time, r.partition, r.offset, r.visible_at, m.columns, m.event_id, m.idle)
+            for r in self.rows
+            for m in [r.message]
+        ]
 
     # The topic, without what no engine could take
 
@@ -111,7 +109,7 @@ class Run:
 
     def _fits(self, m: Message) -> bool:
         try:
-            self.oracle.inputs(Raw(m.entity, m.time, 0, 0, 0, m.columns))
+            self.reference.inputs(Raw(m.entity, m.time, 0, 0, 0, m.columns))
         except OutOfRangeError:
             self.counts["refused"] += 1
             if self.random.random() < 0.1:
@@ -122,7 +120,7 @@ class Run:
     def _check_refused(self, m: Message) -> None:
         with contextlib.suppress(duckdb.OutOfRangeException, duckdb.ConversionException):
             if all(np.isfinite(v).all() for v in self.platform.numbers([m]).values):
-                self._differs(f"DuckDB takes an event that overflows: {m}")
+                self.faults.append(f"DuckDB takes an event that overflows: {m}")
 
     # The stream
 
@@ -134,8 +132,8 @@ class Run:
         self.committed = [0] * len(self.topic)
         self.watermarks: dict[int, int] = {}
         self.clock = NEVER
-        self._bootstrap()
         self.positions = list(self.committed)
+        self._bootstrap()
         size = r.choice([1, 3, 10, 1000])
         while any(p < len(t) for p, t in zip(self.positions, self.topic)):
             if not self._idle_advance():
@@ -153,7 +151,7 @@ class Run:
         states = States.empty(self.view, len(entities))
         codes = states.apply(self._events(rows, entities))
         if set(codes.tolist()) != {APPLIED}:
-            self._differs(f"rows of history were not all applied: {codes.tolist()}")
+            self.faults.append(f"rows of history were not all applied: {codes.tolist()}")
         self.blobs.update(zip(entities, states.encode()))
         self._read_states()
 
@@ -263,10 +261,12 @@ class Run:
             logged = self.log.get(place)
             if code == REPLAYED:
                 if logged is None:
-                    self._differs(f"replayed, but never logged: {place}")
+                    self.faults.append(f"replayed, but never logged: {place}")
             elif logged is not None:
                 if logged.dropped != DROPPED[code] or logged.watermark != row.watermark:
-                    self._differs(f"another outcome when delivered again: {place} {logged.dropped} {DROPPED[code]}")
+                    self.faults.append(
+                        f"another outcome when delivered again: {place} {logged.dropped} {DROPPED[code]}"
+                    )
             elif row.partition not in skipped:
                 self.log[place] = Row(
                     row.message, row.partition, row.offset, row.visible_at, row.watermark, DROPPED[code]
@@ -316,7 +316,7 @@ class Run:
                     edges = [time, time // w.slide_us * w.slide_us + r.randint(0, 3) * w.slide_us + w.size_us]
                 for edge in edges:
                     found.update((edge - 1, edge, edge + 1))
-            ttl = self.oracle.ttl_us
+            ttl = self.platform.ttl_us
             found.update((time + ttl, time + ttl + 1) if ttl else ())
         near = [t for t in found if start <= t <= until]
         span = max(1, until - start)
@@ -326,35 +326,16 @@ class Run:
 
     # History
 
-    def _check_log(self) -> None:
-        """The oracle takes the raw events in the order in which they became visible, and must drop the same ones."""
-        raws = [
-            Raw(
-                r.message.entity, r.message.time, HISTORY, r.offset, r.visible_at, r.message.columns, r.message.event_id
-            )
-            for r in self.history_rows
-        ]
-        arrived = sorted([*self.log.values(), *self.idle], key=lambda r: (r.visible_at, r.partition, r.offset))
-        arrived = self._in_offset_order(arrived)
-        for row in arrived:
-            m = row.message
-            raws.append(Raw(m.entity, m.time, row.partition, row.offset, row.visible_at, m.columns, m.event_id, m.idle))
-        for logged, row in zip(self.oracle.feed(raws), [*self.history_rows, *arrived]):
-            self.counts[logged.dropped or "counted"] += 1
-            if logged.dropped != row.dropped:
-                self._differs(f"dropped: oracle {logged.dropped}, stream {row.dropped}: {row}")
-            if row.dropped != "idle" and logged.watermark != row.watermark:
-                self._differs(f"watermark: oracle {logged.watermark}, stream {row.watermark}: {row}")
-
-    @staticmethod
-    def _in_offset_order(rows: Sequence[Row]) -> list[Row]:
-        """A crash between the log files of two partitions may leave visible_at descending within one of them."""
+    def _arrived(self) -> list[Row]:
+        """In the order in which they became visible, and within each partition in that of their offsets: a crash between
+        the log files of two partitions may leave visible_at descending there."""
+        rows = sorted([*self.log.values(), *self.idle], key=lambda r: (r.visible_at, r.partition, r.offset))
         places: dict[int, list[int]] = {}
         for i, row in enumerate(rows):
             places.setdefault(row.partition, []).append(i)
         out = list(rows)
         for of in places.values():
-            for i, row in zip(of, sorted((rows[i] for i in of), key=lambda r: (r.offset, r.dropped != "idle"))):
+            for i, row in zip(of, sorted((rows[i] for i in of), key=lambda r: (r.offset, r.dropped == "idle"))):
                 out[i] = row
         return out
 
@@ -371,14 +352,12 @@ class Run:
                     )
                     self.reads.append(Read(entity, t, by_time=True))
 
-    # All together
-
-    def _compare(self) -> None:
-        rows = [*self.history_rows, *self.log.values(), *self.idle]
+    def _ask_history(self) -> None:
+        rows = [*self.rows]
         rows += [r for r in rows if r.partition >= 0 and r.dropped != "idle" and self.random.random() < 0.05]
         self.random.shuffle(rows)
         self.platform.set_log(rows)
-        expected = [self._expected_of(q) for q in self.reads]
+        expected = [expected_of(self.reference, q) for q in self.reads]
         ways: tuple[Literal["by_time", "by_offset"], ...] = ("by_time", "by_offset")
         for known in ways:
             wanted = [
@@ -387,137 +366,26 @@ class Run:
                 if (q.by_time if known == "by_time" else q.offsets is not None)
                 and not any(p.error for p in e.values.values())
             ]
-            try:
-                answers = self.platform.ask_history(wanted, known) if wanted else []
-            except duckdb.Error as e:
-                self._differs(f"history {known} fails: {e}")
-                continue
+            answers = self.platform.ask_history(wanted, known) if wanted else []
             for q, got in zip(wanted, answers):
                 setattr(q, f"history_{known}", got)
-        self._check_overflow(expected)
-        for q, e in zip(self.reads, expected):
-            self._check(q, e)
-
-    def _check_overflow(self, expected: Sequence[Answer]) -> None:
-        """One read that is an error for certain must be one in history too."""
         for q, e in zip(self.reads, expected):
             if any(p.error and p.low is None and not p.null for p in e.values.values()):
-                try:
-                    got = self.platform.ask_history([q], "by_time" if q.by_time else "by_offset")
-                except duckdb.Error:
-                    self.counts["overflows"] += 1
-                else:
-                    self._differs("history gives a value where there is none", q, oracle=e, history=got)
-                return
+                self._check_overflow(q, e)
+                break  # one of a scenario: each takes a query of its own
 
-    def _expected_of(self, q: Read) -> Answer:
-        if q.offsets is None:
-            return self.oracle.read_by_time(q.entity, q.t)
-        return self.oracle.read_by_offset(q.entity, q.t, q.offsets, q.watermark)
-
-    def _check(self, q: Read, e: Answer) -> None:
-        self.counts["reads"] += 1
-        self.counts[e.status] += 1
-        if q.by_time and q.offsets is not None:
-            self.counts["by time and offset"] += 1
-            by_time = self.oracle.read_by_time(q.entity, q.t)
-            if by_time != e:
-                return self._differs("the oracle itself: by time and by offset", q, by_time=by_time, by_offset=e)
-        errors = [p for p in e.values.values() if p.error]
-        certain = any(p.low is None and not p.null for p in errors)
-        if q.state is not None:
-            if q.too_early or certain:
-                if q.state.error is None:
-                    self._differs("the state gives a value where there is none", q, oracle=e)
-                return None
-            if q.state.error is not None:
-                if not errors:
-                    self._differs("the state gives an error", q, oracle=e)
-                return None
-        for name in ("state", "history_by_time", "history_by_offset"):
-            got: Got | None = getattr(q, name)
-            if got is None:
-                continue
-            self.counts[f"compared: {name}"] += 1
-            wrong = [
-                f"{n}: {got.values[n]!r} is not {_show(p)}"
-                for n, p in e.values.items()
-                if got.values is not None and not p.allows(got.values[n])
-            ]
-            seen = e.last_seen if name == "state" or e.status == "PRESENT" else None
-            if got.last_seen != seen:
-                wrong.append(f"last seen {got.last_seen} is not {seen}")
-            if wrong:
-                return self._differs(f"{name}: " + "; ".join(wrong), q, oracle=e)
-        return None
+    def _check_overflow(self, q: Read, e: Answer) -> None:
+        """A read that is an error for certain must be one in history too."""
+        try:
+            got = self.platform.ask_history([q], "by_time" if q.by_time else "by_offset")
+        except duckdb.Error:
+            self.counts["overflows"] += 1
+        else:
+            self.faults.append(f"history gives a value where there is none: {q} {e} {got}")
 
 
-def _show(p: Possible) -> str:
-    if p.null and p.low is None:
-        return "null"
-    return repr(p.low) if p.low == p.high else f"between {p.low!r} and {p.high!r}"
-
-
-# Many scenarios
-
-
-def prove(seed: int, reads: int, oracle: MakeOracle = Oracle) -> Counter[str]:
-    """Runs scenarios from a seed on until so many reads were compared; raises the first Difference, made small."""
-    counts: Counter[str] = Counter()
-    while counts["reads"] < reads:
-        scenario = random_scenario(seed)
-        run = Run(scenario, oracle).go()
-        if run.differences:
-            raise shrunk(run.differences[0], oracle)
-        counts += run.counts
-        counts["scenarios"] += 1
-        seed += 1
-    return counts
-
-
-def shrunk(difference: Difference, oracle: MakeOracle = Oracle, tries: int = 300) -> Difference:
-    """The same scenario with as few messages as still show a difference."""
-    best = difference
-    progress = True
-    while progress and tries > 0:
-        progress = False
-        for smaller in _smaller(best.scenario):
-            tries -= 1
-            if tries < 0:
-                break
-            found = Run(smaller, oracle).go().differences
-            if found:
-                best, progress = found[0], True
-                break
-    return best
-
-
-def _smaller(scenario: Scenario) -> Iterator[Scenario]:
-    for p in (-1, *range(len(scenario.partitions))):
-        count = len(scenario.history if p < 0 else scenario.partitions[p])
-        for i in reversed(range(count)):
-            yield scenario.without(p, i)
-
-
-def report(d: Difference) -> str:
-    s = d.scenario
-    v = s.meant.view
-    lines = [
-        d.what,
-        f"seed {s.seed}, unit {s.meant.unit}, retention {v.source.retention_us}, lateness {v.source.allowed_lateness_us}, ttl {v.ttl}",
-        v.sql,
-        "meant:",
-        *(
-            f"  {x.window} {[(a.function, a.argument and sql_of(a.argument), a.filter and sql_of(a.filter)) for a in x.aggregates]}"
-            for x in s.meant.statements
-        ),
-    ]
-    entity = d.read.entity if d.read else None
-    for p, messages in [(-1, s.history), *enumerate(s.partitions)]:
-        lines += [f"  partition {p}: {m}" for m in messages]
-    if d.read is not None:
-        q = d.read
-        lines.append(f"read {entity} t={q.t} offsets={q.offsets} watermark={q.watermark} by_time={q.by_time}")
-        lines += [f"  {n}: {getattr(q, n)}" for n in ("state", "history_by_time", "history_by_offset")]
-    lines += [f"  {name}: {answer}" for name, answer in d.answers.items()]
-    return "\n".join(lines)
+def expected_of(oracle: Oracle, q: Read) -> Answer:
+    """What the oracle says: of what the state had applied, or of what was visible."""
+    if q.offsets is None:
+        return oracle.read_by_time(q.entity, q.t)
+    return oracle.read_by_offset(q.entity, q.t, q.offsets, q.watermark)

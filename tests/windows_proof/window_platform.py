@@ -130,7 +130,7 @@ class Platform:
     def set_log(self, rows: Sequence[Row]) -> None:
         """The event log that `ask_history` reads."""
         self.con.register("log_table", self.table(rows))
-        self.con.execute("CREATE OR REPLACE TEMP TABLE log AS SELECT * FROM log_table")
+        self.con.execute("CREATE OR REPLACE TEMP TABLE log_rows AS SELECT * FROM log_table")
         self.con.unregister("log_table")
 
     def ask_states(
@@ -165,9 +165,9 @@ class Platform:
             offsets = [list((q.offsets or {}).items()) for q in reads]
             asked["_offsets"] = pa.array(offsets, pa.map_(pa.int32(), pa.int64()))
             asked["_watermark_us"] = pa.array([q.watermark for q in reads], pa.int64())
-        self.con.register("asked", pa.table(asked))
-        columns = self.con.execute(history_sql(self.view, "asked", "log", known)).to_arrow_table().to_pydict()
-        self.con.unregister("asked")
+        self.con.register("asked_rows", pa.table(asked))
+        columns = self.con.sql(history_sql(self.view, "asked_rows", "log_rows", known)).to_arrow_table().to_pydict()
+        self.con.unregister("asked_rows")
         names = [o.name for o in self.view.outputs]
         found = {
             row: Got({n: plain(v) for n, v in zip(names, values)}, plain(seen))
