@@ -1,412 +1,334 @@
-"""The state of one entity of a windowed view, and the pure functions of stream and serving over it. No I/O.
+"""The states of many entities of a windowed view, by column: what stream and serving compute values from. No I/O.
 
-A state holds the events of the longest window, so that any value can be finalised exactly at any later time t:
-aggregates over the events with `t - window <= event_timestamp <= t`. It travels as one compact blob, the BYTES field
-`window_state`. All times are microseconds since the epoch, UTC.
-
-Blob, little-endian: header | (partition, offset) int64 pairs | times int64[n] | hashes of event ids uint64[n], where the
-view has an event_id | one int64[n] per summed column | masks, the smallest unsigned type that holds a bit per filter
-and per summed column. Events are sorted by time.
+A state holds what any read at t >= its `visible_at` may need, and nothing more: tiles, sessions, events of OVER windows,
+pending events, remembered ids, and how far each partition was read (see `layout.py`). All times are microseconds since the
+epoch, UTC. Applying the same events in any batches gives the same values; so does any order that the rules allow.
 """
 
 from __future__ import annotations
 
-import struct
-from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Mapping, Sequence
+import copy
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import timedelta
-from hashlib import blake2b
-from typing import Any, Literal
 
 import numpy as np
-import numpy.typing as npt
 
-from feature_store.clock import from_micros
-from feature_store.errors import DataError, DefinitionError
+from feature_store.windows import blob
+from feature_store.windows.admission import (
+    APPLIED,
+    DUPLICATE,
+    LATE,
+    REPLAYED,
+    is_duplicate,
+    is_late,
+    is_replayed,
+    read_to,
+    remembered,
+)
 from feature_store.windows.definition import WindowedView
+from feature_store.windows.finals import Finals, finals
+from feature_store.windows.kept_events import event_rows, events_kept
+from feature_store.windows.layout import Layout, layout_of
+from feature_store.windows.partials import Numbers
+from feature_store.windows.rows import LEAST, NEVER, Array, Rows, bits
+from feature_store.windows.sketch import SLOT_BITS, Sketch
+from feature_store.windows.state_errors import OverflowedError, TooManyEventsError, WindowStateError
+from feature_store.windows.tracks import (
+    Held,
+    add_to_sessions,
+    add_to_tiles,
+    sessions_kept,
+    tile_keys,
+    tiles_kept,
+)
 
-NEVER = -(2**63)
-"""A time before all times: nothing seen, nothing lost."""
-RETENTION_SLACK = timedelta(days=1)
-"""How much longer than the longest window an event is kept: a repeated event_id is recognised this long at least."""
+__all__ = [
+    "APPLIED",
+    "DUPLICATE",
+    "LATE",
+    "NEVER",
+    "REPLAYED",
+    "Events",
+    "Finals",
+    "OverflowedError",
+    "States",
+    "TooManyEventsError",
+    "WindowStateError",
+]
 
-Array = npt.NDArray[Any]
-Outcome = Literal["applied", "duplicate", "replayed"]
-
-_VERSION = 1
-_HEADER = struct.Struct("<BxHI8sqqqq")  # version, partitions, events, definition hash, visible_at, last_seen, ...
-_INT64_MAX = 2**63 - 1
-_FEW = 256
-"""Up to so many events, plain Python is faster than numpy (measured: 8 against 24 us at 40 events, even at 400)."""
-_DAMAGED = "rebuild it with `predictflow windows bootstrap`"
-
-
-class WindowStateError(DataError):
-    """A state from which no right value can be given; readers answer with an error status, never with a value."""
-
-    code = "window_state"
-
-
-class TooManyEventsError(WindowStateError):
-    """The window reaches back to events that `max_events_per_entity` made the state drop."""
-
-    code = "too_many_events"
-
-
-class SumOverflowError(WindowStateError):
-    """A sum that does not fit into an int64."""
-
-    code = "sum_overflow"
-
-
-@dataclass(frozen=True, slots=True)
-class Event:
-    """One event of one entity. `values` holds the definition's columns; `partition` -1 is history."""
-
-    timestamp: int
-    partition: int
-    offset: int
-    visible_at: int
-    values: Mapping[str, Any]
-    event_id: str | None = None
+ORDER_BITS = 44
+"""Events of one time are ordered by (partition + 1) << ORDER_BITS | offset."""
 
 
-@dataclass(frozen=True, slots=True)
-class Applied:
-    """What became of an event: `replayed` means that this state had it already, and nothing changed."""
+@dataclass(frozen=True)
+class Events:
+    """Events as columns of one length, int64; `values` int64 or float64 as `plan.values` says.
 
-    event: Event
-    outcome: Outcome
-
-
-class _Plan:
-    """What the functions below need of a definition, computed once."""
-
-    def __init__(self, view: WindowedView) -> None:
-        self.hash = bytes.fromhex(view.hash)
-        self.retention = _us(view.longest_window + RETENTION_SLACK)
-        self.longest = _us(view.longest_window)
-        self.cap = view.max_events_per_entity
-        self.has_id = view.event_id is not None
-        # Dictionaries keep the order of first use, so the same definition gives the same bits.
-        self.filters = list(dict.fromkeys(a.where for a in view.aggregates if a.where is not None))
-        self.columns = list(dict.fromkeys(a.column for a in view.aggregates if a.column is not None))
-        bits = len(self.filters) + len(self.columns)
-        if bits > 64:
-            raise DefinitionError(f"{view.name}: more filters and summed columns than 64 in one view", value=bits)
-        self.mask_type = np.dtype(f"<u{next(n for n in (1, 2, 4, 8) if bits <= 8 * n)}")
-        windows = sorted({_us(a.window) for a in view.aggregates})
-        self.windows = np.array(windows, dtype=np.int64)
-        self.aggregates: list[tuple[str, int, int, int | None]] = []  # name, window, bits that must be set, column
-        for a in view.aggregates:
-            need = 1 << self.filters.index(a.where) if a.where is not None else 0
-            column = self.columns.index(a.column) if a.column is not None else None
-            if column is not None:
-                need |= self.present_bit(column)
-            self.aggregates.append((a.name, windows.index(_us(a.window)), need, column))
-
-    def present_bit(self, column: int) -> int:
-        """The bit that says that an event's `column` is not null."""
-        return 1 << (len(self.filters) + column)
-
-    def mask(self, values: Mapping[str, Any]) -> int:
-        bits = 0
-        for i, f in enumerate(self.filters):
-            if values.get(f.column) in f.values:
-                bits |= 1 << i
-        for i, c in enumerate(self.columns):
-            if values.get(c) is not None:
-                bits |= self.present_bit(i)
-        return bits
-
-
-_plans: dict[str, _Plan] = {}
-
-
-def _plan_of(definition: WindowedView) -> _Plan:
-    plan = _plans.get(definition.hash)
-    if plan is None:
-        plan = _plans[definition.hash] = _Plan(definition)
-    return plan
-
-
-def _us(delta: timedelta) -> int:
-    return delta // timedelta(microseconds=1)
-
-
-def event_id_hash(event_id: str) -> int:
-    """64 bits that stand for an event id in the state."""
-    return int.from_bytes(blake2b(event_id.encode(), digest_size=8).digest(), "little")
-
-
-def _none() -> Array:
-    return np.empty(0, dtype=np.int64)
-
-
-@dataclass
-class EntityState:
-    """One entity of one windowed view.
-
-    `visible_at`: newest `_visible_at` applied. `last_seen`: greatest event time seen, pending events included.
-    `offsets`: partition -> last offset applied to this entity (-1: history). `evicted_last`: greatest event time no
-    longer kept. `lost_until`: greatest event time that the cap removed although a window may still need it.
+    `entity`: place in the States. `partition` -1: history. `watermark`: before the event, NEVER: none. Per entity and
+    partition offsets ascend; `mask`, `values` and `id` are those of `plan.numbers_sql` and `event_id_sql`.
     """
 
-    visible_at: int = NEVER
-    last_seen: int = NEVER
-    offsets: dict[int, int] = field(default_factory=dict)
-    evicted_last: int = NEVER
-    lost_until: int = NEVER
-    times: Array = field(default_factory=_none)
-    ids: Array = field(default_factory=_none)
-    masks: Array = field(default_factory=_none)
-    columns: tuple[Array, ...] = ()
+    entity: Array
+    time: Array
+    partition: Array
+    offset: Array
+    visible_at: Array
+    watermark: Array
+    mask: Array
+    id: Array
+    values: list[Array] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.entity)
+
+
+class States:
+    """The states of n entities.
+
+    `visible_at`: newest `_visible_at` applied. `last_seen`: greatest time of a counted event, pending ones left out. NEVER
+    where there is none.
+    """
+
+    def __init__(self, layout: Layout, fixed: Array, sections: Sequence[Rows]) -> None:
+        self._layout = layout
+        # `floor`: no watermark will be before it, as the entity's history says. `lost`: the greatest event time that the
+        # cap removed although a window may still need it.
+        self.visible_at, self.last_seen, self._floor, self._lost = np.ascontiguousarray(fixed.T)
+        self._partitions, self._ids, self._pending, self._events, *rest = sections
+        self._tracks: list[Held] = []
+        i = 0
+        for track in layout.tracks:
+            rows, sketch = rest[i], Sketch.empty()
+            i += 1
+            if track.partials.sketches:
+                code = rest[i].data[:, 0] + (rows.starts[rest[i].entity] << SLOT_BITS)
+                sketch = Sketch(code, rest[i].data[:, 1])
+                i += 1
+            self._tracks.append(Held(rows, sketch))
 
     @classmethod
-    def empty(cls, definition: WindowedView) -> EntityState:
-        plan = _plan_of(definition)
-        return cls(
-            ids=np.empty(0, dtype="<u8"),
-            masks=np.empty(0, dtype=plan.mask_type),
-            columns=tuple(_none() for _ in plan.columns),
-        )
+    def empty(cls, definition: WindowedView, n: int) -> States:
+        """The states of n entities of which nothing is known."""
+        layout = layout_of(definition)
+        return cls(layout, np.full((n, 4), NEVER), [Rows.empty(n, w) for w in layout.widths])
 
     @classmethod
-    def of_history(
-        cls,
-        definition: WindowedView,
-        times: Array,
-        ids: Array,
-        masks: Array,
-        columns: Sequence[Array],
-        offsets: Mapping[int, int],
-        visible_at: int,
-        evicted_last: int = NEVER,
-    ) -> EntityState:
-        """The state after all events of an entity at once: none of them a duplicate, in any order.
+    def decode(cls, definition: WindowedView, blobs: Sequence[bytes | None]) -> States:
+        """The states in `blobs`; None and b"" are empty ones.
 
-        Events too old for any window at `visible_at` may be left out, `evicted_last` being the greatest of their times.
-        `ids` are `event_id_hash`es (empty without an event_id), `masks` come from `masks_of`, `columns` are the columns
-        of `summed_columns` with 0 for null. Finalises to what applying the events one by one would.
+        DefinitionError: written under another definition or format; WindowStateError: damaged. Either for any of them.
         """
-        plan = _plan_of(definition)
-        state = cls.empty(definition)
-        state.offsets = dict(offsets)
-        state.visible_at = visible_at
-        state.evicted_last = evicted_last
-        state.last_seen = max(evicted_last, int(times.max()) if len(times) else NEVER)
-        state._merge(plan, times, ids, masks, columns)
-        return state
+        layout = layout_of(definition)
+        return cls(layout, *blob.decode(layout, blobs))
 
-    def apply(self, definition: WindowedView, events: Sequence[Event]) -> list[Applied]:
-        """Adds events, one outcome each, in their order; offsets of one partition must ascend.
+    def encode(self) -> list[bytes]:
+        """One blob for each entity. The same events give the same bytes, but for the rounding of doubles."""
+        sections = [self._partitions, self._ids, self._pending, self._events]
+        for track, held in zip(self._layout.tracks, self._tracks, strict=True):
+            sections.append(held.rows)
+            if track.partials.sketches:
+                whose = held.rows.entity[held.sketch.row]
+                code = held.sketch.code - (held.rows.starts[whose] << SLOT_BITS)
+                sections.append(Rows.of(len(self), whose, np.stack([code, held.sketch.hash], axis=1)))
+        fixed = np.stack([self.visible_at, self.last_seen, self._floor, self._lost], axis=1)
+        return blob.encode(self._layout, fixed, self.fences, sections)
 
-        An offset not above the entity's own is `replayed`; an event_id still kept is a `duplicate`. Applying the same
-        events again changes nothing. Too old events only count as seen: no window at or after `visible_at` holds them.
+    def __len__(self) -> int:
+        return len(self.visible_at)
+
+    @property
+    def fences(self) -> Array:
+        """The sum of (last offset + 1) over the log's partitions: of two states of one entity, the greater is the newer."""
+        return _each(self._partitions, self._partitions.data[:, 1] + 1, np.add, 0)
+
+    @property
+    def watermark(self) -> Array:
+        """The greatest watermark after the entity's own log rows; NEVER without one."""
+        return _each(self._partitions, self._partitions.data[:, 2], np.maximum, NEVER)
+
+    def offsets_of(self, i: int) -> dict[int, int]:
+        """The last offset applied of each of the log's partitions."""
+        rows = self._partitions.data[self._partitions.starts[i] : self._partitions.starts[i + 1]]
+        return dict(zip(rows[:, 0].tolist(), rows[:, 1].tolist()))
+
+    def kept(self, i: int) -> dict[str, int]:
+        """How many rows of each kind an entity's state holds."""
+        names = ["partitions", "ids", "pending", "events", *(f"{t.kind}{j}" for j, t in enumerate(self._layout.tracks))]
+        sections = [self._partitions, self._ids, self._pending, self._events, *(h.rows for h in self._tracks)]
+        return {name: int(s.counts[i]) for name, s in zip(names, sections, strict=True)}
+
+    # --- change -------------------------------------------------------------------------------------------------------
+
+    def apply(self, events: Events) -> Array:
+        """Counts events; what became of each: APPLIED, REPLAYED, DUPLICATE or LATE.
+
+        Safe to repeat: an offset that the entity's state holds is REPLAYED and changes nothing. Rows of history
+        (partition -1) are not known again: for bootstrap only, all of an entity at once and before its log rows.
         """
-        plan = _plan_of(definition)
-        outcomes: list[Applied] = []
-        fresh: list[tuple[int, int, Event]] = []
-        fresh_ids: set[int] = set()
-        for e in events:
-            if e.offset <= self.offsets.get(e.partition, -1):
-                outcomes.append(Applied(e, "replayed"))
-                continue
-            self.offsets[e.partition] = e.offset
-            self.visible_at = max(self.visible_at, e.visible_at)
-            key = 0
-            if plan.has_id:
-                if e.event_id is None:
-                    raise DataError(
-                        f"{definition.name}: event without {definition.event_id}", value=(e.partition, e.offset)
-                    )
-                key = event_id_hash(e.event_id)
-                if key in fresh_ids or bool((self.ids == np.uint64(key)).any()):
-                    outcomes.append(Applied(e, "duplicate"))
-                    continue
-                fresh_ids.add(key)
-            self.last_seen = max(self.last_seen, e.timestamp)
-            fresh.append((key, plan.mask(e.values), e))
-            outcomes.append(Applied(e, "applied"))
-        self._merge(
-            plan,
-            np.array([e.timestamp for _, _, e in fresh], dtype=np.int64),
-            np.array([key for key, _, _ in fresh] if plan.has_id else [], dtype="<u8"),
-            np.array([mask for _, mask, _ in fresh], dtype=plan.mask_type),
-            [np.array([e.values.get(c) or 0 for _, _, e in fresh], dtype=np.int64) for c in plan.columns],
-        )
-        return outcomes
-
-    def _merge(self, plan: _Plan, times: Array, ids: Array, masks: Array, columns: Sequence[Array]) -> None:
-        """Adds rows in time order, then drops what no window from `visible_at` on can need."""
-        if len(times):
-            times = np.concatenate([self.times, times])
-            order = np.argsort(times, kind="stable")
-            self.times = times[order]
-            if plan.has_id:
-                self.ids = np.concatenate([self.ids, ids])[order]
-            self.masks = np.concatenate([self.masks, masks])[order]
-            self.columns = tuple(np.concatenate([a, b])[order] for a, b in zip(self.columns, columns))
-        cut = int(np.searchsorted(self.times, self.visible_at - plan.retention, side="left"))
-        if len(self.times) - cut > plan.cap:
-            cut = len(self.times) - plan.cap
-            self.lost_until = max(self.lost_until, int(self.times[cut - 1]))
-        if cut:
-            self.evicted_last = max(self.evicted_last, int(self.times[cut - 1]))
-            self.times, self.ids, self.masks = self.times[cut:], self.ids[cut:], self.masks[cut:]
-            self.columns = tuple(c[cut:] for c in self.columns)
-
-    def last_seen_at(self, t_us: int) -> int | None:
-        """Greatest event time seen by t, pending events not yet; None: never seen by t (status NOT_FOUND)."""
-        if len(self.times) and (newest := int(self.times[-1])) <= t_us:
-            return newest if newest > NEVER else None
-        n = int(np.searchsorted(self.times, t_us, side="right"))
-        seen = int(self.times[n - 1]) if n else self.evicted_last
-        return seen if NEVER < seen <= t_us else None
-
-    def finalise(self, definition: WindowedView, t_us: int) -> dict[str, int | None]:
-        """The value of every aggregate at t; COUNT of an empty window is 0, SUM null. The ttl is the reader's to judge.
-
-        Raises WindowStateError: t before `visible_at`, events lost to the cap, a sum beyond int64. Never mutates.
-        """
-        plan = _plan_of(definition)
-        if t_us < self.visible_at:
-            raise WindowStateError(
-                f"{definition.name}: read at a time before the state's newest event was known",
-                value=from_micros(t_us).isoformat(),
-                next_step=f"read at {from_micros(self.visible_at).isoformat()} or later",
+        layout = self._layout
+        outcome = np.zeros(len(events), np.int64)
+        outcome[is_replayed(self._partitions, events)] = REPLAYED
+        outcome[(outcome == APPLIED) & (events.partition >= 0) & is_late(events, layout.retention)] = LATE
+        if layout.has_id:
+            able = np.flatnonzero(outcome == APPLIED)
+            outcome[able[is_duplicate(self._ids, events, able, layout.retention)]] = DUPLICATE
+        fresh, counted = outcome != REPLAYED, outcome == APPLIED
+        self.visible_at = _raised(self.visible_at, events.entity[fresh], events.visible_at[fresh])
+        after = np.maximum(events.watermark, events.time - layout.lateness)
+        logged = fresh & (events.partition >= 0)
+        if logged.any():
+            some = np.flatnonzero(logged)
+            self._partitions = read_to(
+                self._partitions, events.entity[some], events.partition[some], events.offset[some], after[some]
             )
-        if t_us - plan.longest <= self.lost_until:
-            raise TooManyEventsError(
-                f"{definition.name}: one entity has more events in its window than max_events_per_entity",
-                value=plan.cap,
-                next_step="raise max_events_per_entity, then `predictflow windows bootstrap`",
+        past = counted & (events.partition < 0)
+        if past.any():
+            self._floor = _raised(self._floor, events.entity[past], after[past])
+        some = np.flatnonzero(counted)
+        if layout.has_id and len(some):
+            self._ids = remembered(self._ids, events.entity[some], events.id[some], events.time[some])
+        order = ((events.partition + 1) << ORDER_BITS) | events.offset
+        numbers = Numbers(events.time, order, events.mask, events.values)
+        if len(some) < len(events):
+            numbers = numbers.take(some)
+        self._count_on_close(events.entity[some], numbers, events.watermark[some])
+        self._count(events.entity[some], numbers)
+        return outcome
+
+    def advance(self, t_us: int | Array) -> None:
+        """Moves `visible_at` forward, never back: pending events whose time has come count, what no read needs goes."""
+        self.visible_at = np.maximum(self.visible_at, t_us)
+        nothing = np.empty(0, np.int64)
+        values = [nothing.astype(np.float64 if v.is_float else np.int64) for v in self._layout.plan.values]
+        self._count(nothing, Numbers(nothing, nothing, nothing, values))
+
+    def _count_on_close(self, entity: Array, numbers: Numbers, watermark: Array) -> None:
+        """Events count in the windows that were not closed before them, whatever the reader's clock."""
+        for i, track in enumerate(self._layout.tracks):
+            if not track.on_close or not len(entity):
+                continue
+            if track.kind == "tiles":
+                key, open_ = tile_keys(track, numbers.time, watermark)
+            else:
+                key, open_ = numbers.time, (watermark == NEVER) | (numbers.time >= watermark)
+            some = np.flatnonzero(open_)
+            taken = numbers if len(some) == len(entity) else numbers.take(some)
+            if track.kind == "tiles":
+                self._tracks[i] = add_to_tiles(track, self._tracks[i], entity[some], key[some], taken)
+            else:
+                self._tracks[i] = add_to_sessions(track, self._tracks[i], entity[some], taken)
+
+    def _count(self, entity: Array, numbers: Numbers) -> None:
+        """Events count from their own time on; then everything that is no longer needed goes."""
+        if len(self._pending):
+            entity, numbers = self._with_pending(entity, numbers)
+        ready = numbers.time <= self.visible_at[entity]
+        if not ready.all():
+            waiting = np.flatnonzero(~ready)
+            self._pending = Rows.empty(len(self), self._layout.pending_width).insert(
+                entity[waiting], _pending_rows(numbers.take(waiting))
             )
-        if len(self.times) <= _FEW and self.masks.itemsize == 1:
-            return self._finalise_few(plan, definition, t_us)
-        end = int(np.searchsorted(self.times, t_us, side="right"))
-        starts = np.searchsorted(self.times, t_us - plan.windows, side="left").tolist()
-        out: dict[str, int | None] = {}
-        for name, window, need, column in plan.aggregates:
-            start = starts[window]
-            if column is None:
-                if need == 0:
-                    out[name] = max(end - start, 0)
-                else:
-                    out[name] = int(np.count_nonzero(self.masks[start:end] & self.masks.dtype.type(need)))
+            entity, numbers = entity[ready], numbers.take(np.flatnonzero(ready))
+        elif len(self._pending):
+            self._pending = Rows.empty(len(self), self._layout.pending_width)
+        self.last_seen = _raised(self.last_seen, entity, numbers.time)
+        layout = self._layout
+        for i, track in enumerate(layout.tracks):
+            if track.on_close:
                 continue
-            bits = self.masks.dtype.type(need)
-            numbers = self.columns[column][start:end][(self.masks[start:end] & bits) == bits]
-            out[name] = _exact_sum(numbers, f"{definition.name}.{name}")
-        return out
+            if track.kind == "tiles":
+                key, _ = tile_keys(track, numbers.time, numbers.time)
+                self._tracks[i] = add_to_tiles(track, self._tracks[i], entity, key, numbers)
+            else:
+                self._tracks[i] = add_to_sessions(track, self._tracks[i], entity, numbers)
+        if layout.over:
+            self._events = self._events.insert(*event_rows(layout, entity, numbers))
+        self._evict()
 
-    def _finalise_few(self, plan: _Plan, definition: WindowedView, t_us: int) -> dict[str, int | None]:
-        """The same for few events, where numpy's calls would cost more than the numbers."""
-        times = self.times.tolist()
-        end = bisect_right(times, t_us)
-        starts = [bisect_left(times, t_us - window) for window in plan.windows.tolist()]
-        masks = self.masks.tobytes()
-        kinds = set(masks)
-        columns: dict[int, list[int]] = {}
-        out: dict[str, int | None] = {}
-        for name, window, need, column in plan.aggregates:
-            start = starts[window]
-            if column is None:
-                hits = [masks.count(m, start, end) for m in kinds if m & need] if need else [end - start]
-                out[name] = sum(hits)
-                continue
-            n = sum([masks.count(m, start, end) for m in kinds if m & need == need])
-            if not n:
-                out[name] = None
-                continue
-            if column not in columns:
-                columns[column] = self.columns[column].tolist()
-            numbers = columns[column][start:end]
-            if n < len(numbers):
-                numbers = [x for x, m in zip(numbers, masks[start:end]) if m & need == need]
-            out[name] = _in_int64(sum(numbers), f"{definition.name}.{name}")
-        return out
-
-    def encode(self, definition: WindowedView) -> bytes:
-        plan = _plan_of(definition)
-        parts = sorted(self.offsets.items())
-        header = _HEADER.pack(
-            _VERSION,
-            len(parts),
-            len(self.times),
-            plan.hash,
-            self.visible_at,
-            self.last_seen,
-            self.evicted_last,
-            self.lost_until,
-        )
-        pairs = np.array(parts, dtype="<i8").tobytes()
-        numbers = [c.astype("<i8", copy=False).tobytes() for c in self.columns]
-        ids = self.ids.tobytes() if plan.has_id else b""
-        return b"".join(
-            [header, pairs, self.times.astype("<i8", copy=False).tobytes(), ids, *numbers, self.masks.tobytes()]
+    def _with_pending(self, entity: Array, numbers: Numbers) -> tuple[Array, Numbers]:
+        data = self._pending.data
+        assert numbers.order is not None
+        assert numbers.mask is not None
+        values = []
+        for i, value in enumerate(numbers.values):
+            assert value is not None
+            values.append(np.concatenate([np.ascontiguousarray(data[:, 3 + i]).view(value.dtype), value]))
+        return np.concatenate([self._pending.entity, entity]), Numbers(
+            np.concatenate([data[:, 0], numbers.time]),
+            np.concatenate([data[:, 1], numbers.order]),
+            np.concatenate([data[:, 2], numbers.mask]),
+            values,
         )
 
-    @classmethod
-    def decode(cls, definition: WindowedView, data: bytes) -> EntityState:
-        """Reads a blob. DefinitionError: written under another definition; WindowStateError: not a whole state."""
-        plan = _plan_of(definition)
-        if len(data) < _HEADER.size or data[0] != _VERSION:
-            raise WindowStateError(f"{definition.name}: not a window state", value=data[:8].hex(), next_step=_DAMAGED)
-        _, parts, n, digest, visible_at, last_seen, evicted_last, lost_until = _HEADER.unpack_from(data)
-        if digest != plan.hash:
-            raise DefinitionError(
-                f"{definition.name}: the online state was written under another definition",
-                value=digest.hex(),
-                next_step=f"`predictflow windows bootstrap {definition.name}`",
-            )
-        width = 8 * (1 + plan.has_id + len(plan.columns)) + plan.mask_type.itemsize
-        if len(data) != _HEADER.size + 16 * parts + width * n:
-            raise WindowStateError(f"{definition.name}: truncated window state", value=len(data), next_step=_DAMAGED)
-        at = _HEADER.size
-        pairs = np.frombuffer(data, "<i8", 2 * parts, at).tolist()
-        at += 16 * parts
-        times = np.frombuffer(data, "<i8", n, at)
-        at += 8 * n
-        ids = np.frombuffer(data, "<u8", n if plan.has_id else 0, at)
-        at += ids.nbytes
-        columns = tuple(np.frombuffer(data, "<i8", n, at + 8 * n * i) for i in range(len(plan.columns)))
-        at += 8 * n * len(plan.columns)
-        masks = np.frombuffer(data, plan.mask_type, n, at)
-        offsets = dict(zip(pairs[::2], pairs[1::2]))
-        return cls(visible_at, last_seen, offsets, evicted_last, lost_until, times, ids, masks, columns)
+    def _evict(self) -> None:
+        layout = self._layout
+        horizon, oldest = self._bounds()
+        for i, (track, held) in enumerate(zip(layout.tracks, self._tracks, strict=True)):
+            if not len(held.rows):
+                continue
+            if track.kind == "tiles":
+                kept = tiles_kept(track, held.rows, horizon if track.on_close else self.visible_at)
+            else:
+                kept = sessions_kept(track, held.rows, self.visible_at, horizon, oldest)
+            self._tracks[i] = held.keep(kept)
+        if layout.has_id:
+            self._ids = self._ids.keep(self._ids.data[:, 1] >= oldest[self._ids.entity])
+        if layout.over:
+            self._events, self._lost = events_kept(layout, self._events, self.visible_at, self._lost)
+
+    def _bounds(self) -> tuple[Array, Array]:
+        """The least watermark that a later read may use, and the least time that a later event may have (NEVER: any).
+
+        Where an entity's events come from several partitions, the one that is behind is waited for, by one retention
+        at most.
+        """
+        retention = self._layout.retention
+        marks = self._partitions.data[:, 2]
+        newest = self.watermark
+        behind = np.maximum(_each(self._partitions, marks, np.minimum, NEVER), _minus(newest, retention))
+        return np.maximum(newest, self._floor), _minus(np.maximum(behind, self._floor), retention)
+
+    # --- read ---------------------------------------------------------------------------------------------------------
+
+    def values(self, t_us: int | Array, watermarks: Mapping[int, int] | None = None) -> Finals:
+        """The values at t (one for all, or one each). Changes nothing.
+
+        `watermarks`: of partitions, as far as they are known at t; those of the entity's own log rows are in the state.
+        """
+        t = np.broadcast_to(np.asarray(t_us, np.int64), len(self))
+        held = self
+        if len(self._pending) and (self._pending.data[:, 0] <= t[self._pending.entity]).any():
+            held = copy.copy(self)
+            held._tracks = list(self._tracks)
+            held.advance(t)
+        mark = self.watermark
+        if watermarks and len(self._partitions):
+            known = [watermarks.get(p, NEVER) for p in self._partitions.data[:, 0].tolist()]
+            mark = np.maximum(mark, _each(self._partitions, np.array(known, np.int64), np.maximum, NEVER))
+        return finals(self._layout, held, t, mark, self.visible_at)
 
 
-def summed_columns(definition: WindowedView) -> list[str]:
-    """The columns whose numbers a state keeps, in the state's order."""
-    return list(_plan_of(definition).columns)
+def _each(rows: Rows, column: Array, reduce: np.ufunc, none: int) -> Array:
+    """A column reduced to one number for each entity."""
+    out = np.full(rows.entities, none)
+    if len(rows):
+        there = np.flatnonzero(rows.counts)
+        out[there] = reduce.reduceat(column, rows.starts[there])
+    return out
 
 
-def masks_of(definition: WindowedView, columns: Mapping[str, Iterable[Any]], n: int) -> Array:
-    """The masks of n events given as columns of Python values (None: null), for `EntityState.of_history`."""
-    plan = _plan_of(definition)
-    masks = np.zeros(n, dtype=plan.mask_type)
-    for i, f in enumerate(plan.filters):
-        accepted = set(f.values)
-        passes = np.fromiter((v in accepted for v in columns[f.column]), dtype=bool, count=n)
-        masks |= passes.astype(plan.mask_type) << plan.mask_type.type(i)
-    for i, c in enumerate(plan.columns):
-        present = np.fromiter((v is not None for v in columns[c]), dtype=bool, count=n)
-        masks |= present.astype(plan.mask_type) << plan.mask_type.type(len(plan.filters) + i)
-    return masks
+def _raised(numbers: Array, entity: Array, to: Array) -> Array:
+    out = numbers.copy()
+    np.maximum.at(out, entity, to)
+    return out
 
 
-def _exact_sum(numbers: Array, name: str) -> int | None:
-    if not len(numbers):
-        return None
-    largest = max(int(numbers.max()), -int(numbers.min()))
-    if largest * len(numbers) <= _INT64_MAX:
-        return int(numbers.sum())
-    return _in_int64(sum(numbers.tolist()), name)
+def _minus(times: Array, length: int) -> Array:
+    return np.where(times < LEAST + length, NEVER, times - length)
 
 
-def _in_int64(total: int, name: str) -> int:
-    if not NEVER <= total <= _INT64_MAX:
-        raise SumOverflowError(f"{name}: the sum does not fit into an int64", value=total)
-    return total
+def _pending_rows(numbers: Numbers) -> Array:
+    assert numbers.order is not None
+    assert numbers.mask is not None
+    values = [bits(v) for v in numbers.values if v is not None]
+    return np.stack([numbers.time, numbers.order, numbers.mask, *values], axis=1)

@@ -1,192 +1,322 @@
-"""The state of one entity: exact bounds, duplicates, replays, caps, and refusals instead of wrong values."""
+"""The states of many entities: against brute force over random histories, and one by one what the rules say."""
 
 from __future__ import annotations
 
+import hashlib
+import math
+import random
+from dataclasses import dataclass, replace
 from datetime import timedelta
 
 import numpy as np
 import pytest
 
 from feature_store.errors import DefinitionError
-from feature_store.windows import Aggregate, Where, WindowedView
+from feature_store.windows.definition import EventSource, WindowedView
+from feature_store.windows.ir import Aggregate, AggregateRef, Column, Output, Statement, Window
+from feature_store.windows.plan import plan_of
+from feature_store.windows.sketch import K, Sketch, estimate
 from feature_store.windows.state import (
-    RETENTION_SLACK,
-    EntityState,
-    Event,
-    SumOverflowError,
+    APPLIED,
+    DUPLICATE,
+    LATE,
+    NEVER,
+    REPLAYED,
+    Events,
+    OverflowedError,
+    States,
     TooManyEventsError,
     WindowStateError,
-    masks_of,
-    summed_columns,
 )
 
-DAY = 86_400_000_000
-HOUR = DAY // 24
-T = 20_000 * DAY
-SLACK = RETENTION_SLACK // timedelta(microseconds=1)
+SECOND = 1_000_000
+MINUTE = 60 * SECOND
+HOUR = 60 * MINUTE
+T = 20_000 * 24 * HOUR
+
+N, X, B, KIND = Column("n", "int64"), Column("x", "float64"), Column("b", "bool"), Column("kind", "string")
+
+EVERY = (
+    Aggregate("count", None, None, "int64"),
+    Aggregate("count", None, B, "int64"),
+    Aggregate("sum", N, None, "int64"),
+    Aggregate("sum", X, B, "float64"),
+    Aggregate("avg", N, B, "float64"),
+    Aggregate("avg", X, None, "float64"),
+    Aggregate("min", N, B, "int64"),
+    Aggregate("max", X, None, "float64"),
+    Aggregate("first", N, None, "int64"),
+    Aggregate("last", X, B, "float64"),
+    Aggregate("max", B, None, "bool"),
+    Aggregate("stddev", X, None, "float64"),
+    Aggregate("count_distinct", KIND, None, "int64"),
+)
+COUNT = (Aggregate("count", None, None, "int64"),)
 
 
-def view(**changes) -> WindowedView:
-    arguments = {
-        "name": "v",
-        "entity_key": ("k",),
-        "topic": "events",
-        "columns": {"kind": "string", "n": "int64"},
-        "aggregates": (
-            Aggregate("day", "count", window=timedelta(days=1)),
-            Aggregate("tickets", "count", window=timedelta(days=1), where=Where("kind", ("ticket",))),
-            Aggregate("total", "sum", "n", window=timedelta(days=7)),
-        ),
-        "ttl": timedelta(days=30),
-        "event_id": "id",
-    }
-    return WindowedView(**(arguments | changes))
+def view(*windows: Window, aggregates: tuple[Aggregate, ...] = EVERY, event_id: bool = True, **changes) -> WindowedView:
+    """A definition with one statement per window; its SQL stands for it, since what a definition means goes by the text."""
+    statements = tuple(
+        Statement(
+            w, aggregates, tuple(Output(f"w{i}_{j}", AggregateRef(j, a.type), a.type) for j, a in enumerate(aggregates))
+        )
+        for i, w in enumerate(windows)
+    )
+    source = EventSource(
+        "events",
+        {"n": "int64", "x": "float64", "b": "bool", "kind": "string"},
+        changes.pop("retention", 2 * HOUR),
+        event_id="id" if event_id else None,
+        allowed_lateness_us=changes.pop("lateness", MINUTE),
+    )
+    arguments = {"name": "v", "entity_key": ("k",), "key_types": ("string",), "ttl": timedelta(days=30)} | changes
+    made = WindowedView(source=source, sql=repr(statements), **arguments)
+    made.__dict__["statements"] = statements
+    return made
 
 
-VIEW = view()
+@dataclass(frozen=True)
+class E:
+    """One event of one entity, as a user would tell it. `b` is the filter of half of the aggregates."""
+
+    time: int
+    offset: int
+    partition: int = 0
+    visible: int = T
+    watermark: int = NEVER
+    n: int | None = 1
+    x: float | None = 1.0
+    b: bool | None = True
+    kind: str | None = "a"
+    id: str = ""
+    entity: int = 0
 
 
-def event(offset: int, at: int, n: int | None = 1, kind: str | None = "usage", visible: int = T, **changes) -> Event:
-    arguments = {"partition": 0, "event_id": f"e{offset}"} | changes
-    return Event(at, arguments["partition"], offset, visible, {"kind": kind, "n": n}, arguments["event_id"])
+def hashed(text: str) -> int:
+    return int.from_bytes(hashlib.md5(text.encode()).digest()[8:], "little") >> 1
 
 
-def state_of(*events: Event, definition: WindowedView = VIEW) -> EntityState:
-    state = EntityState.empty(definition)
-    state.apply(definition, list(events))
-    return EntityState.decode(definition, state.encode(definition))
+def events_of(definition: WindowedView, events: list[E]) -> Events:
+    """What `Plan.numbers_sql` computes, by hand."""
+    plan = plan_of(definition)
+    masks, values = [], [[] for _ in plan.values]
+    for e in events:
+        cells = {"n": e.n, "x": e.x, "b": e.b, "kind": e.kind}
+        mask = 0
+        for i, (condition, argument) in enumerate(plan.conditions):
+            true = condition is None or cells[condition.name] is True
+            mask |= (true and (argument is None or cells[argument.name] is not None)) << i
+        masks.append(mask)
+        for column, v in zip(values, plan.values):
+            cell = cells[v.argument.name]
+            column.append(hashed(cell or "") if v.hashed else cell or 0)
+
+    def integers(items) -> np.ndarray:
+        return np.array(list(items), np.int64)
+
+    return Events(
+        integers(e.entity for e in events),
+        integers(e.time for e in events),
+        integers(e.partition for e in events),
+        integers(e.offset for e in events),
+        integers(e.visible for e in events),
+        integers(e.watermark for e in events),
+        integers(masks),
+        integers(hashed(e.id or f"{e.partition}/{e.offset}") if definition.source.event_id else 0 for e in events),
+        [np.array(c, np.float64 if v.is_float else np.int64) for c, v in zip(values, plan.values)],
+    )
 
 
-@pytest.mark.parametrize(("age", "counted"), [(0, 1), (1, 1), (DAY - 1, 1), (DAY, 1), (DAY + 1, 0), (-1, 0)], ids=str)
-def test_both_ends_of_a_window_are_inclusive_to_the_microsecond(age, counted):
-    assert state_of(event(0, T - age)).finalise(VIEW, T)["day"] == counted
+def applied(definition: WindowedView, events: list[E], n: int = 1, sizes=(10**9,)) -> tuple[States, list[int]]:
+    """States after the events in batches of the given sizes, each through its blob, and the outcomes."""
+    states, outcomes, at, i = States.empty(definition, n), [], 0, 0
+    past = sum(e.partition < 0 for e in events)  # come first, and at once
+    while at < len(events):
+        size = max(sizes[i % len(sizes)], past - at)
+        outcomes += states.apply(events_of(definition, events[at : at + size])).tolist()
+        states = States.decode(definition, states.encode())
+        at, i = at + size, i + 1
+    return states, outcomes
 
 
-def test_nothing_in_the_window_is_count_zero_and_sum_null():
-    assert state_of(event(0, T)).finalise(VIEW, T + 8 * DAY) == {"day": 0, "tickets": 0, "total": None}
+# --- brute force ------------------------------------------------------------------------------------------------------
 
 
-def test_a_null_number_is_counted_but_not_summed():
-    assert state_of(event(0, T, n=None)).finalise(VIEW, T) == {"day": 1, "tickets": 0, "total": None}
-    assert state_of(event(0, T, n=None), event(1, T, n=0)).finalise(VIEW, T)["total"] == 0
+def counted_of(definition: WindowedView, events: list[E]) -> tuple[list[E], list[int]]:
+    """The events of one entity that count, and what became of each, in the order of arrival."""
+    retention = definition.source.retention_us
+    counted, outcomes = [], []
+    for e in events:
+        oldest = NEVER if e.watermark == NEVER else e.watermark - retention
+        if e.partition >= 0 and e.time < oldest:
+            outcomes.append(LATE)
+        elif definition.source.event_id and e.id and any(c.id == e.id and c.time >= oldest for c in counted):
+            outcomes.append(DUPLICATE)
+        else:
+            outcomes.append(APPLIED)
+            counted.append(e)
+    return counted, outcomes
 
 
-def test_a_filter_takes_its_values_and_neither_others_nor_null():
-    kinds = ["ticket", "usage", None, "Ticket", "ticket"]
-    assert state_of(*(event(i, T, kind=k) for i, k in enumerate(kinds))).finalise(VIEW, T)["tickets"] == 2
+def window_events(window: Window, counted: list[E], t: int, watermark: int) -> list[E]:
+    def sessions(of: list[E]) -> list[list[E]]:
+        out: list[list[E]] = []
+        for e in sorted(of, key=lambda e: e.time):
+            if out and e.time - out[-1][-1].time <= window.size_us:
+                out[-1].append(e)
+            else:
+                out.append([e])
+        return out
+
+    slide = window.slide_us or window.size_us
+    if window.on_close:
+        if watermark == NEVER:
+            return []
+        if window.kind == "session":
+            closed = [
+                s
+                for s in sessions([e for e in counted if e.watermark == NEVER or e.time >= e.watermark])
+                if watermark > s[-1].time + window.size_us
+            ]
+            return closed[-1] if closed else []
+        end = watermark // slide * slide
+        return [
+            e for e in counted if end - window.size_us <= e.time < end and (e.watermark == NEVER or end > e.watermark)
+        ]
+    now = [e for e in counted if e.time <= t]
+    if window.kind == "over":
+        return [e for e in now if t - window.size_us <= e.time]
+    if window.kind == "session":
+        live = sessions(now)
+        return live[-1] if live and t - live[-1][-1].time <= window.size_us else []
+    end = t // slide * slide + slide
+    return [e for e in now if end - window.size_us <= e.time < end]
 
 
-def test_an_event_ahead_of_the_clock_waits_for_its_time():
-    state = state_of(event(0, T + HOUR))
-    assert state.last_seen == T + HOUR
-    assert state.last_seen_at(T) is None
-    assert state.finalise(VIEW, T)["day"] == 0
-    assert state.last_seen_at(T + HOUR) == T + HOUR
-    assert state.finalise(VIEW, T + HOUR)["day"] == 1
+def aggregate_of(a: Aggregate, events: list[E]):
+    rows = [e for e in events if a.filter is None or e.b is True]
+    if a.argument is None:
+        return len(rows)
+    rows = sorted(
+        (e for e in rows if getattr(e, a.argument.name) is not None), key=lambda e: (e.time, e.partition, e.offset)
+    )
+    cells = [getattr(e, a.argument.name) for e in rows]
+    if a.function == "count_distinct":
+        hashes = sorted({hashed(c) for c in cells})
+        return len(hashes) if len(hashes) < K else round((K - 1) * 2.0**63 / float(hashes[K - 1]))
+    if not cells:
+        return None
+    match a.function:
+        case "sum":
+            return sum(cells) if a.type == "int64" else math.fsum(cells)
+        case "avg":
+            return (sum(cells) if a.argument is N else math.fsum(cells)) / len(cells)
+        case "min" | "max":
+            return (min if a.function == "min" else max)(cells)
+        case "first":
+            return cells[0]
+        case "last":
+            return cells[-1]
+        case _:
+            mean = math.fsum(cells) / len(cells)
+            return None if len(cells) < 2 else math.sqrt(math.fsum((c - mean) ** 2 for c in cells) / (len(cells) - 1))
 
 
-def test_a_repeated_id_is_a_duplicate_and_a_repeated_offset_a_replay():
-    state = EntityState.empty(VIEW)
-    first = [event(0, T), event(1, T, event_id="e0"), event(2, T)]
-    assert [a.outcome for a in state.apply(VIEW, first)] == ["applied", "duplicate", "applied"]
-    before = state.encode(VIEW)
-    assert [a.outcome for a in state.apply(VIEW, first)] == ["replayed"] * 3
-    assert state.encode(VIEW) == before
-    assert [a.outcome for a in state.apply(VIEW, [event(3, T, event_id="e2")])] == ["duplicate"]
-    assert state.offsets == {0: 3}
-    assert state.finalise(VIEW, T)["day"] == 2
+def expected(definition: WindowedView, counted: list[E], t: int, watermark: int) -> tuple[dict, int | None]:
+    seen = max((e.time for e in counted if e.time <= t), default=None)
+    out = {}
+    for s in definition.statements:
+        inside = window_events(s.window, counted, t, watermark)
+        for o, a in zip(s.outputs, s.aggregates):
+            out[o.name] = None if seen is None else aggregate_of(a, inside)
+    return out, seen
 
 
-def test_without_an_event_id_two_offsets_are_two_facts():
-    plain = view(event_id=None)
-    state = state_of(event(0, T, event_id=None), event(1, T, event_id=None), definition=plain)
-    assert state.finalise(plain, T)["day"] == 2
+def same(a, b) -> bool:
+    if isinstance(a, float) and isinstance(b, float):
+        return math.isclose(a, b, rel_tol=1e-9, abs_tol=1e-6)
+    return type(a) is type(b) and a == b
 
 
-def test_partitions_keep_offsets_of_their_own():
-    state = state_of(event(7, T), event(3, T, partition=1))
-    assert state.offsets == {0: 7, 1: 3}
-    assert [a.outcome for a in state.apply(VIEW, [event(3, T, partition=0, event_id="x")])] == ["replayed"]
+WINDOWS = (
+    Window("over", 40 * MINUTE),
+    Window("over", 7 * MINUTE),
+    Window("tumble", HOUR, HOUR),
+    Window("hop", HOUR, 5 * MINUTE),
+    Window("hop", 15 * MINUTE, 5 * MINUTE),
+    Window("session", 4 * MINUTE),
+    Window("tumble", 30 * MINUTE, 30 * MINUTE, on_close=True),
+    Window("hop", 30 * MINUTE, 10 * MINUTE, on_close=True),
+    Window("hop", 10 * MINUTE, 10 * MINUTE, on_close=True),
+    Window("session", 6 * MINUTE, on_close=True),
+)
 
 
-def test_events_live_as_long_as_a_read_may_need_them():
-    state = state_of(event(0, T, visible=T))
-    keep = T + 7 * DAY + SLACK
-    state.apply(VIEW, [event(1, keep, visible=keep)])
-    assert len(state.times) == 2
-    state.apply(VIEW, [event(2, keep, visible=keep + 1)])
-    assert len(state.times) == 2
-    assert state.evicted_last == T
+def history(random_: random.Random, size: int, partitions: int = 1, spread: int = 20 * MINUTE) -> list[E]:
+    """Events of one entity by arrival: out of order, late, repeated, ahead of the clock, with rows of history before."""
+    events: list[E] = []
+    now, lateness = T, MINUTE
+    tops: dict[int, int] = {}
+    for i in range(size):
+        now += random_.choice(
+            [0, 1, SECOND, MINUTE, random_.randrange(10 * MINUTE), random_.randrange(HOUR) * (i % 9 == 0)]
+        )
+        time = now - random_.choice(
+            [0, 0, 1, -3 * SECOND, random_.randrange(spread), random_.randrange(4 * HOUR) * (i % 5 == 0)]
+        )
+        time = time // (5 * MINUTE) * 5 * MINUTE if random_.random() < 0.2 else time
+        partition = -1 if i < size // 5 else random_.randrange(partitions)
+        # Other entities move the watermark too; partitions are apart by less than the retention.
+        tops[partition] = max(tops.get(partition, NEVER), now - random_.choice([HOUR, random_.randrange(HOUR)]))
+        watermark = NEVER if partition < 0 else tops[partition] - lateness
+        if i == size // 5:
+            past = [e.time for e in events]
+            for p in range(partitions):
+                tops[p] = max(past, default=NEVER)
+            watermark = tops[partition] - lateness if past else NEVER
+        events.append(
+            E(
+                time,
+                i,
+                partition,
+                now,
+                watermark,
+                random_.choice([None, 0, -1, 7, 2**40, -(2**55), random_.randrange(100)]),
+                random_.choice([None, 0.0, -0.5, 1e9 + random_.random(), random_.random()]),
+                random_.choice([True, False, None]),
+                random_.choice([None, "", "a", "b", f"k{i}"]),
+                random_.choice([f"id{random_.randrange(size)}", f"id{i}"]),
+            )
+        )
+        tops[partition] = max(tops[partition], time)
+    return events
 
 
-def test_a_very_late_event_of_a_new_entity_says_only_that_it_was_seen():
-    state = state_of(event(0, T - 100 * DAY))
-    assert len(state.times) == 0
-    assert state.last_seen_at(T) == T - 100 * DAY
-    assert state.finalise(VIEW, T) == {"day": 0, "tickets": 0, "total": None}
-
-
-def test_a_read_before_the_newest_event_was_known_is_refused():
-    with pytest.raises(WindowStateError, match="before the state's newest event"):
-        state_of(event(0, T)).finalise(VIEW, T - 1)
-
-
-def test_a_sum_beyond_int64_is_an_error_and_one_at_its_edge_is_exact():
-    edge = state_of(event(0, T, 2**63 - 1), event(1, T, 1), event(2, T, -1))
-    assert edge.finalise(VIEW, T)["total"] == 2**63 - 1
-    assert state_of(event(0, T, -(2**63))).finalise(VIEW, T)["total"] == -(2**63)
-    with pytest.raises(SumOverflowError, match=r"v\.total"):
-        state_of(event(0, T, 2**63 - 1), event(1, T, 1)).finalise(VIEW, T)
-
-
-def test_above_the_cap_there_is_an_error_until_the_lost_events_leave_the_window():
-    small = view(max_events_per_entity=3)
-    state = state_of(*(event(i, T - 5 + i) for i in range(5)), definition=small)
-    assert len(state.times) == 3
-    with pytest.raises(TooManyEventsError, match="max_events_per_entity"):
-        state.finalise(small, T)
-    last_lost = T - 4
-    with pytest.raises(TooManyEventsError):
-        state.finalise(small, last_lost + 7 * DAY)
-    assert state.finalise(small, last_lost + 7 * DAY + 1)["total"] == 3
-
-
-def test_state_under_another_definition_is_refused():
-    data = state_of(event(0, T)).encode(VIEW)
-    with pytest.raises(DefinitionError, match="another definition"):
-        EntityState.decode(view(ttl=timedelta(days=31)), data)
-
-
-@pytest.mark.parametrize("data", [b"", b"\x01", b"\x02" + bytes(80)])
-def test_bytes_that_are_no_state_are_refused(data):
-    with pytest.raises(WindowStateError):
-        EntityState.decode(VIEW, data)
-
-
-def test_a_truncated_state_is_refused():
-    data = state_of(event(0, T), event(1, T)).encode(VIEW)
-    for length in (len(data) - 1, len(data) - 8, 60):
-        with pytest.raises(WindowStateError):
-            EntityState.decode(VIEW, data[:length])
-
-
-def test_finalising_and_encoding_change_nothing():
-    state = state_of(event(0, T), event(1, T - DAY))
-    before = state.encode(VIEW)
-    state.finalise(VIEW, T + 3 * DAY)
-    assert state.encode(VIEW) == before
-
-
-def test_bulk_history_knows_that_an_entity_was_seen_long_ago():
-    none: np.ndarray = np.empty(0, dtype=np.int64)
-    masks = masks_of(VIEW, {"kind": [], "n": []}, 0)
-    columns = [none for _ in summed_columns(VIEW)]
-    state = EntityState.of_history(VIEW, none, none, masks, columns, {-1: 4}, T, T - 50 * DAY)
-    assert state.last_seen_at(T) == state.last_seen == T - 50 * DAY
-    state.apply(VIEW, [event(0, T + HOUR)])
-    assert state.last_seen_at(T) == T - 50 * DAY
-
-
-def test_the_hash_is_the_same_whatever_the_order_of_columns():
-    assert view(columns={"n": "int64", "kind": "string"}).hash == VIEW.hash
-    assert view(max_events_per_entity=5).hash != VIEW.hash
+@pytest.mark.parametrize("seed", range(12))
+def test_every_window_equals_brute_force_whatever_the_batches(seed):
+    random_ = random.Random(seed)
+    definition = view(*WINDOWS)
+    events = history(random_, random_.choice([5, 40, 120]), random_.choice([1, 1, 2]))
+    counted, outcomes = counted_of(definition, events)
+    whole, found = applied(definition, events)
+    assert found == outcomes
+    split, found = applied(definition, events, sizes=[random_.randrange(1, 9) for _ in range(7)])
+    assert found == outcomes
+    visible = int(whole.visible_at[0])
+    assert visible == max(e.visible for e in events)
+    own = int(whole.watermark[0])
+    lateness = definition.source.allowed_lateness_us
+    assert own == max((max(e.watermark, e.time - lateness) for e in events if e.partition >= 0), default=NEVER)
+    for later in (0, 1, 3 * SECOND, 5 * MINUTE, random_.randrange(HOUR), random_.randrange(5 * HOUR), 48 * HOUR):
+        t = visible + later
+        top = max(own, t - random_.randrange(HOUR))
+        for hash_ in ({}, {0: top}):
+            mark = max(own, hash_.get(0, NEVER)) if 0 in whole.offsets_of(0) else own
+            wanted, seen = expected(definition, counted, t, mark)
+            for states in (whole, split):
+                got = states.values(t, hash_)
+                assert not got.errors
+                assert got.seen == [seen]
+                assert got.watermark.tolist() == [mark]
+                values = {name: column[0] for name, column in got.columns.items()}
+                assert {k: (v, values[k]) for k, v in wanted.items() if not same(v, values[k])} == {}

@@ -1,0 +1,187 @@
+"""Rows of int64 words of many entities, in one matrix: sorted by entity, then by the first word (their key).
+
+Doubles are kept as their bits. Nothing here changes a matrix that was given to it, so that copies may share them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[Any]
+NEVER = -(2**63)
+"""No time: before all times."""
+LEAST, GREATEST = -(2**63), 2**63 - 1
+
+
+class Rows:
+    """`data`: a row per line; `starts`: where the rows of each entity begin (one more than entities)."""
+
+    __slots__ = ("__dict__", "data", "starts")
+
+    def __init__(self, starts: Array, data: Array) -> None:
+        self.starts, self.data = starts, data
+
+    @classmethod
+    def empty(cls, entities: int, width: int) -> Rows:
+        return cls(np.zeros(entities + 1, np.int64), np.empty((0, width), np.int64))
+
+    @classmethod
+    def of(cls, entities: int, entity: Array, data: Array) -> Rows:
+        """Rows that are sorted already; `entity` says whose each is."""
+        return cls(_starts(entity, entities), data)
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    @property
+    def entities(self) -> int:
+        return len(self.starts) - 1
+
+    @cached_property
+    def counts(self) -> Array:
+        return np.diff(self.starts)
+
+    @cached_property
+    def entity(self) -> Array:
+        """Whose each row is."""
+        return np.repeat(np.arange(self.entities), self.counts)
+
+    def find(self, entity: Array, key: Array) -> Array:
+        """For each (entity, key), the place of the entity's first row with that key or a greater one."""
+        if self.entities == 1:
+            return np.searchsorted(self.data[:, 0], key)
+        low, high = self.starts[entity], self.starts[entity + 1]
+        if not len(self.data) or not len(entity):
+            return low
+        keys = np.ascontiguousarray(self.data[:, 0])
+        for _ in range(int((high - low).max()).bit_length()):
+            middle = (low + high) >> 1
+            less = keys[np.minimum(middle, len(keys) - 1)] < key
+            less &= low < high
+            low, high = np.where(less, middle + 1, low), np.where(less, high, np.maximum(middle, low))
+        return low
+
+    def holds(self, places: Array, entity: Array, key: Array) -> Array:
+        """Which of the places that `find` gave are of a row with exactly that key."""
+        there = places < self.starts[entity + 1]
+        if len(self.data):
+            there &= self.data[np.minimum(places, len(self.data) - 1), 0] == key
+        return there
+
+    def keep(self, wanted: Array) -> Rows:
+        """The rows for which `wanted` is true."""
+        if wanted.all():
+            return self
+        return Rows.of(self.entities, self.entity[wanted], self.data[wanted])
+
+    def put(self, places: Array, there: Array, entity: Array, data: Array) -> Rows:
+        """With rows replaced (`there`) or inserted at the places that `find` gave; the new ones are sorted, too."""
+        new = ~there
+        inserted = int(np.count_nonzero(new))
+        if not inserted:
+            out = self.data.copy()
+            out[places] = data
+            return Rows(self.starts, out)
+        at = places[new] + np.arange(inserted)
+        out = np.empty((len(self.data) + inserted, self.data.shape[1]), np.int64)
+        old = np.ones(len(out), bool)
+        old[at] = False
+        out[old] = self.data
+        out[at] = data[new]
+        if inserted < len(new):
+            out[np.flatnonzero(old)[places[there]]] = data[there]
+        added = np.zeros(len(self.starts), np.int64)
+        np.cumsum(np.bincount(entity[new], minlength=self.entities), out=added[1:])
+        return Rows(self.starts + added, out)
+
+    def insert(self, entity: Array, data: Array) -> Rows:
+        """With further rows, in any order; of equal keys the old ones stay first, then as given."""
+        if not len(entity):
+            return self
+        order = order_of(self.entities, entity, data[:, 0])
+        entity, data = entity[order], data[order]
+        if not len(self.data):
+            return Rows.of(self.entities, entity, data)
+        # Behind the old rows of the same key; no key is the greatest int64.
+        places = self.find(entity, data[:, 0] + 1)
+        return self.put(places, np.zeros(len(entity), bool), entity, data)
+
+
+def _starts(entity: Array, entities: int) -> Array:
+    starts = np.zeros(entities + 1, np.int64)
+    np.cumsum(np.bincount(entity, minlength=entities), out=starts[1:])
+    return starts
+
+
+def packed(entities: int, entity: Array, *keys: Array) -> Array:
+    """One int64 per row that sorts as (entity, *keys) does, and is equal where they are."""
+    out, size = entity, max(entities, 1)
+    if not len(entity):
+        return out
+    for key in keys:
+        least = int(key.min())
+        span = int(key.max()) - least + 1
+        if size * span >= 2**62:
+            key = np.unique(key, return_inverse=True)[1]
+            least, span = 0, len(key)
+            if size * span >= 2**62:
+                out = np.unique(out, return_inverse=True)[1]
+                size = len(out)
+        out, size = out * span + (key - least), size * span
+    return out
+
+
+def order_of(entities: int, entity: Array, *keys: Array) -> Array:
+    """The order that sorts rows by (entity, *keys), stably."""
+    return np.argsort(packed(entities, entity, *keys), kind="stable")
+
+
+class Groups:
+    """Consecutive rows that belong together. `starts`: the first row of each group; `size`: of all rows."""
+
+    def __init__(self, starts: Array, size: int) -> None:
+        self.starts, self.size = starts, size
+
+    @classmethod
+    def of(cls, key: Array) -> Groups:
+        """One group per run of equal keys."""
+        first = np.empty(len(key), bool)
+        first[:1] = True
+        np.not_equal(key[1:], key[:-1], out=first[1:])
+        return cls(np.flatnonzero(first), len(key))
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    @cached_property
+    def sizes(self) -> Array:
+        return np.diff(self.starts, append=self.size)
+
+    def spread(self, of_group: Array) -> Array:
+        """What each row's group has."""
+        return np.repeat(of_group, self.sizes)
+
+
+def ranges(low: Array, high: Array) -> tuple[Array, Array]:
+    """The places in all ranges [low, high), and how many each has (none where high <= low)."""
+    sizes = np.maximum(high - low, 0)
+    ends = np.cumsum(sizes)
+    return np.arange(int(ends[-1]) if len(ends) else 0) + np.repeat(low - (ends - sizes), sizes), sizes
+
+
+def bits(column: Array) -> Array:
+    """The column as words."""
+    return column.view(np.int64) if column.dtype == np.float64 else column
+
+
+def stacked(columns: Sequence[Array], rows: int) -> Array:
+    """The columns as a matrix of words."""
+    out = np.empty((rows, len(columns)), np.int64)
+    for i, column in enumerate(columns):
+        out[:, i] = bits(column)
+    return out
