@@ -1,7 +1,8 @@
 """The online state of windowed views from history known by a time; the stream takes over where it stops.
 
-Reads the event log (history and stream) with DuckDB, builds every entity's state at once, writes states and values,
-sets the replay clock and the consumer group's start.
+Reads the event log (history and stream) with DuckDB, builds the entities' states some at a time, writes states and values,
+sets the replay clock and the consumer group's start. `rebuild_from_log` does the same for a Redis that lost its states,
+and leaves the consumer group alone.
 """
 
 from __future__ import annotations
@@ -12,8 +13,6 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from feature_store.bootstrap_plan import (
     BootstrapPlan,
     Start,
@@ -22,22 +21,23 @@ from feature_store.bootstrap_plan import (
     refuse_running,
     views_together,
 )
+from feature_store.bootstrap_states import LoggedStates, LogSummary
 from feature_store.clock import ClockMode, from_micros, to_micros
 from feature_store.erasure_list import ErasureList, not_erased
-from feature_store.event_log import EventLog, log_files
+from feature_store.errors import DataError
+from feature_store.event_log import EventLog
 from feature_store.rewound import mark_rewound
 from feature_store.stream_view import log_directory
 from feature_store.topic import commit_group
 from feature_store.topic_record import TopicRecord, write_record
-from feature_store.window_store import Key, WindowStore
+from feature_store.window_store import WindowStore, windowed_views
 from feature_store.windows.definition import WindowedView
-from feature_store.windows.state import NEVER, RETENTION_SLACK, EntityState, event_id_hash, masks_of, summed_columns
+from feature_store.windows.state import NEVER
 
 if TYPE_CHECKING:
     from feast import FeatureStore
 
 log = logging.getLogger(__name__)
-_ROWS_PER_WRITE = 2_000
 
 
 @dataclass(frozen=True)
@@ -102,20 +102,20 @@ def bootstrap(
                 mark_rewound(event_log.directory.parent, wall_clock())
             online.delete()
             event_log.rewind(known_by_us, plan.topic_id)
-        listed = [(k, k, erasures.digests_of(k)) for k in definition.entity_key]
-        files = log_files(event_log.directory.parent)
-        states, events = states_of(definition, files, known_by_us, not_erased(listed))
-        keys = list(states)
-        for i in range(0, len(keys), _ROWS_PER_WRITE):
-            part = keys[i : i + _ROWS_PER_WRITE]
-            online.write({k: states[k] for k in part})
-            if advance is not None:
-                advance(len(part))
+        found, fenced = _write_states(online, event_log, erasures, known_by_us, advance)
+        if fenced:
+            raise DataError(
+                f"{view.name}: {fenced} of {found.entities} entities hold states from later events than the log has",
+                value=known_by.isoformat(),
+                next_step=f"stop every sync of the view's topic; `predictflow windows bootstrap {view.name} --rewind --dry-run`",
+            )
         if clock == "replay":
             (online.set_clock if rewind else online.advance_clock)(known_by_us)
         if stream:
-            write_record(event_log, TopicRecord(definition.topic, plan.topic_id, len(plan.starts)))
-        done.append(Bootstrapped(view.name, known_by, len(states), events, plan.forgotten, dict(plan.starts)))
+            write_record(event_log, TopicRecord(definition.topic, plan.topic_id, len(plan.starts), found.history_watermark_us))
+        done.append(
+            Bootstrapped(view.name, known_by, found.entities, found.events, plan.forgotten, dict(plan.starts))
+        )
     if rewind and wall_clock is not None:
         # Again at the end: until now a server that runs meanwhile found rows missing.
         for view, _ in chosen:
@@ -133,77 +133,63 @@ def _commit(
         commit_group(config, group, topic, {p: min(s[p] for s in of_topic) for p in of_topic[0]})
 
 
-def states_of(
-    definition: WindowedView, files: Sequence[str], known_by_us: int, conditions: Sequence[str] = ()
-) -> tuple[dict[Key, EntityState], int]:
-    """The state of every entity from log files, and the number of events counted. Pure but for reading the files.
+@dataclass(frozen=True)
+class Rebuilt:
+    """What a rebuild wrote for one view. `known_by`: when its newest event became visible, None for an empty log;
+    `fenced`: entities whose state in Redis was newer already, and stays."""
 
-    Only rows that meet all `conditions` (SQL) count.
-    Trusts `_dropped` (duplicates are marked when they are logged). Entities silent for longer than ttl get a state too:
-    they were seen, which is not the same as NOT_FOUND.
+    view: str
+    known_by: datetime | None
+    entities: int
+    events: int
+    fenced: int
+
+
+def rebuild_from_log(
+    store: FeatureStore,
+    offline_path: str,
+    *,
+    clock: ClockMode,
+    views: Sequence[str] = (),
+    advance: Callable[[int], None] | None = None,
+) -> list[Rebuilt]:
+    """Writes the state of every entity from all that history and the stream's log hold, for `views` (default: all).
+
+    For a Redis that lost its states. The consumer group's offsets, the log and the topic's record stay as they are: what
+    the log has beyond the committed offsets comes again, and is recognised. Under `replay` the clock moves on to the
+    newest event's `_visible_at`. Safe to repeat, after a kill and beside a running sync: a newer state is never replaced.
+    Under `wall` no clock is read. Raises NotFoundError: unknown view, or neither history nor log; DataError: files that
+    cannot be read; UnavailableError: Redis.
     """
-    import duckdb
-
-    names = [_name(k) for k in definition.entity_key]
-    keys = ", ".join(names)
-    columns = [c for c, _ in definition.columns.items()]
-    floor = known_by_us - (definition.longest_window + RETENTION_SLACK) // _US
-    event_id = _name(definition.event_id) if definition.event_id else "NULL"
-    listed = ", ".join(_name(c) for c in columns)
-    with duckdb.connect() as con:
-        con.execute(
-            f"""CREATE TEMP TABLE log AS
-            SELECT {keys}, {listed}, {event_id} AS _id, _partition, _offset, _dropped,
-                   epoch_us({_name(definition.timestamp)}) AS _us
-            FROM read_parquet($files, union_by_name => true) WHERE {" AND ".join(["epoch_us(_visible_at) <= $known_by", *conditions])}
-            QUALIFY _partition < 0 OR row_number() OVER (PARTITION BY _partition, _offset ORDER BY _visible_at) = 1""",
-            {"files": list(files), "known_by": known_by_us},
-        )
-        con.execute(
-            f"""CREATE TEMP TABLE entity AS
-            SELECT {keys}, row_number() OVER (ORDER BY {keys}) - 1 AS _e,
-                   max(_us) FILTER (WHERE _dropped IS NULL AND _us < {floor}) AS _evicted, count(*) FILTER (WHERE _dropped IS NULL) AS _n
-            FROM log GROUP BY {keys}"""
-        )
-        entities = con.execute(f"SELECT {keys}, _evicted, _n FROM entity ORDER BY _e").fetchall()
-        offsets: list[dict[int, int]] = [{} for _ in entities]
-        for e, partition, offset in con.execute(
-            f"SELECT _e, _partition, max(_offset) FROM log JOIN entity USING ({keys}) GROUP BY ALL"
-        ).fetchall():
-            offsets[e][partition] = offset
-        kept: Any = con.sql(
-            f"""SELECT _e, _us, _id, {listed} FROM log JOIN entity USING ({keys})
-            WHERE _dropped IS NULL AND _us >= {floor} ORDER BY _e, _us, _partition, _offset"""
-        ).to_arrow_table()
-
-    values = {c: kept[c].to_pylist() for c in columns}
-    times = kept["_us"].to_numpy().astype(np.int64)
-    ids: np.ndarray[Any, Any] = np.empty(0, dtype="<u8")
-    if definition.event_id:
-        ids = np.fromiter((event_id_hash(i) for i in kept["_id"].to_pylist()), dtype="<u8", count=kept.num_rows)
-    masks = masks_of(definition, values, kept.num_rows)
-    summed = [kept[c].fill_null(0).to_numpy().astype(np.int64) for c in summed_columns(definition)]
-    bounds = np.searchsorted(kept["_e"].to_numpy(), np.arange(len(entities) + 1))
-    states: dict[Key, EntityState] = {}
-    for e, (*key, evicted, n) in enumerate(entities):
-        if not n:
-            continue
-        a, b = int(bounds[e]), int(bounds[e + 1])
-        states[tuple(key)] = EntityState.of_history(
-            definition,
-            times[a:b],
-            ids[a:b],
-            masks[a:b],
-            [c[a:b] for c in summed],
-            offsets[e],
-            known_by_us,
-            NEVER if evicted is None else evicted,
-        )
-    return states, sum(n for *_, n in entities)
+    erasures = ErasureList(offline_path)
+    done = []
+    for view, definition in windowed_views(store, views):
+        event_log = EventLog(log_directory(offline_path, view), definition.topic)
+        online = WindowStore(store, view)
+        found, fenced = _write_states(online, event_log, erasures, None, advance)
+        known = found.visible_us != NEVER
+        if clock == "replay" and known:
+            online.advance_clock(found.visible_us)
+        at = from_micros(found.visible_us) if known else None
+        done.append(Rebuilt(view.name, at, found.entities, found.events, fenced))
+    return done
 
 
-_US = from_micros(1) - from_micros(0)
-
-
-def _name(identifier: str) -> str:
-    return '"' + identifier.replace('"', '""') + '"'
+def _write_states(
+    online: WindowStore,
+    event_log: EventLog,
+    erasures: ErasureList,
+    known_by_us: int | None,
+    advance: Callable[[int], None] | None,
+) -> tuple[LogSummary, int]:
+    """Writes what the log gives; its summary, and how many entities kept a newer state."""
+    definition = online.definition
+    listed = [(k, k, erasures.digests_of(k)) for k in definition.entity_key]
+    fenced = 0
+    with LoggedStates(definition, event_log.directory.parent, known_by_us, not_erased(listed)) as logged:
+        watermarks = logged.summary.watermarks if definition.closes_windows else {}
+        for chunk in logged.chunks():
+            fenced += online.write(chunk.keys, chunk.states, watermarks).fenced
+            if advance is not None:
+                advance(len(chunk.keys))
+        return logged.summary, fenced

@@ -50,12 +50,16 @@ class ClockNotSetError(UnavailableError):
 
 @dataclass(slots=True)
 class ViewRead:
-    """The row of one view that was read. `created` None: unknown; `offsets` and `visible_at`: of a window state only."""
+    """The row of one view that was read. `created` None: unknown; `offsets` and `visible_at`: of a window state only.
+
+    `watermark`: the one that closed windows were read at; None without one, or where no window waits for it.
+    """
 
     event_timestamp: datetime | None
     created: datetime | None
     offsets: dict[int, int] | None
     visible_at: datetime | None
+    watermark: datetime | None = None
 
 
 @dataclass(slots=True)

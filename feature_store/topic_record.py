@@ -7,7 +7,7 @@ one partition. So sync refuses a topic that was made again or got partitions, an
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from feature_store.durable import write_whole
 from feature_store.errors import DataError
@@ -18,11 +18,16 @@ FILE = "_topic.json"
 
 @dataclass(frozen=True)
 class TopicRecord:
-    """A topic as it was: `topic_id` is '' where the broker has none."""
+    """A topic as it was: `topic_id` is '' where the broker has none.
+
+    `history_watermark_us`: where the watermark of every partition starts, by the history that the states were made from
+    (its greatest event time less the allowed lateness); None: no history.
+    """
 
     topic: str
     topic_id: str
     partitions: int
+    history_watermark_us: int | None = None
 
 
 def read_record(event_log: EventLog) -> TopicRecord | None:
@@ -30,7 +35,13 @@ def read_record(event_log: EventLog) -> TopicRecord | None:
     path = event_log.directory / FILE
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
-        found = TopicRecord(str(stored["topic"]), str(stored["topic_id"]), int(stored["partitions"]))
+        watermark = stored.get("history_watermark_us")
+        found = TopicRecord(
+            str(stored["topic"]),
+            str(stored["topic_id"]),
+            int(stored["partitions"]),
+            None if watermark is None else int(watermark),
+        )
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError) as e:
@@ -43,8 +54,7 @@ def read_record(event_log: EventLog) -> TopicRecord | None:
 def write_record(event_log: EventLog, record: TopicRecord) -> None:
     """Replaces the record of a log, atomically."""
     path = event_log.directory / FILE
-    stored = {"topic": record.topic, "topic_id": record.topic_id, "partitions": record.partitions}
-    write_whole(path, json.dumps(stored).encode())
+    write_whole(path, json.dumps(asdict(record)).encode())
 
 
 def refuse_other_topic(view: str, event_log: EventLog, now: str) -> None:

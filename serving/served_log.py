@@ -83,6 +83,7 @@ def records(
                 "created": v.created,
                 "offsets": None if v.offsets is None else {str(p): o for p, o in v.offsets.items()},
                 "visible_at": v.visible_at,
+                "watermark": v.watermark,
             }
             for name, v in row.views.items()
         }

@@ -1,7 +1,7 @@
 """Recomputes every value of served records, view by view.
 
-Windowed values come from the event log (history and stream Parquet) by (t, offsets): one plain range join per
-aggregate, sharing no code with the stream's states or history's SQL. Row values come from the Parquet row with exactly
+Windowed values come from the event log (history and stream Parquet) by (t, offsets, and the watermark served where windows
+close), with the SQL of history, which shares no code with the stream's states. Row values come from the Parquet row with exactly
 the served (event_timestamp, created); statuses from ttl and t. What was read must itself have been known by t: else it
 is different, though both sides agree. Where a newer row or more events were known by t, but not yet written, the value
 is `stale`, not different.

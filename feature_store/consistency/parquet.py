@@ -42,7 +42,7 @@ def in_micros(column: str, sql_type: str) -> str:
 def load_reads(
     con: duckdb.DuckDBPyConnection, view: FeatureView, keys: Iterable[str], features: Mapping[str, list[Served]]
 ) -> None:
-    """Table `read`: one row per record; `offsets` MAP(INTEGER, BIGINT), times in microseconds."""
+    """Table `read`: one row per record; `offsets` MAP(INTEGER, BIGINT), times in microseconds (`watermark`: that served)."""
     reads = {s.record: s for served in features.values() for s in served}.values()
     types = {c.name: c.dtype.to_value_type().name for c in view.entity_columns}
     columns: dict[str, pa.Array] = {"id": pa.array([s.record for s in reads], pa.int64())}
@@ -52,7 +52,7 @@ def load_reads(
     columns["t_us"] = pa.array([s.t_us for s in reads], pa.int64())
     offsets = [[(int(p), o) for p, o in (s.read.get("offsets") or {}).items()] for s in reads]
     columns["offsets"] = pa.array(offsets, pa.map_(pa.int32(), pa.int64()))
-    for name in ("event_timestamp", "created"):
+    for name in ("event_timestamp", "created", "watermark"):
         times = [micros(s.read[name]) if s.read.get(name) else None for s in reads]
         columns[f"{name.removesuffix('_timestamp')}_us"] = pa.array(times, pa.int64())
     con.register("_read", pa.table(columns))

@@ -18,7 +18,7 @@ from feature_store.point_in_time.append import write_new
 from feature_store.point_in_time.engine import connect
 from feature_store.point_in_time.latest import Pull
 from feature_store.point_in_time.source import file_path, is_uri, resolve
-from feature_store.windows.definition import WindowedView, definition_of
+from feature_store.windows.definition import STATE_FIELD, WindowedView, definition_of
 
 if TYPE_CHECKING:
     from feast.data_source import DataSource
@@ -151,7 +151,11 @@ def pull_job(
 
 def _no_rows(pull: Pull, definition: WindowedView) -> pa.Table:
     time = pa.timestamp("us", "UTC")
-    types: dict[str, pa.DataType] = {a.name: pa.int64() for a in definition.aggregates}
-    types.update({key: pa.string() for key in pull.keys}, window_state=pa.binary())
+    arrow: dict[str, pa.DataType] = {
+        "int64": pa.int64(), "float64": pa.float64(), "string": pa.string(), "bool": pa.bool_(), "timestamp": time,
+    }  # fmt: skip
+    types = {o.name: arrow[o.type] for o in definition.outputs}
+    types |= {key: arrow[kind] for key, kind in zip(definition.entity_key, definition.key_types, strict=True)}
+    types[STATE_FIELD] = pa.binary()
     types.update({name: time for name in (pull.timestamp, pull.created) if name})
     return pa.table({c: pa.array([], types.get(c, pa.string())) for c in pull.columns})

@@ -11,14 +11,30 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from feature_store.errors import DataError
 from feature_store.point_in_time.engine import ident, reading
 from feature_store.point_in_time.join import entity_keys, spread
 from feature_store.point_in_time.request import Feature, ViewRequest
-from feature_store.point_in_time.source import ParquetSource, open_source
-from feature_store.windows.definition import STATE_FIELD
+from feature_store.point_in_time.source import ParquetSource, open_source, require_same_kind, scanning
+from feature_store.point_in_time.types import as_declared, ns_per_tick, ticks
+from feature_store.windows.definition import STATE_FIELD, WindowedView
+from feature_store.windows.ir import Type
 
 HISTORY, STREAM = "history", "stream"
 """Directories below a windowed view's path: what backfill wrote, and the log of what sync applied."""
+EVENTS = "_window_events"
+"""The temporary view that `make_events` creates."""
+
+_SQL: dict[Type, str] = {
+    "int64": "BIGINT",
+    "float64": "DOUBLE",
+    "string": "VARCHAR",
+    "bool": "BOOLEAN",
+    "timestamp": "TIMESTAMP WITH TIME ZONE",
+}
+_LOG: dict[str, str] = {"_partition": "INTEGER", "_offset": "BIGINT", "_dropped": "VARCHAR"}
+_SKETCH_ROWS = 50_000
+"""COUNT(DISTINCT) holds up to a few thousand hashes per entity row while it merges."""
 
 
 def open_events(con: duckdb.DuckDBPyConnection, request: ViewRequest) -> ParquetSource:
@@ -27,14 +43,50 @@ def open_events(con: duckdb.DuckDBPyConnection, request: ViewRequest) -> Parquet
     return open_source(con, request.label, places, request.next_step)
 
 
+def make_events(con: duckdb.DuckDBPyConnection, source: ParquetSource, definition: WindowedView) -> list[str]:
+    """Creates the view EVENTS, the event log in the definition's types, and returns its columns.
+
+    Times finer than a microsecond are cut. DataError naming the column that no file holds, or that changes its kind.
+    """
+    times = [definition.source.timestamp, "_visible_at", "_watermark"]
+    items = [ident(k) for k in definition.entity_key]
+    for key in definition.entity_key:
+        source.require(key, "an entity key")
+    for name, kind in {**definition.source.columns, **_LOG}.items():
+        if name in definition.entity_key:
+            continue
+        stored = source.require(name, "the event log")
+        items.append(f"{as_type(name, stored, _SQL.get(kind, kind))} AS {ident(name)}")  # type: ignore[call-overload]  # kind is a Type or SQL
+    for name in times:
+        stored = source.columns.get(name, "") if name == "_watermark" else source.require_time(name, "an event's time")
+        items.append(f"{as_type(name, stored, _SQL['timestamp'])} AS {ident(name)}")
+    names = [*dict.fromkeys([*definition.entity_key, *definition.source.columns, *_LOG, *times])]
+    require_same_kind(source, names)
+    con.execute(f"CREATE OR REPLACE TEMP VIEW {EVENTS} AS SELECT {', '.join(items)} FROM {source.relation}")
+    return [n for n in names if n in source.columns]
+
+
+def as_type(name: str, stored: str, wanted: str) -> str:
+    """SQL that reads a column of DuckDB type `stored` ('': there is none) as another."""
+    if not stored:
+        return f"CAST(NULL AS {wanted})"
+    if wanted == _SQL["timestamp"] and stored not in ('"NULL"', wanted):
+        tick = ticks(ident(name), stored)
+        return f"make_timestamptz({tick if ns_per_tick(stored) == 1000 else _micros(tick)})"
+    return f"CAST({ident(name)} AS {wanted})"
+
+
+def _micros(ns: str) -> str:
+    return f"(({ns} - (({ns} % 1000) + 1000) % 1000) // 1000)"
+
+
 def window_values(con: duckdb.DuckDBPyConnection, request: ViewRequest, entities: pa.Table, t_ns: pa.Array) -> pa.Table:
-    """One row per entity row, in order: the requested aggregates at t over the events visible by t.
+    """One row per entity row, in order: the requested outputs at t over the events visible by t, in their declared types.
 
     `window_state` is null: the state of the stream has no history.
     """
-    from feature_store.windows.history import history_sql
-
-    assert request.definition is not None
+    definition = request.definition
+    assert definition is not None
     source = open_events(con, request)
     keys = entity_keys(entities, request.keys, source)
     rows = pa.table(
@@ -47,16 +99,44 @@ def window_values(con: duckdb.DuckDBPyConnection, request: ViewRequest, entities
     for key in request.keys:
         rows = rows.filter(pc.is_valid(rows.column(key.source)))
     wanted = [f for f in request.features if f.source != STATE_FIELD]
-    columns = "".join(f", CAST({ident(f.source)} AS BIGINT) AS {ident(f.output)}" for f in wanted)
+    types = {o.name: _SQL[o.type] for o in definition.outputs}
+    for f in wanted:
+        if f.source not in types:
+            raise DataError(
+                f"{request.label}: its SQL has no such output", value=f.source, valid=types, next_step="feast apply"
+            )
+    columns = "".join(
+        f", {as_declared(ident(f.source), types[f.source], f.dtype, f'{request.label}: feature {f.name}')} AS {ident(f.output)}"
+        for f in wanted
+    )
+    logged = make_events(con, source, definition)
+    has_sketch = any(a.function == "count_distinct" for s in definition.statements for a in s.aggregates)
+    size = _SKETCH_ROWS if has_sketch else max(rows.num_rows, 1)
+    parts = [
+        _select(con, source, definition, rows.slice(start, size), columns, logged)
+        for start in range(0, max(rows.num_rows, 1), size)
+    ]
+    values = spread(pa.concat_tables(parts), len(t_ns), [f.output for f in wanted])
+    return pa.table({f.output: _column(values, f) for f in request.features})
+
+
+def _select(
+    con: duckdb.DuckDBPyConnection,
+    source: ParquetSource,
+    definition: WindowedView,
+    rows: pa.Table,
+    columns: str,
+    logged: list[str],
+) -> pa.Table:
+    from feature_store.windows.history import history_sql
+
     con.register("_entities", rows)
     try:
-        with reading(source.label):
-            sql = history_sql(request.definition, "_entities", f"(SELECT * FROM {source.relation})", known="by_time")
-            found = con.sql(f"SELECT _row{columns} FROM ({sql})").to_arrow_table()
+        with scanning(source, logged):
+            sql = history_sql(definition, "_entities", EVENTS, known="by_time")
+            return con.sql(f"SELECT _row{columns} FROM ({sql})").to_arrow_table()
     finally:
         con.unregister("_entities")
-    values = spread(found, len(t_ns), [f.output for f in wanted])
-    return pa.table({f.output: _column(values, f) for f in request.features})
 
 
 def _column(values: pa.Table, feature: Feature) -> pa.ChunkedArray | pa.Array:
