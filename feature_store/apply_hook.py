@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime, timedelta
+from datetime import datetime
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,9 @@ from feature_store.feature import Feature
 from feature_store.lineage import Edge, Node
 from feature_store.postgres import is_postgres
 from feature_store.source_columns import SourceColumn, columns_of
-from feature_store.windows.definition import SQL_TAG, STATE_FIELD, Aggregate, WindowedView, definition_of
+from feature_store.windows.definition import SQL_TAG, STATE_FIELD, WindowedView, definition_of
+from feature_store.windows.in_words import output_columns, output_text
+from feature_store.windows.ir import Output, Statement
 
 if TYPE_CHECKING:
     from feast import FeatureService, FeatureStore, FeatureView, RepoConfig
@@ -213,8 +215,8 @@ def _origin(view: Any) -> Callable[[str], Origin]:
 
     windowed = definition_of(view)
     if windowed is not None:
-        aggregates = {a.name: a for a in windowed.aggregates}
-        return lambda name: _windowed_origin(windowed, aggregates[name], column)
+        outputs = {o.name: (s, o) for s in windowed.statements for o in s.outputs}
+        return lambda name: _windowed_origin(windowed, *outputs[name], column)
 
     def row(name: str) -> Origin:
         c = column(name)
@@ -224,24 +226,21 @@ def _origin(view: Any) -> Callable[[str], Origin]:
     return row
 
 
-def _windowed_origin(view: WindowedView, a: Aggregate, column: Callable[[str], SourceColumn]) -> Origin:
-    reads = {view.timestamp, *([a.column] if a.column else []), *([a.where.column] if a.where else [])}
-    columns = {name: column(name) for name in sorted(reads)}
-    where = f" FILTER (WHERE {a.where.column} IN ({', '.join(repr(v) for v in a.where.values)}))" if a.where else ""
+def _windowed_origin(
+    view: WindowedView, statement: Statement, output: Output, column: Callable[[str], SourceColumn]
+) -> Origin:
+    columns = {name: column(name) for name in sorted({view.source.timestamp, *output_columns(statement, output)})}
     definition: dict[str, object] = {
         "kind": "window",
-        "expression": f"{a.function.upper()}({a.column or '*'}){where} OVER (RANGE {_interval(a.window)} PRECEDING)",
+        "expression": output_text(statement, output),
         "columns": {name: [c.expression, c.statement] for name, c in columns.items()},
         "topic": view.topic,
-        "event_id": view.event_id,
+        "event_id": view.source.event_id,
+        "retention_s": view.source.retention_us / 1e6,
+        "allowed_lateness_s": view.source.allowed_lateness_us / 1e6,
         "ttl_s": view.ttl.total_seconds(),
     }
     return [Node("column", n) for c in columns.values() for n in c.columns], definition
-
-
-def _interval(window: timedelta) -> str:
-    days, rest = divmod(window, timedelta(days=1))
-    return f"INTERVAL '{days}' DAYS" if not rest else f"INTERVAL '{window.total_seconds():g}' SECONDS"
 
 
 def _on_demand_inputs(view: Any) -> Iterator[Node]:

@@ -80,7 +80,7 @@ class Plan:
             self.order,
         ]
         if self.definition:
-            parts += [self.definition.event_id, self.definition.entity_key]
+            parts += [self.definition.source.event_id, self.definition.entity_key]
         return hashlib.sha256(json.dumps([VERSION, *parts]).encode()).hexdigest()[:16]
 
     @property
@@ -122,10 +122,11 @@ class Plan:
             return select
         # The number is the event's rank among all raw events, whatever range is asked for, so that it never changes.
         names = ", ".join(ident(c.name) for c in self.columns)
-        tie = ident(self.definition.event_id) if self.definition.event_id else names
+        event_id = self.definition.source.event_id
+        tie = ident(event_id) if event_id is not None else names
         dropped = "CAST(NULL AS VARCHAR)"
-        if self.definition.event_id:
-            same = ", ".join(ident(c) for c in (*self.definition.entity_key, self.definition.event_id))
+        if event_id is not None:
+            same = ", ".join(ident(c) for c in (*self.definition.entity_key, event_id))
             dropped = f"CASE WHEN row_number() OVER (PARTITION BY {same} ORDER BY _offset) > 1 THEN 'duplicate' END"
         return (
             f"SELECT {names}, '' AS _topic_id, CAST(-1 AS INTEGER) AS _partition, _offset, created AS _visible_at, "
@@ -191,12 +192,15 @@ def _window_plan(view: FeatureView, sql: str, inputs: tuple[str, ...], definitio
     from feast import types as feast_types
 
     assert view.batch_source is not None
-    kinds = {"string": feast_types.String, "int64": feast_types.Int64}
-    keys = {e.name: e.dtype for e in view.entity_columns}
-    columns = [Column(definition.event_id, feast_types.String)] if definition.event_id else []
-    columns += [Column(k, keys.get(k, feast_types.String)) for k in definition.entity_key]
-    columns += [Column(definition.timestamp, None), Column("created", None)]
-    columns += [Column(n, kinds[t]) for n, t in definition.columns.items() if n not in {c.name for c in columns}]
+    events = definition.source
+    kinds = {
+        "string": feast_types.String, "int64": feast_types.Int64, "float64": feast_types.Float64, "bool": feast_types.Bool,
+        "timestamp": None,
+    }  # fmt: skip
+    columns = [Column(events.event_id, feast_types.String)] if events.event_id is not None else []
+    columns += [Column(k, kinds[t]) for k, t in zip(definition.entity_key, definition.key_types, strict=True)]
+    columns += [Column(events.timestamp, None), Column("created", None)]
+    columns += [Column(n, kinds[t]) for n, t in events.columns.items()]
     names = tuple(c.name for c in columns)
     log = ("_topic_id", "_partition", "_offset", "_visible_at", "_watermark", "_dropped")
     assert STATE_FIELD not in names
@@ -208,10 +212,10 @@ def _window_plan(view: FeatureView, sql: str, inputs: tuple[str, ...], definitio
         inputs=inputs,
         columns=tuple(columns),
         stored=(*names, *log),
-        required=(*definition.entity_key, definition.timestamp, "created"),
-        timestamp=definition.timestamp,
+        required=(*definition.entity_key, events.timestamp, "created"),
+        timestamp=events.timestamp,
         created="created",
-        order=", ".join(ident(c) for c in (*definition.entity_key, definition.timestamp, "_offset")),
+        order=", ".join(ident(c) for c in (*definition.entity_key, events.timestamp, "_offset")),
         definition=definition,
         keys=tuple((k, k) for k in definition.entity_key),
     )

@@ -11,7 +11,19 @@ churn_v1 = FeatureService(
     features=[
         churn_features,
         customer_behavior[
-            ["events_7d", "events_30d", "quantity_7d", "quantity_30d", "spend_cents_30d", "problems_30d"]
+            [
+                "events_7d",
+                "events_30d",
+                "quantity_7d",
+                "quantity_30d",
+                "spend_cents_30d",
+                "problems_30d",
+                "events_this_week",
+                "spend_cents_90d",
+                "mean_quantity_90d",
+                "spell_events",
+                "spell_spend_cents",
+            ]
         ],
     ],
     owner="churn-team",

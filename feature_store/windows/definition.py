@@ -14,6 +14,7 @@ from datetime import timedelta
 from functools import cached_property, lru_cache
 from typing import Any, Literal
 
+from feature_store.errors import DefinitionError
 from feature_store.windows.ir import Output, Statement, Type
 
 WINDOW_TAG = "predictflow.window"
@@ -97,8 +98,15 @@ class WindowedView:
 
     @classmethod
     def from_json(cls, text: str) -> WindowedView:
+        """DefinitionError for a definition that another version of this code has written."""
         d: dict[str, Any] = json.loads(text)
-        del d["version"]
+        if (version := d.pop("version", None)) != _VERSION:
+            raise DefinitionError(
+                f"windowed view {d.get('name')}: its definition in the registry is of another version",
+                value=version,
+                valid=[_VERSION],
+                next_step="feast apply, then predictflow windows bootstrap",
+            )
         return cls(
             **d
             | {

@@ -418,6 +418,10 @@ class _OutputReader:
         if not isinstance(node, Function):
             return None
         name = node.name.upper()
+        if name in ("LOWER", "UPPER", "LENGTH", "CHAR_LENGTH"):
+            raise SqlError(
+                node.at, "strings of an output are constants", value=node.name, nearest="the constant itself"
+            )
         if name in _WINDOW_FUNCTIONS:
             raise SqlError(
                 node.at, "a window function stands in FROM TABLE(...) or GROUP BY", value=node.name, nearest=TABLE_FORM

@@ -156,6 +156,8 @@ class Checker:
                 return Call("not", (self._typed(arguments[0], ("bool",), "NOT"),), "bool")
             case "neg":
                 argument = self._typed(arguments[0], ("int64", "float64"), "-")
+                if isinstance(argument, Constant):
+                    return _negated(node.at, argument)
                 return Call("neg", (argument,), argument.type)
             case "+" | "-" | "*" | "/" | "%":
                 return self._arithmetic(node.at, operator, *arguments)
@@ -311,6 +313,13 @@ def _as_float(x: Expression) -> Expression:
     if isinstance(x, Constant):
         return Constant(None if x.value is None else float(x.value), "float64")
     return Call("cast", (x,), "float64")
+
+
+def _negated(at: At, x: Constant) -> Constant:
+    """Computed here: DuckDB would make a wider integer of the least int64."""
+    if x.value == -(2**63) and x.type == "int64":
+        raise SqlError(at, "beyond 64 bits", value=f"- {x.value}", nearest="a float, like 1e20")
+    return Constant(None if x.value is None else -x.value, x.type)  # type: ignore[operator]  # it is a number
 
 
 def _refused(at: At, name: str) -> SqlError:

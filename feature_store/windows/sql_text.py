@@ -1,19 +1,25 @@
-"""Expressions of a windowed definition as SQL text for DuckDB, Flink and Spark, each meaning what `ir.Operator` says."""
+"""Expressions of a windowed definition as SQL text for DuckDB, Flink and Spark, each meaning what `ir.Operator` says.
+
+`plain` is for people (lineage, `windows explain`): nothing runs it.
+"""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+from datetime import datetime, timedelta
 from typing import Literal
 
 from feature_store.windows.ir import AggregateRef, Column, Constant, Expression, Type
 
-Dialect = Literal["duckdb", "flink", "spark"]
+Dialect = Literal["duckdb", "flink", "spark", "plain"]
 
 _SAME = ("+", "-", "*", "=", "<>", "<", "<=", ">", ">=")
 _CAST: dict[Dialect, dict[Type, str]] = {
     "duckdb": {"int64": "BIGINT", "float64": "DOUBLE", "string": "VARCHAR", "bool": "BOOLEAN", "timestamp": "TIMESTAMPTZ"},
     "flink": {"int64": "BIGINT", "float64": "DOUBLE", "string": "STRING", "bool": "BOOLEAN", "timestamp": "TIMESTAMP_LTZ(6)"},
     "spark": {"int64": "BIGINT", "float64": "DOUBLE", "string": "STRING", "bool": "BOOLEAN", "timestamp": "TIMESTAMP"},
+    "plain": {"int64": "BIGINT", "float64": "DOUBLE", "string": "VARCHAR", "bool": "BOOLEAN", "timestamp": "TIMESTAMP"},
 }  # fmt: skip
 _FUNCTION: dict[str, dict[Dialect, str]] = {
     "abs": {},
@@ -48,6 +54,8 @@ def expression_sql(expression: Expression, dialect: Dialect, aggregates: Sequenc
             return f"(-{parts[0]})"
         case "not":
             return f"(NOT {parts[0]})"
+        case "/" | "%" if dialect == "plain":
+            return f"({parts[0]} {expression.operator} {parts[1]})"
         case "/":
             # Engines differ on a zero divisor (null, infinity, error), so it is taken out first.
             return f"(CAST({parts[0]} AS {double}) / nullif(CAST({parts[1]} AS {double}), 0))"
@@ -80,19 +88,24 @@ def _utc(timestamp: str, dialect: Dialect) -> str:
 
 def identifier(name: str, dialect: Dialect = "duckdb") -> str:
     """A quoted name."""
-    quote = '"' if dialect == "duckdb" else "`"
+    if dialect == "plain" and re.fullmatch("[a-zA-Z_][a-zA-Z0-9_]*", name):
+        return name
+    quote = '"' if dialect in ("duckdb", "plain") else "`"
     return quote + name.replace(quote, quote * 2) + quote
 
 
 def constant_sql(value: int | float | str | bool | None, kind: Type, dialect: Dialect = "duckdb") -> str:
     """A literal of the type, a null too."""
     if value is None:
-        return f"CAST(NULL AS {_CAST[dialect][kind]})"
+        return "NULL" if dialect == "plain" else f"CAST(NULL AS {_CAST[dialect][kind]})"
     if kind == "string":
         text = str(value).replace("\\", "\\\\") if dialect == "spark" else str(value)
         return "'" + text.replace("'", "\\'" if dialect == "spark" else "''") + "'"
     if kind == "bool":
         return "TRUE" if value else "FALSE"
+    if dialect == "plain":
+        time = datetime(1970, 1, 1) + timedelta(microseconds=int(value)) if kind == "timestamp" else None  # noqa: DTZ001 - UTC, printed without zone
+        return f"TIMESTAMP '{time}'" if time is not None else repr(value)
     if kind == "timestamp":
         if dialect == "duckdb":
             return f"make_timestamptz({int(value)})"

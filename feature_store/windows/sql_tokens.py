@@ -81,6 +81,8 @@ def tokens(text: str) -> list[Token]:
         if kind == "name":
             found.append(Token("name", word, at, word.upper()))
         elif kind == "string":
+            if re.search("[\x00\ud800-\udfff]", word):
+                raise SqlError(at, "a string with a character that no text has", value=word[:20])
             found.append(Token("string", word[1:-1].replace("''", "'"), at))
         elif kind == "quoted":
             found.append(Token("quoted", word[1:-1].replace(word[0] * 2, word[0]), at))

@@ -12,7 +12,7 @@ import pytest
 from feast.repo_contents import RepoContents
 from feast.repo_operations import get_repo_files, parse_repo
 
-from feature_store.windows import definition_of
+from feature_store.windows.definition import definition_of
 from predictflow.init_project import init_project
 
 ROOT = Path(__file__).parents[2]

@@ -15,7 +15,7 @@ from feast.types import Float64, Int64
 
 from feature_store.apply_hook import check_field_collisions, describe, record_apply
 from feature_store.errors import DefinitionError
-from feature_store.windows import Aggregate, Where, windowed_feature_view
+from feature_store.windows.declare import event_source, windowed_feature_view
 
 customer = Entity(name="customer", join_keys=["customer_id"], value_type=ValueType.STRING)
 SQL = "SELECT customer_id, event_timestamp, created, 12 * monthly_charges AS yearly, joined_at AS joined FROM accounts"
@@ -41,18 +41,15 @@ def row_view(
     )
 
 
-def windowed_view(window: timedelta = timedelta(days=7), values: tuple[str, ...] = ("ticket",)) -> FeatureView:
+def windowed_view(days: int = 7, kind: str = "ticket") -> FeatureView:
+    window = f"OVER (PARTITION BY customer_id ORDER BY event_timestamp RANGE INTERVAL '{days}' DAYS PRECEDING)"
     return windowed_feature_view(
         name="activity",
         entity=customer,
-        topic="customer-events",
-        path="activity",
-        columns={"kind": "string", "n": "int64"},
-        sql="SELECT customer_id, event_type AS kind, event_timestamp, created, quantity + amount_cents AS n FROM events",
-        aggregates=[
-            Aggregate("n_7d", "sum", "n", window=window, unit="items", description="d"),
-            Aggregate("tickets_7d", "count", window=window, where=Where("kind", values)),
-        ],
+        source=event_source(topic="customer-events", columns={"kind": "string", "n": "int64"}),
+        history_sql="SELECT customer_id, event_type AS kind, event_timestamp, created, quantity + amount_cents AS n FROM events",
+        sql=f"SELECT SUM(n) {window} AS n_7d, COUNT(*) FILTER (WHERE kind = '{kind}') {window} AS tickets_7d FROM events",
+        features={"n_7d": ("d", "items")},
         ttl=timedelta(days=60),
         owner="me",
     )
@@ -149,8 +146,8 @@ def test_only_what_changes_a_value_changes_the_hash() -> None:
     two = ("yearly", "joined")
     assert changed(row_view(fields=two, sql=SQL.replace("12 *", "13 *"))) == {"account:yearly"}
     assert changed(row_view(fields=two, sql=f"{SQL} WHERE contract_months > 1")) == {"account:yearly", "account:joined"}
-    assert changed(windowed_view(timedelta(days=8))) == {"activity:n_7d", "activity:tickets_7d"}
-    assert changed(windowed_view(values=("ticket", "call"))) == {"activity:tickets_7d"}
+    assert changed(windowed_view(days=8)) == {"activity:n_7d", "activity:tickets_7d"}
+    assert changed(windowed_view(kind="call")) == {"activity:tickets_7d"}
     longer = row_view(fields=two)
     longer.ttl = timedelta(days=31)
     assert changed(longer) == {"account:yearly", "account:joined"}
