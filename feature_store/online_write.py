@@ -114,6 +114,10 @@ class OnlineWriter:
         left_out, batches = self._of_table(table, limit)
         return await _acounted(awrite(client, batches, budget_seconds), table.num_rows, left_out, progress)
 
+    def batches(self, table: pa.Table) -> Iterator[Batch]:
+        """A table's rows as `write` sends them, in order if no key repeats; for a writer with a script of its own."""
+        return self._of_table(table, None)[1]
+
     def write_rows(self, rows: Sequence[Row], *, wall: Clock | None, progress: Progress | None = None) -> Written:
         """As `write`, of rows as Feast's provider hands them over. A key that the layout cannot hold: DataError."""
         client, limit = self._client_and_limit(wall)

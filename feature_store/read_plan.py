@@ -16,6 +16,7 @@ from feature_store.redis_socket import RedisSocket
 from feature_store.redis_stream import Done, RedisStream
 from feature_store.redis_wire import command, hmget_parts
 from feature_store.view_plan import OnDemandViewError, ViewPlan, ViewRow, python_value, resolve
+from feature_store.window_write import parse_watermarks, watermarks_key
 from feature_store.windows.state import NEVER
 
 if TYPE_CHECKING:
@@ -87,6 +88,13 @@ def _is_on_demand(view: Any) -> bool:
     return isinstance(view, OnDemandFeatureView)
 
 
+class Replies(list[Reply]):
+    """The replies to a plan's HMGETs. `watermarks`: stored name of each view that closes windows -> what its hash of
+    watermarks held before the states were read (see `parse_watermarks`)."""
+
+    watermarks: dict[str, tuple[dict[int, int], int | None]]
+
+
 class _Hmget:
     """The bytes of one HMGET around its key; `name` is the join key where that is a single string."""
 
@@ -130,6 +138,9 @@ class ReadPlan:
             _Hmget(layout, *hmget_parts(fields)) for (layout, _), fields in zip(self._groups, self._fields)
         ]
         self.width = len(self._groups)
+        self.windowed = any(v.definition is not None for v in read)
+        self.closing = list(dict.fromkeys(v.stored for v in read if v.closes_windows))
+        """Stored names of the views that need the watermarks of partitions too."""
         names = (p.requested for layout, _ in self._groups for p in layout.parts if p.requested is not None)
         extra = (name for v in self.on_demand for name in v.request_keys)
         self.key_types = {p.requested: p.type for layout, _ in self._groups for p in layout.parts if p.requested}
@@ -230,18 +241,25 @@ class ReadPlan:
 
     def windowed_at(self, replies: Sequence[Reply], t_us: int) -> tuple[int, list[dict[int, ViewRow]]]:
         """As `at` for the windowed views alone: per entity row, position in `view_plans` to answer."""
-        width = self.width
-        places = [(k, *p) for k, p in enumerate(self.places()) if p[0].definition is not None]
-        held: list[list[tuple[int, ViewPlan, Any]]] = []
-        for start in range(0, len(replies), width):
-            row = []
-            for k, view, group, at in places:
-                parsed = view.parse(replies[start + group][at : at + len(view.fields)])
-                if parsed.state is not None and parsed.state.visible_at > t_us:
-                    t_us = parsed.state.visible_at
-                row.append((k, view, parsed))
-            held.append(row)
-        return t_us, [{k: view.at(parsed, t_us) for k, view, parsed in row} for row in held]
+        t_us, found = self._windowed_at(replies, t_us)
+        places = [(k, found[id(view)]) for k, view in enumerate(self.view_plans) if id(view) in found]
+        return t_us, [{k: rows[i] for k, rows in places} for i in range(len(replies) // (self.width or 1))]
+
+    def _windowed_at(self, replies: Sequence[Reply], t_us: int) -> tuple[int, dict[int, list[ViewRow]]]:
+        """t, and the answers of each windowed view by its id. All are finalised together, at one time."""
+        read = []
+        marks = replies.watermarks if isinstance(replies, Replies) else {}
+        for g, (_, members) in enumerate(self._groups):
+            at = 0
+            for view in members:
+                if view.definition is not None:
+                    held = [view.parse(reply[at : at + len(view.fields)]) for reply in replies[g :: self.width]]
+                    windows = view.windows(held)
+                    partitions, known = marks[view.stored] if view.closes_windows else ({}, None)
+                    t_us = max(t_us, windows.visible_at, NEVER if known is None else known)
+                    read.append((view, held, windows, partitions))
+                at += len(view.fields)
+        return t_us, {id(v): v.windowed_at(held, windows, t_us, marks) for v, held, windows, marks in read}
 
     def _refuse(self, i: int, entity: Entity) -> None:
         for name in self.join_keys:
@@ -265,19 +283,22 @@ class ReadPlan:
             raise OnDemandViewError(
                 "on-demand feature views are computed from the entities too", value=self.feature_names
             )
-        held: list[list[Any]] = [] if width else [[] for _ in entities or ()]
-        for start in range(0, len(replies), width or 1):
-            row = []
+        windowed: dict[int, list[ViewRow]] = {}
+        if self.windowed:
+            t_us, windowed = self._windowed_at(replies, t_us)
+        answers: list[dict[int, ViewRow]] = [] if width else [{} for _ in entities or ()]
+        for n, start in enumerate(range(0, len(replies), width or 1)):
+            row = {}
             for (_, members), reply in zip(self._groups, replies[start : start + width]):
                 i = 0
                 for view in members:
-                    parsed = view.parse(reply[i : i + len(view.fields)])
+                    of_view = windowed.get(id(view))
+                    if of_view is not None:
+                        row[id(view)] = of_view[n]
+                    else:
+                        row[id(view)] = view.at(view.parse(reply[i : i + len(view.fields)]), t_us)
                     i += len(view.fields)
-                    if parsed.state is not None:
-                        t_us = max(t_us, parsed.state.visible_at)
-                    row.append((view, parsed))
-            held.append(row)
-        answers = [{id(view): view.at(parsed, t_us) for view, parsed in row} for row in held]
+            answers.append(row)
         for computed in self.on_demand:
             made = computed.at(entities or (), answers)
             for row_answers, answer in zip(answers, made):
@@ -302,6 +323,7 @@ class ReadPlan:
                 None if answer.created_ns is None else datetime_of(answer.created_ns),
                 None if state is None else dict(state.offsets),
                 None if state is None or state.visible_at == NEVER else from_micros(state.visible_at),
+                None if state is None or state.watermark is None else from_micros(state.watermark),
             )
             for feature, cell in zip(view.features, answer.cells):
                 row.statuses[feature.result], row.values[feature.result] = python_value(feature, cell)
@@ -327,9 +349,11 @@ class OnlineReader:
         self._direct = isinstance(redis, RedisSocket | RedisStream)
         self._clock = clock
         self._clock_key = replay_clock_key(project)
-        # Before the states: what the clock says was applied is in them.
-        self._first = command(b"GET", self._clock_key.encode()) if clock == "replay" else b""
-        self._extra = 1 if clock == "replay" else 0
+        # Before the states: what the clock and the watermarks say was applied is in them.
+        self._before = [("GET", self._clock_key.encode())] if clock == "replay" else []
+        self._before += [("HGETALL", watermarks_key(project, stored).encode()) for stored in plan.closing]
+        self._first = b"".join([command(name.encode(), key) for name, key in self._before])
+        self._extra = len(self._before)
 
     def read(self, entities: Sequence[Entity], at: datetime | None = None) -> OnlineRows:
         """Values and statuses of `entities` at the clock, or at `at` (replay only, not before the clock).
@@ -407,15 +431,28 @@ class OnlineReader:
 
     def _pipeline(self, requests: Requests) -> Any:
         pipe = self._redis.pipeline(transaction=False)
-        if self._clock == "replay":
-            pipe.get(self._clock_key)
+        for name, before in self._before:
+            pipe.execute_command(name, before)
         for key, fields in requests:
             pipe.execute_command("HMGET", key, *fields)
         return pipe
 
     def _answer(self, replies: list[Any], at: datetime | None) -> tuple[list[Reply], int]:
+        if self.plan.closing:
+            start = self._extra - len(self.plan.closing)
+            held = Replies(replies[:start] + replies[self._extra :])
+            read = map(parse_watermarks, replies[start : self._extra])
+            held.watermarks = dict(zip(self.plan.closing, read))
+            t_us = self._time(held, at)
+            if start:
+                del held[0]
+            return held, t_us
+        t_us = self._time(replies, at)
+        return replies[1:] if self._clock == "replay" else replies, t_us
+
+    def _time(self, replies: list[Any], at: datetime | None) -> int:
         if self._clock != "replay":
-            return replies, to_micros(WallClock().now())
+            return to_micros(WallClock().now())
         clock = None if replies[0] is None else int(replies[0])
         if at is not None:
             t_us = to_micros(at)
@@ -425,10 +462,10 @@ class OnlineReader:
                     value=at.isoformat(),
                     next_step=f"read at {from_micros(clock).isoformat()} or later",
                 )
-            return replies[1:], t_us
+            return t_us
         if clock is None:
             raise ClockNotSetError(
                 f"the replay clock of project {self.plan.project} is not set",
                 next_step="`predictflow windows bootstrap --known-by TIME` sets it; PREDICTFLOW_CLOCK=wall uses the machine's",
             )
-        return replies[1:], clock
+        return clock

@@ -14,6 +14,7 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Iterable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from feature_store.errors import UnavailableError
@@ -88,7 +89,12 @@ for i = 1, #KEYS do
 end
 return written
 """
-_SHA = hashlib.sha1(NEWEST_WINS.encode(), usedforsecurity=False).hexdigest().encode()
+
+
+@lru_cache
+def _sha(script: str) -> bytes:
+    return hashlib.sha1(script.encode(), usedforsecurity=False).hexdigest().encode()
+
 
 # Removes one view from a hash that several views share; the hash goes when no view is left in it.
 DROP_VIEW = """
@@ -113,12 +119,16 @@ _COMMAND_BATCH = 1_000
 
 @dataclass(frozen=True)
 class Batch:
-    """Packed rows of one view: `keys`, `rows` (for each part its bytes per row), and the start of ARGV that goes before."""
+    """Packed rows of one view: `keys`, `rows` (for each part its bytes per row), and the start of ARGV that goes before.
+
+    `script` decides which rows are written, and says how many were.
+    """
 
     keys: list[bytes]
     rows: list[list[bytes]]
     head: tuple[bytes, bytes, bytes, bytes]
     fields: int
+    script: str = NEWEST_WINS
 
     def calls(self, indices: Iterable[int] | None = None, per_call: int | None = None) -> tuple[bytes, int]:
         """The RESP bytes of the script calls for all rows, or those of `indices`, and how many calls there are."""
@@ -128,10 +138,11 @@ class Batch:
         head = b"".join(map(_bulk, self.head))
         count = 0
         parts = len(self.rows)
+        sha = _sha(self.script)
         for start in range(0, len(chosen), size):
             some = chosen[start : start + size]
             n = len(some)
-            out.append(b"*%d\r\n$7\r\nEVALSHA\r\n$40\r\n%s\r\n%s" % (7 + n + n * parts, _SHA, _bulk(b"%d" % n)))
+            out.append(b"*%d\r\n$7\r\nEVALSHA\r\n$40\r\n%s\r\n%s" % (7 + n + n * parts, sha, _bulk(b"%d" % n)))
             for i in some:
                 key = self.keys[i]
                 out.append(b"$%d\r\n%s\r\n" % (len(key), key))
@@ -229,7 +240,7 @@ class _Lane:
             except _ScriptLost:
                 self._drop()
                 with answering(self._client):
-                    self._client.script_load(NEWEST_WINS)
+                    self._client.script_load(self.pending[0].script)
             except _retried() as e:
                 self._drop()
                 time.sleep(self._pause.after(e))  # grows, with jitter, and ends with the time budget
@@ -317,7 +328,7 @@ def _write_to_cluster(client: Any, batch: Batch, budget_seconds: float) -> int:
         with answering(client):
             for i in moved:  # the client follows the slot
                 arguments = [batch.keys[i], *batch.head, *(part[i] for part in batch.rows)]
-                written += int(client.eval(NEWEST_WINS, 1, *arguments))
+                written += int(client.eval(batch.script, 1, *arguments))
         if moved or left:
             with answering(client):
                 client.nodes_manager.initialize()
@@ -350,7 +361,7 @@ def _on_node(node: Any, batch: Batch, rows: list[int]) -> tuple[int, list[int]]:
     finally:
         pool.release(connection)
     if script_lost:
-        node.script_load(NEWEST_WINS)
+        node.script_load(batch.script)
     return written, again
 
 
@@ -372,7 +383,7 @@ async def awrite(
                 break
             except _ScriptLost:
                 with answering(client):
-                    await client.script_load(NEWEST_WINS)
+                    await client.script_load(batch.script)
             except _retried() as e:
                 await asyncio.sleep(pause.after(e))
         yield len(batch.keys), written
@@ -404,7 +415,7 @@ async def _awrite_to_cluster(client: Any, batch: Batch) -> int:
     for start in range(0, len(batch.keys), KEYS_PER_CALL):  # as many connections at a time, at most
         some = range(start, min(start + KEYS_PER_CALL, len(batch.keys)))
         calls = [
-            client.eval(NEWEST_WINS, 1, batch.keys[i], *batch.head, *(part[i] for part in batch.rows)) for i in some
+            client.eval(batch.script, 1, batch.keys[i], *batch.head, *(part[i] for part in batch.rows)) for i in some
         ]
         with answering(client):
             replies += await asyncio.gather(*calls)

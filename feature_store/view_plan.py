@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+import struct
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import lru_cache
@@ -19,8 +20,10 @@ from feature_store.redis_layout import (
     pair_field,
     timestamp_field,
 )
+from feature_store.row_bytes import varint
 from feature_store.windows.definition import STATE_FIELD, WindowedView, definition_of
-from feature_store.windows.state import NEVER, EntityState, WindowStateError
+from feature_store.windows.ir import Type
+from feature_store.windows.state import NEVER, States, WindowStateError
 
 if TYPE_CHECKING:
     from feast import FeatureService, FeatureView, RepoConfig
@@ -29,10 +32,11 @@ if TYPE_CHECKING:
 Status = Literal["PRESENT", "NULL_VALUE", "NOT_FOUND", "OUTSIDE_MAX_AGE", "INVALID"]
 """INVALID: a window state from which no right value can be given (see `WindowStateError`); it is logged."""
 Cell = tuple[Status, bytes | int | None]
-"""Status and value: `Value` proto bytes, or the int of a windowed feature; None unless PRESENT."""
+"""Status and value: `Value` proto bytes, or the int of a windowed feature that is one; None unless PRESENT."""
 
 log = logging.getLogger(__name__)
 _MICROSECOND = timedelta(microseconds=1)
+_DOUBLE = struct.Struct("<Bd")
 
 
 class OnDemandViewError(UsageError):
@@ -61,13 +65,21 @@ class Feature:
 
 @dataclass(slots=True)
 class Held:
-    """What Redis holds of one view for one entity; `event_ns` None: never written."""
+    """What Redis holds of one view for one entity; `event_ns` None: never written. `state`: a window state's bytes."""
 
     event_ns: int | None
     created_ns: int | None
-    state: EntityState | None
+    state: bytes | None
     values: Sequence[bytes | None]
-    error: WindowStateError | None = None
+
+
+@dataclass(slots=True)
+class ReadState:
+    """What a window state had seen: last offset per partition, `visible_at`; `watermark`: what windows were closed by."""
+
+    offsets: dict[int, int]
+    visible_at: int
+    watermark: int | None = None
 
 
 @dataclass(slots=True)
@@ -76,8 +88,22 @@ class ViewRow:
 
     event_ns: int | None
     created_ns: int | None
-    state: EntityState | None
+    state: ReadState | None
     cells: list[Cell]
+
+
+@dataclass(slots=True)
+class Windows:
+    """The window states of a request's rows: `place` says which of `states` is a row's (-1: it has none)."""
+
+    states: States
+    place: list[int]
+    errors: dict[int, WindowStateError]
+
+    @property
+    def visible_at(self) -> int:
+        """The newest event in any of them; NEVER without one."""
+        return int(self.states.visible_at.max()) if len(self.states) else NEVER
 
 
 class ViewPlan:
@@ -109,11 +135,12 @@ class ViewPlan:
         self.fields += [f.field for f in self.features]
         if self.definition is not None:
             self.fields.append(feature_field(self.stored, STATE_FIELD))
-        self._aggregates = {a.name for a in self.definition.aggregates} if self.definition else set()
+        self.closes_windows = self.definition is not None and self.definition.closes_windows
+        self._outputs: dict[str, Type] = {o.name: o.type for o in self.definition.outputs} if self.definition else {}
         self.key_parts = _key_parts(view)
 
     def parse(self, reply: Sequence[bytes | None]) -> Held:
-        """Reads times and state of `reply`, the values of `self.fields`; DefinitionError for another definition's state."""
+        """Times, values and the state of `reply`, the values of `self.fields`."""
         ts = reply[0]
         if ts is None:
             return Held(None, None, None, reply)
@@ -123,59 +150,89 @@ class ViewPlan:
             held_event, held_created = decode_pair(reply[1])
             created = held_created if held_event == event else None  # else a stock writer was there since
         held = Held(event, created, None, reply[2 : 2 + len(self.features)])
-        if self.definition is not None and reply[-1]:
-            state = decode_value(reply[-1])
-            try:
-                held.state = EntityState.decode(self.definition, state if isinstance(state, bytes) else b"")
-            except WindowStateError as e:
-                held.error = e
+        if self.definition is not None:
+            held.state = blob_of(reply[-1])
         return held
 
     def at(self, held: Held, t_us: int) -> ViewRow:
-        """The view's cells at t. A row dated after t counts as it stands: newest wins, whatever the reader's clock."""
-        if self.definition is not None:
-            return self._windowed_at(self.definition, held, t_us)
+        """The cells of a view without windows at t. A row dated after t counts as it stands: newest wins, whatever the
+        reader's clock."""
         if held.event_ns is None:
             return self._without_value("NOT_FOUND", held, None)
         if self.ttl_ns is not None and t_us * 1000 - held.event_ns > self.ttl_ns:
             return self._without_value("OUTSIDE_MAX_AGE", held, held.event_ns)
         return ViewRow(held.event_ns, held.created_ns, None, [("PRESENT", v) if v else _NULL for v in held.values])
 
-    def _windowed_at(self, definition: WindowedView, held: Held, t_us: int) -> ViewRow:
-        state = held.state
-        if held.error is not None:
-            log.warning("%s: %s", self.name, held.error.message)
-            return self._without_value("INVALID", held, held.event_ns)
-        if state is None or state.visible_at == NEVER:
-            # Values without a state are as of some other time: nothing that could be said about t was ever written.
-            return self._without_value("NOT_FOUND", held, None)
-        seen = state.last_seen_at(t_us)
-        if seen is None:
-            return self._without_value("NOT_FOUND", held, None)
-        event_ns = seen * 1000
-        if self.ttl_ns is not None and t_us * 1000 - event_ns > self.ttl_ns:
-            return self._without_value("OUTSIDE_MAX_AGE", held, event_ns)
+    def windows(self, held: Sequence[Held]) -> Windows:
+        """The states of a windowed view's rows. DefinitionError for another definition's; a damaged one is its row's error."""
+        definition = self.definition
+        assert definition is not None
+        rows = [i for i, h in enumerate(held) if h.state]
+        place = [-1] * len(held)
+        errors: dict[int, WindowStateError] = {}
+        blobs = [held[i].state for i in rows]
         try:
-            finals = state.finalise(definition, t_us)
-        except WindowStateError as e:
-            log.warning("%s: %s", self.name, e.message)
-            return self._without_value("INVALID", held, event_ns)
-        cells: list[Cell] = []
-        for feature, stored in zip(self.features, held.values):
-            if feature.name in self._aggregates:
-                value = finals[feature.name]
-                cells.append(("NULL_VALUE", None) if value is None else ("PRESENT", value))
-            else:
-                cells.append(_cell(stored))
-        return ViewRow(event_ns, held.created_ns, state, cells)
+            states = States.decode(definition, blobs)
+        except WindowStateError:  # which of them?
+            for i in list(rows):
+                try:
+                    States.decode(definition, [held[i].state])
+                except WindowStateError as e:
+                    errors[i] = e
+                    rows.remove(i)
+            states = States.decode(definition, [held[i].state for i in rows])
+        for k, i in enumerate(rows):
+            place[i] = k
+        return Windows(states, place, errors)
 
-    def _without_value(self, status: Status, held: Held, event_ns: int | None) -> ViewRow:
+    def windowed_at(
+        self, held: Sequence[Held], windows: Windows, t_us: int, watermarks: Mapping[int, int] | None
+    ) -> list[ViewRow]:
+        """The cells of a windowed view's rows at t, not before `windows.visible_at`. `watermarks`: of the partitions."""
+        states = windows.states
+        finals = states.values(t_us, watermarks)
+        marks = finals.watermark.tolist()
+        visible = states.visible_at.tolist()
+        columns: list[list[Any] | None] = []
+        for feature in self.features:
+            kind = self._outputs.get(feature.name)
+            columns.append(None if kind is None else _cells(finals.columns[feature.name], kind))
+        out = []
+        for i, h in enumerate(held):
+            if i in windows.errors:
+                log.warning("%s: %s", self.name, windows.errors[i].message)
+                out.append(self._without_value("INVALID", h, h.event_ns))
+                continue
+            k = windows.place[i]
+            if k < 0 or visible[k] == NEVER:
+                # Values without a state are as of some other time: nothing that could be said about t was ever written.
+                out.append(self._without_value("NOT_FOUND", h, None))
+                continue
+            mark = marks[k] if self.closes_windows and marks[k] != NEVER else None
+            state = ReadState(states.offsets_of(k), visible[k], mark)
+            seen = finals.seen[k]
+            event_ns = None if seen is None else seen * 1000
+            if event_ns is None:
+                out.append(self._without_value("NOT_FOUND", h, None, state))
+            elif self.ttl_ns is not None and t_us * 1000 - event_ns > self.ttl_ns:
+                out.append(self._without_value("OUTSIDE_MAX_AGE", h, event_ns, state))
+            elif k in finals.errors:
+                log.warning("%s: %s", self.name, finals.errors[k].message)
+                out.append(self._without_value("INVALID", h, event_ns, state))
+            else:
+                cells = [_cell(v) if c is None else c[k] for c, v in zip(columns, h.values)]
+                out.append(ViewRow(event_ns, h.created_ns, state, cells))
+        return out
+
+    def _without_value(
+        self, status: Status, held: Held, event_ns: int | None, state: ReadState | None = None
+    ) -> ViewRow:
         cells: list[Cell] = [(status, None)] * len(self.features)
         if self.definition is not None and held.event_ns is not None:  # the state itself never expires
             for i, feature in enumerate(self.features):
                 if feature.name == STATE_FIELD:
                     cells[i] = _cell(held.values[i])
-        return ViewRow(event_ns, held.created_ns if event_ns is not None else None, held.state, cells)
+        return ViewRow(event_ns, held.created_ns if event_ns is not None else None, state, cells)
 
 
 def python_value(feature: Feature, cell: Cell) -> tuple[Status, object]:
@@ -286,6 +343,36 @@ def _hint(value_type: Any) -> Any:
 
 _NULL: Cell = ("NULL_VALUE", None)
 _timestamp = lru_cache(maxsize=65_536)(decode_timestamp)  # rows written together share their time
+
+
+def _cells(values: list[Any], kind: Type) -> list[Cell]:
+    """Values of an output: ints as they are, others as the `Value` that a row feature would be stored as."""
+    match kind:
+        case "float64":
+            return [_NULL if v is None else ("PRESENT", _DOUBLE.pack(0x29, v)) for v in values]
+        case "bool":
+            return [_NULL if v is None else ("PRESENT", b"\x38\x01" if v else b"\x38\x00") for v in values]
+        case "timestamp":
+            return [_NULL if v is None else ("PRESENT", b"\x40" + varint(v // 1_000_000 % 2**64)) for v in values]
+        case _:
+            return [_NULL if v is None else ("PRESENT", v) for v in values]
+
+
+def blob_of(cell: bytes | None) -> bytes | None:
+    """The bytes in a `Value` proto; None for none."""
+    if not cell:
+        return None
+    if cell[0] == 0x0A:
+        length = shift = 0
+        for at in range(1, min(len(cell), 6)):
+            length |= (cell[at] & 127) << shift
+            shift += 7
+            if cell[at] < 128:
+                if at + 1 + length == len(cell):
+                    return cell[at + 1 :]
+                break
+    held = decode_value(cell)
+    return held if isinstance(held, bytes) else b"?"  # never a state: decoding says so
 
 
 def _cell(data: bytes | None) -> Cell:

@@ -3,22 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pyarrow as pa
 
 from feature_store.clock import replay_clock_key
-from feature_store.errors import DefinitionError, NotFoundError
+from feature_store.errors import DefinitionError, NotFoundError, UnavailableError
+from feature_store.key_bytes import KEY, KeyColumns
 from feature_store.online_write import OnlineWriter
-from feature_store.read_plan import ReadPlan
 from feature_store.redis_connection import answering
+from feature_store.redis_layout import feature_field
+from feature_store.redis_socket import RedisSocket
+from feature_store.redis_wire import command
+from feature_store.redis_writer import write
+from feature_store.view_plan import _key_parts as key_parts
+from feature_store.view_plan import blob_of
+from feature_store.window_write import OTHER_DEFINITION, WATERMARKS, fenced, parse_watermarks, state_key, watermarks_key
 from feature_store.windows.definition import STATE_FIELD, WindowedView, definition_of
-from feature_store.windows.state import EntityState, WindowStateError
+from feature_store.windows.state import NEVER, States
 
 if TYPE_CHECKING:
     from feast import FeatureStore, FeatureView
 
 _TIME = pa.timestamp("us", "UTC")
+_KEY_TYPES = {"STRING": pa.string(), "INT64": pa.int64(), "INT32": pa.int32()}
 Key = tuple[str | int, ...]
 """An entity: the values of the definition's `entity_key`, in its order."""
 
@@ -42,10 +52,27 @@ def windowed_views(store: FeatureStore, names: Sequence[str] = ()) -> list[tuple
     return [views[n] for n in names] if names else list(views.values())
 
 
+class StateLostError(UnavailableError):
+    """Redis does not hold the states that the log says were applied: it lost its data, or is another one."""
+
+    code = "state_lost"
+
+
+@dataclass(frozen=True)
+class WriteResult:
+    """`without_values`: entities whose values cannot be finalised (they got nulls); `fenced`: entities of which Redis
+    holds a newer state, so that nothing was written: another process owns their partition."""
+
+    without_values: int = 0
+    fenced: int = 0
+
+
 class WindowStore:
     """One windowed view in Redis. `clock_us` and `advance_clock` are the project's replay clock."""
 
     def __init__(self, store: FeatureStore, view: FeatureView) -> None:
+        from feast.infra.online_stores.helpers import compute_versioned_name
+
         definition = definition_of(view)
         if definition is None:
             raise DefinitionError("not a windowed feature view", value=view.name)
@@ -54,63 +81,159 @@ class WindowStore:
         store.refresh_registry()  # else a write may look up the view in a cache from before the latest apply
         self._store = store
         self._view = view
-        self._plan = ReadPlan.of_views(store.config, store.project, [(view, [])])
         online: Any = store._get_provider().online_store  # Feast has no public way
         self._writer = OnlineWriter(online, store.config, view)
         self._redis: Any = online._get_client(store.config.online_store)
+        self._socket: RedisSocket | None = online._direct(store.config.online_store, online._sockets, RedisSocket)
+        stored = compute_versioned_name(view, store.config.registry.enable_online_feature_view_versioning)
+        self._field = feature_field(stored, STATE_FIELD)
+        self._keys = KeyColumns(store.project, view.name, key_parts(view))
+        self._types = {c.name: _KEY_TYPES.get(c.dtype.to_value_type().name) for c in view.entity_columns}
+        self._marker_key = state_key(store.project, stored).encode()
+        self._marker: bytes | None = None
+        self._marks_key = watermarks_key(store.project, stored)
         self._clock_key = replay_clock_key(store.project)
         self._advance = self._redis.register_script(_ADVANCE_CLOCK)
+        self._move_marks = self._redis.register_script(WATERMARKS)
 
-    def load(self, keys: Sequence[Key]) -> dict[Key, EntityState]:
-        """The states of entities; an empty one where there is none yet.
+    # --- whether the states are there ---------------------------------------------------------------------------------
 
-        UnavailableError: no Redis; DefinitionError: written under another definition; WindowStateError: damaged.
+    def attach(self, applied: bool, run_id: str) -> str:
+        """Call before the first `load`, which from then on checks that the states are still those of the same run.
+
+        `applied`: whether the log says that events were applied. Returns the id of the run that began the states, which
+        is `run_id` where nothing was applied and Redis knows of none. StateLostError: events were applied, and Redis
+        knows nothing of it. DefinitionError: the states are of another definition.
         """
-        requests = self._plan.requests([dict(zip(self.definition.entity_key, k)) for k in keys])
-        pipe = self._redis.pipeline(transaction=False)
-        for redis_key, fields in requests:
-            pipe.hmget(redis_key, fields)
         with answering(self._redis):
-            replies = pipe.execute()
-        states = {}
-        for key, reply in zip(keys, replies):
-            held = self._plan.view_plans[0].parse(reply)
-            if held.error is not None:
-                raise held.error
-            states[key] = held.state or EntityState.empty(self.definition)
-        return states
+            held = self._redis.get(self._marker_key)
+        if held is None:
+            if applied:
+                raise self._lost()
+            return self.begin(run_id)
+        digest, _, run = held.decode().partition(":")
+        if digest != self.definition.hash:
+            raise DefinitionError(
+                f"{self.name}: the online states are of another definition",
+                value=digest,
+                valid=[self.definition.hash],
+                next_step=f"`predictflow windows bootstrap {self.name}`",
+            )
+        self._marker = held
+        return run
 
-    def write(self, states: Mapping[Key, EntityState]) -> int:
-        """Writes each state and its values as of `visible_at` in one atomic row; the number of entities without values.
+    def begin(self, run_id: str) -> str:
+        """Says that the view's states are complete in this Redis from now on: for bootstrap, when it is done."""
+        marker = f"{self.definition.hash}:{run_id}".encode()
+        with answering(self._redis):
+            self._redis.set(self._marker_key, marker)
+        self._marker = marker
+        return run_id
 
-        The row's event_timestamp is the greatest event time seen, created is `visible_at`, so that the newer state
-        wins. An entity whose values cannot be finalised gets nulls: a reader without our store sees nothing wrong.
+    def _lost(self) -> StateLostError:
+        return StateLostError(
+            f"{self.name}: Redis does not hold the states of the events that were applied; it lost its data or is another one",
+            next_step="`predictflow sync --from-log` rebuilds them from the event log",
+        )
+
+    # --- states -------------------------------------------------------------------------------------------------------
+
+    def load(self, keys: Sequence[Key]) -> States:
+        """The states of entities, in the order of `keys`; an empty one where there is none yet.
+
+        UnavailableError: no Redis; StateLostError: see `attach`; DefinitionError: written under another definition, or
+        rebuilt since `attach`; WindowStateError: damaged.
         """
-        if not states:
-            return 0
-        definition = self.definition
-        columns: dict[str, list[Any]] = {a.name: [] for a in definition.aggregates}
-        without = 0
-        for state in states.values():
+        if not keys:
+            return States.empty(self.definition, 0)
+        marker, *cells = self._ask(self._redis_keys(keys))
+        if self._marker is not None and marker != self._marker:
+            if marker is None:
+                raise self._lost()
+            raise DefinitionError(
+                f"{self.name}: the online states were rebuilt meanwhile",
+                value=marker.decode(errors="replace"),
+                valid=[self._marker.decode()],
+                next_step="start `predictflow sync` again",
+            )
+        return States.decode(self.definition, [blob_of(c) for c in cells])
+
+    def _ask(self, keys: Sequence[bytes]) -> list[bytes | None]:
+        if self._socket is not None:
+            tail = b"$%d\r\n%b\r\n" % (len(self._field), self._field)
+            asked = [b"*3\r\n$4\r\nHGET\r\n$%d\r\n%b\r\n%b" % (len(k), k, tail) for k in keys]
+            return self._socket.ask(command(b"GET", self._marker_key) + b"".join(asked), len(keys) + 1)
+        pipe = self._redis.pipeline(transaction=False)
+        pipe.get(self._marker_key)
+        for key in keys:
+            pipe.hget(key, self._field)
+        with answering(self._redis):
+            return list(pipe.execute())
+
+    def _key_table(self, keys: Sequence[Key]) -> dict[str, pa.Array]:
+        columns = zip(*keys, strict=True)
+        return {k: pa.array(c, self._types[k]) for k, c in zip(self.definition.entity_key, columns, strict=True)}
+
+    def _redis_keys(self, keys: Sequence[Key]) -> list[bytes]:
+        table = pa.table(self._key_table(keys))
+        checked = {KEY + n: self._keys.checked(n, table.column(n)) for n in self._keys.names}
+        return list(self._keys.encode(pa.table(checked)).to_pylist())
+
+    def write(
+        self, keys: Sequence[Key], states: States, watermarks: Mapping[int, tuple[int, int]] | None = None
+    ) -> WriteResult:
+        """Writes each state and its values as of `visible_at` in one atomic row, then the watermarks. Safe to repeat.
+
+        A state with a smaller fence than the one that Redis holds is not written. The row's event_timestamp is the last
+        seen one (`visible_at` where nothing was seen), created is `visible_at`. An entity whose values cannot be
+        finalised gets nulls: a reader without our store sees nothing wrong. `watermarks`: partition -> (watermark, time
+        by which it is known), microseconds; they never go back. DefinitionError: Redis holds states of another
+        definition. UnavailableError: no Redis, an unknown part is written.
+        """
+        result = WriteResult()
+        if keys:
+            marks = {p: mark for p, (mark, _) in (watermarks or {}).items()}
+            finals = states.values(states.visible_at, marks)
+            blobs = states.encode()
+            table: dict[str, pa.Array] = self._key_table(keys)
+            for o in self.definition.outputs:
+                values, null = finals.arrays[o.name]
+                array = pa.array(values != 0 if o.type == "bool" else values, mask=null if null.any() else None)
+                table[o.name] = array.cast(_TIME) if o.type == "timestamp" else array
+            table[STATE_FIELD] = pa.array(blobs, pa.binary())
+            seen = np.where(states.last_seen == NEVER, states.visible_at, states.last_seen)
+            table[self._writer.event_column] = pa.array(seen).cast(_TIME)
+            table[self._writer.created_column] = pa.array(states.visible_at).cast(_TIME)
+            batches = fenced(self._writer.batches(pa.table(table)), self._field, blobs)
+            from redis.exceptions import ResponseError  # loaded with the client that raises it
+
             try:
-                values = state.finalise(definition, state.visible_at)
-            except WindowStateError:
-                without += 1
-                values = dict.fromkeys(columns)
-            for name, column in columns.items():
-                column.append(values[name])
-        table = {k: pa.array([key[i] for key in states]) for i, k in enumerate(definition.entity_key)}
-        table |= {name: pa.array(column, pa.int64()) for name, column in columns.items()}
-        table[STATE_FIELD] = pa.array([s.encode(definition) for s in states.values()], pa.binary())
-        table[self._writer.event_column] = pa.array([s.last_seen for s in states.values()], _TIME)
-        table[self._writer.created_column] = pa.array([s.visible_at for s in states.values()], _TIME)
-        self._writer.write(pa.table(table), wall=None)  # the stream has refused events ahead of the clock
-        return without
+                written = sum(won for _, won in write(self._redis, batches))
+            except ResponseError as e:
+                if OTHER_DEFINITION not in str(e):
+                    raise
+                raise DefinitionError(
+                    f"{self.name}: Redis holds states of another definition, which stay",
+                    next_step=f"`predictflow windows bootstrap {self.name}`, then start `predictflow sync` again",
+                ) from e
+            result = WriteResult(len(finals.errors), len(keys) - written)
+        if watermarks and self.definition.closes_windows:
+            args = [n for p, (mark, visible) in watermarks.items() for n in (p, mark, visible)]
+            with answering(self._redis):
+                self._move_marks(keys=[self._marks_key], args=args)
+        return result
+
+    def watermarks(self) -> dict[int, int]:
+        """What readers take the partitions' watermarks to be, in microseconds."""
+        with answering(self._redis):
+            return parse_watermarks(self._redis.hgetall(self._marks_key))[0]
 
     def delete(self) -> None:
-        """Removes every row of the view from the online store: the next bootstrap starts from nothing."""
+        """Removes every row of the view from the online store, and its watermarks: the next bootstrap starts from nothing."""
         online: Any = self._store._get_provider().online_store  # Feast has no public way
         with answering(self._redis):
+            self._redis.delete(self._marker_key)  # first: whoever reads or writes half of it must notice
+            self._redis.delete(self._marks_key)
             online.delete_table(self._store.config, self._view)
 
     def clock_us(self) -> int | None:

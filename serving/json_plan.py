@@ -363,13 +363,17 @@ def _log_view(part: Part) -> bytes:
             event, known = decode_pair(part.pair)
             if event == part.ns:  # else a stock writer was there since
                 created = _time(known)
-        return b'{"event_timestamp":%b,"created":%b,"offsets":null,"visible_at":null}' % (part.time, created)
+        return b'{"event_timestamp":%b,"created":%b,"offsets":null,"visible_at":null,"watermark":null}' % (
+            part.time,
+            created,
+        )
     state = answer.state
-    return b'{"event_timestamp":%b,"created":%b,"offsets":%b,"visible_at":%b}' % (
+    return b'{"event_timestamp":%b,"created":%b,"offsets":%b,"visible_at":%b,"watermark":%b}' % (
         part.time,
         _time(answer.created_ns),
         b"null" if state is None else _offsets(state.offsets),
         b"null" if state is None or state.visible_at == NEVER else _micros(state.visible_at),
+        b"null" if state is None or state.watermark is None else _micros(state.watermark),
     )
 
 

@@ -17,8 +17,8 @@ from feature_store.windows.rows import NEVER, Array, Rows
 from feature_store.windows.state_errors import WindowStateError
 
 MAGIC = int.from_bytes(b"PFwin\x02\x00\x00", "little")
-HASH_AT, FENCE_AT = 8, 16
-"""Byte positions, for the script that writes states."""
+FENCE_AT = 16
+"""Where the fence is, for the script that writes states; before it stand what must be equal: format and definition."""
 _FIXED = 9
 
 
@@ -38,8 +38,8 @@ def decode(layout: Layout, blobs: Sequence[bytes | None]) -> tuple[Array, list[R
     fixed = np.full((n, 4), NEVER, np.int64)
     counts = np.zeros((n, len(layout.widths)), np.int64)
     held = np.flatnonzero(sizes)
+    sizes, starts = sizes[held], starts[held]
     if len(held):
-        sizes, starts = sizes[held], starts[held]
         if int(sizes.min()) < 2:
             raise _damaged(layout, int(sizes.min()) * 8)
         if (words[starts] != MAGIC).any() or (words[starts + 1] != layout.hash).any():
