@@ -42,8 +42,8 @@ def decode(layout: Layout, blobs: Sequence[bytes | None]) -> tuple[Array, list[R
     fixed = np.full((n, 4), NEVER, np.int64)
     counts = np.zeros((n, len(layout.widths)), np.int64)
     held = np.flatnonzero(sizes)
+    sizes, starts = sizes[held], starts[held]
     if len(held):
-        sizes, starts = sizes[held], starts[held]
         if int(sizes.min()) < 2:
             raise _damaged(layout, int(sizes.min()) * 8)
         if (words[starts] != MAGIC).any() or (words[starts + 1] != layout.hash).any():

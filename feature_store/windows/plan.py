@@ -17,7 +17,8 @@ from feature_store.windows.sql_text import expression_sql, identifier
 
 MASK_BITS = 63
 HASH_BITS = 63
-"""COUNT(DISTINCT) counts hashes: the upper bits of `md5_number_lower` of the value as text, so that they fit an int64."""
+"""COUNT(DISTINCT) counts hashes: the upper bits of `md5_number_lower` of the value as text (a time: its microseconds), so
+that they fit an int64."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,9 @@ def _valid(condition: Expression | None, argument: Expression | None) -> str:
 def _number(v: Value) -> str:
     sql = expression_sql(v.argument, "duckdb")
     if v.hashed:
-        return f"coalesce({hash_sql(f'CAST({sql} AS VARCHAR)')}, 0)"
+        # A time as text would depend on the session's time zone.
+        value = f"epoch_us({sql})" if v.argument.type == "timestamp" else sql
+        return f"coalesce({hash_sql(f'CAST({value} AS VARCHAR)')}, 0)"
     if v.argument.type == "timestamp":
         return f"coalesce(epoch_us({sql}), 0)"
     if v.argument.type == "float64":
