@@ -61,7 +61,7 @@ def build_app(settings: Settings, options: ServeOptions) -> ASGIApp:
     from serving.app import Dependencies, create_app
     from serving.catalogue import FeatureCatalogue
     from serving.historical import Historical, HistoricalLimits
-    from serving.hot import PATH, HotRoutes
+    from serving.hot import PATH, PREDICT_PATH, HotRoutes
     from serving.jobs import Jobs
     from serving.limits import Admission, Gate, RequestLimits
     from serving.logs import use_json
@@ -121,7 +121,8 @@ def build_app(settings: Settings, options: ServeOptions) -> ASGIApp:
             model_seconds=options.model_seconds,
         )
     )
-    hot = HotRoutes(app, online, metrics, limits, Admission(gate, scope_of(PATH)), options.seconds)
+    guards = [Admission(gate, scope_of(path)) for path in (PATH, PREDICT_PATH)]
+    hot = HotRoutes(app, online, metrics, limits, guards[0], options.seconds, guards[1])
     return with_grpc(
         hot,
         options.grpc,

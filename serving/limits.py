@@ -26,6 +26,11 @@ class TimeBudgetError(PredictFlowError):
 
     code = "timeout"
 
+    @classmethod
+    def after(cls, seconds: float) -> TimeBudgetError:
+        """Of a request that was given so long."""
+        return cls(f"no answer within {seconds:g} s", next_step="ask for less, or try again later")
+
 
 @dataclass(frozen=True)
 class RequestLimits:

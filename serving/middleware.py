@@ -76,8 +76,7 @@ class RequestScope:
             except Exception as error:  # nothing may leave a client without an answer in the documented shape
                 waiting = False
                 if isinstance(error, TimeoutError) and budget.expired():
-                    what = f"no answer within {self._limits.seconds:g} s"
-                    await refuse(TimeBudgetError(what, next_step="ask for less, or try again later"))
+                    await refuse(TimeBudgetError.after(self._limits.seconds))
                 else:
                     log.exception("request failed", extra={"request_id": request_id})
                     if status == 0:

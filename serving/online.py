@@ -8,11 +8,13 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from feature_store.errors import PredictFlowError, UsageError
 from serving.encoding import plain
 from serving.errors import TooManyError
+from serving.model_runs import ModelRuns
 from serving.served_log import Served, ServedLog
 
 if TYPE_CHECKING:
@@ -20,7 +22,7 @@ if TYPE_CHECKING:
     from feature_store.view_plan import ViewRow
     from serving.json_plan import Answered
     from serving.metrics import Metrics
-    from serving.models import Models
+    from serving.models import Model, Models
     from serving.plans import Asked, Plans, ServicePlan
 
 Done = Callable[[bytes | None, Exception | None], None]
@@ -79,6 +81,7 @@ class OnlineService:
         self._log = served_log
         self._metrics = metrics
         self._threads = threads
+        self._runs = ModelRuns(threads)
         self._wall = wall
         self._limits = limits
 
@@ -170,24 +173,64 @@ class OnlineService:
         except UsageError:
             return False
 
-    def _served(self, plan: ServicePlan, read: Answered, request_id: str) -> None:
+    def begin_predict(self, model_name: str, rows: Sequence[Mapping[str, object]], request_id: str, done: Done) -> bool:
+        """As `predict` at the clock, in the way of `begin`. False also for a model that is not loaded yet."""
+        model = self._models.cached(model_name)
+        plan = None if model is None else self._plans.cached(model.feature_service, False)
+        json = None if plan is None else plan.json
+        if model is None or plan is None or json is None:
+            return False
+        reader: Any = plan.reader
+
+        def replied(replies: list[Any] | None, error: PredictFlowError | None) -> None:
+            if replies is None:
+                done(None, error)
+                return
+            try:
+                found, t_us = reader.replied(replies)
+                read = json.answered(rows, found, t_us)
+                values = json.inputs(read)
+                if values is None:
+                    values = _values(plan, reader.plan.decode(rows, found, t_us))
+                self._runs.start(model, plan.columns, values, partial(predicted, read))
+            except Exception as e:  # noqa: BLE001 - as in `begin`
+                done(None, e)
+
+        def predicted(read: Answered, probabilities: list[float] | None, error: Exception | None) -> None:
+            if probabilities is None:
+                done(None, error)
+                return
+            read.probabilities = probabilities
+            try:
+                body = json.predictions(read, probabilities, model.name, model.version)
+            except Exception as e:  # noqa: BLE001 - as in `begin`
+                done(None, e)
+                return
+            done(body, None)
+            self._served(plan, read, request_id, model)
+
+        try:
+            return bool(reader.start(rows, replied))
+        except UsageError:
+            return False
+
+    def _served(self, plan: ServicePlan, read: Answered, request_id: str, model: Model | None = None) -> None:
         self._metrics.add_rows(plan.name or "", len(read))
         read.plan.count(read, self._metrics.add_status)
-        self._log.write_read(Served(request_id, self._wall(), self._plans.project), read)
+        named = (None, None) if model is None else (model.name, model.version)
+        self._log.write_read(Served(request_id, self._wall(), self._plans.project, *named), read)
 
     async def predict(
         self, model_name: str, entities: Mapping[str, Sequence[object]], at: datetime | None, request_id: str
     ) -> dict[str, Any]:
         """The body of a PredictResponse; errors as `features`, and NotFoundError for a model without a champion."""
         rows = entity_rows(entities, self._limits.rows)
-        loop = asyncio.get_running_loop()
         model = self._models.cached(model_name)
         if model is None:
             model = await asyncio.to_thread(self._models.get, model_name)
         plan = await self._plan(model.feature_service, False)
         read = await self._read(plan, rows, at)
-        values = [row.values for row in read.rows]
-        probabilities = await loop.run_in_executor(self._threads, model.predict, plan.columns, values)
+        probabilities = await self._runs.run(model, plan.columns, _values(plan, read))
         self._count(plan, read)
         served = Served(request_id, self._wall(), self._plans.project, model.name, model.version)
         self._log.write(served, plan, read, probabilities)
@@ -215,6 +258,10 @@ class OnlineService:
         self._metrics.add_rows(plan.name or "", len(read.rows))
         counts = Counter((c.view, row.statuses[c.name]) for row in read.rows for c in plan.columns)
         self._metrics.count_statuses(counts.items())
+
+
+def _values(plan: ServicePlan, read: OnlineRows) -> list[list[Any]]:
+    return [[row.values[c.name] for c in plan.columns] for row in read.rows]
 
 
 def _row(row: OnlineRow) -> dict[str, Any]:

@@ -22,7 +22,8 @@ from feature_store.windows import Aggregate, windowed_feature_view
 from feature_store.windows.definition import definition_of
 from feature_store.windows.state import EntityState, Event
 from serving.encoding import dumps
-from serving.json_plan import Caches, JsonPlan, _value
+from serving.json_plan import JsonPlan
+from serving.json_view import Caches, _value
 from serving.online import _row
 from serving.plans import Column, ServicePlan
 from serving.served_log import Served, message_key, records
@@ -154,6 +155,25 @@ def test_fragments_make_the_documents_of_python_values(plan: ReadPlan, rows: lis
     served = Served("r", T, "p")
     wanted = [(message_key(r["entity"]), json.loads(dumps(r))) for r in records(served, service, slow, None)]
     assert [(key, json.loads(record)) for key, record in made.records(served, fast)] == wanted
+
+    probabilities = [i / 7 for i in range(len(rows))]
+    fast.probabilities = probabilities
+    predicted = Served("r", T, "p", "m", "3")
+    wanted = [
+        (message_key(r["entity"]), json.loads(dumps(r))) for r in records(predicted, service, slow, probabilities)
+    ]
+    assert [(key, json.loads(record)) for key, record in made.records(predicted, fast)] == wanted
+    prediction = {
+        "model": "m",
+        "version": "3",
+        "feature_service": "s",
+        "t": slow.t,
+        "predictions": [{**_row(row), "probability": p} for row, p in zip(slow.rows, probabilities)],
+    }
+    assert json.loads(made.predictions(fast, probabilities, "m", "3")) == json.loads(dumps(prediction))
+    inputs = made.inputs(fast)
+    if inputs is not None:
+        assert inputs == [[row.values[name] for name in plan.feature_names] for row in slow.rows]
 
     counts: dict[tuple[str, str], int] = {}
     made.count(fast, lambda view, status, n: counts.update({(view, status): counts.get((view, status), 0) + n}))
