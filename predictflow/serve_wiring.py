@@ -66,7 +66,8 @@ def build_app(settings: Settings, options: ServeOptions) -> ASGIApp:
     from serving.limits import Admission, Gate, RequestLimits
     from serving.logs import use_json
     from serving.metrics import Metrics
-    from serving.online import Limits, OnlineService
+    from serving.online import OnlineService
+    from serving.online_types import Limits
     from serving.plans import Plans
     from serving.push import Pusher
 

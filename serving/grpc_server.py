@@ -30,6 +30,7 @@ from serving.grpc_wire import Heads, encode
 from serving.middleware import access, request_id_of
 from serving.ports import cannot_listen
 from serving.push import PUSH_THREADS
+from serving.wire_plan import Wires
 
 if TYPE_CHECKING:
     from serving.access import ApiKey
@@ -129,6 +130,7 @@ class GrpcServer:
         self._options = options
         self._gate = gate or OpenGate()
         self._heads = Heads()
+        self._wires = Wires()
         self._server: grpc.aio.Server | None = None
         self._health = health.aio.HealthServicer()
         self._watch: asyncio.Task[None] | None = None
@@ -276,8 +278,15 @@ class GrpcServer:
             raise UsageError("request_context has no use here", value=sorted(request.request_context))
         asked = request.feature_service if kind == "feature_service" else tuple(request.features.val)
         entities = {name: [_scalar(v) for v in values.val] for name, values in request.entities.items()}
-        read = await self._online.cells(entities, asked, None, request.full_feature_names, request_id)
-        return encode(read, self._heads, request.entities, request.include_feature_view_version_metadata)
+        names, versions = request.full_feature_names, request.include_feature_view_version_metadata
+        stored = await self._online.stored(entities, asked, names)
+        if stored is None:
+            read = await self._online.cells(entities, asked, None, names, request_id)
+            return encode(read, self._heads, request.entities, versions)
+        wire = self._wires.of(stored.plan.reader.plan)
+        answer, counts = wire.answer(self._heads, stored.replies, stored.t_us, request.entities, versions)
+        self._online.served(stored, counts, request_id)
+        return answer
 
     async def _push(self, body: bytes, request_id: str) -> bytes:
         request = feast_server.PushRequest.FromString(body)

@@ -29,7 +29,8 @@ from serving.middleware import _REQUEST_ID as WELL_FORMED_ID
 
 if TYPE_CHECKING:
     from serving.metrics import Metrics
-    from serving.online import Done, Limits, OnlineService
+    from serving.online import OnlineService
+    from serving.online_types import Done, Limits
 
 log = logging.getLogger(__name__)
 

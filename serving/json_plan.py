@@ -6,7 +6,7 @@ per value, status and time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -34,12 +34,23 @@ class Answered:
     plan: JsonPlan
     entities: Sequence[Mapping[str, Any]]
     t_us: int
-    rows: Sequence[Sequence[Part]]
+    rows: Iterable[Sequence[Part]]
     probabilities: Sequence[float] | None = None
     """One per row where a model was run on them."""
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.entities)
+
+
+class _Later:
+    """The rows of a read, decoded when they are asked for."""
+
+    def __init__(self, plan: JsonPlan, replies: Sequence[Reply], t_us: int) -> None:
+        self._made = plan, replies, t_us
+
+    def __iter__(self) -> Iterator[Sequence[Part]]:
+        plan, replies, t_us = self._made
+        return iter(plan.answered((), replies, t_us).rows)
 
 
 class JsonPlan:
@@ -78,6 +89,12 @@ class JsonPlan:
             else:
                 columns.append(view.at(replies[view.group :: width], t_ns, times, self._values))
         return Answered(self, entities, t_us, list(zip(*columns)))
+
+    def later(self, entities: Sequence[Mapping[str, Any]], replies: Sequence[Reply], t_us: int) -> Answered:
+        """As `answered`, decoded when, and as often as, its rows are asked for: by a log, after the answer."""
+        if self._windowed:  # their states may move t
+            return self.answered(entities, replies, t_us)
+        return Answered(self, entities, t_us, _Later(self, replies, t_us))
 
     def of_cells(self, entities: Sequence[Mapping[str, Any]], t_us: int, answers: Sequence[list[ViewRow]]) -> Answered:
         """The same from what `ReadPlan.at` said."""

@@ -24,7 +24,8 @@ from serving.grpc_push import StoreWriter
 from serving.grpc_server import GrpcOptions, GrpcServer
 from serving.metrics import Metrics
 from serving.models import NoModels
-from serving.online import Limits, OnlineService
+from serving.online import OnlineService
+from serving.online_types import Limits
 from serving.plans import Plans
 from serving.push import Pusher
 from serving.served_log import NoServedLog

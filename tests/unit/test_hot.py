@@ -26,7 +26,8 @@ from serving.hot_protocol import HotProtocol
 from serving.limits import Admitted
 from serving.metrics import Metrics
 from serving.models import Model
-from serving.online import Limits, OnlineService, entity_rows
+from serving.online import OnlineService
+from serving.online_types import Limits, entity_rows
 from serving.plans import Column, ServicePlan
 from serving.schemas import OnlineRequest, PredictRequest
 from serving.served_log import NoServedLog

@@ -23,7 +23,8 @@ from serving.limits import HISTORICAL_PATH, Gate, RequestLimits
 from serving.metrics import Metrics
 from serving.middleware import RequestScope
 from serving.models import Model
-from serving.online import Limits, OnlineService
+from serving.online import OnlineService
+from serving.online_types import Limits
 from serving.plans import Asked, Column, ServicePlan
 from serving.served_log import Served, records
 
