@@ -100,7 +100,7 @@ def build_app(settings: Settings, options: ServeOptions) -> ASGIApp:
         await redis.aclose()
 
     gate = Gate(keys, options.max_concurrent)
-    pusher = Pusher(store, _clock(settings, store))
+    pusher = Pusher(store, _clock(settings, store), gate=gate)
     app = create_app(
         Dependencies(
             online=online,

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import re
 import time
 from collections.abc import Callable, Sequence
@@ -25,7 +24,7 @@ from serving.access_lines import AccessLines
 from serving.errors import error_response, response_of
 from serving.hot_body import online_body, predict_body
 from serving.limits import Admitted, TimeBudgetError
-from serving.middleware import _REQUEST_ID as WELL_FORMED_ID
+from serving.middleware import request_id_of
 
 if TYPE_CHECKING:
     from serving.metrics import Metrics
@@ -208,10 +207,7 @@ class HotRoutes:
                 return False
         if not is_json or len(body) > self._limits.body_bytes:
             return False
-        if given is not None and WELL_FORMED_ID.fullmatch(given):
-            request_id = given.decode()
-        else:
-            request_id = os.urandom(16).hex()
+        request_id = request_id_of(given)
         in_flight = self._metrics.in_flight
         told = False
         budget: asyncio.TimerHandle | None = None
