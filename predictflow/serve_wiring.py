@@ -53,7 +53,8 @@ def build_app(settings: Settings, options: ServeOptions) -> ASGIApp:
     from concurrent.futures import ThreadPoolExecutor
     from importlib.metadata import version
 
-    from feature_store.read_plan import OnlineReader, ReadPlan
+    from feature_store.online_reader import OnlineReader
+    from feature_store.read_plan import ReadPlan
     from feature_store.redis_connection import answering
     from predictflow.serve_grpc import with_grpc
     from predictflow.wiring import feast_store
@@ -179,7 +180,7 @@ def _clock(settings: Settings, store: FeatureStore) -> Callable[[], datetime]:
     if settings.clock == "wall":
         return lambda: datetime.now(UTC)
     from feature_store.clock import from_micros, replay_clock_key
-    from feature_store.read_plan import ClockNotSetError
+    from feature_store.online_reader import ClockNotSetError
     from feature_store.redis_connection import answering, connect
 
     redis = connect(settings.need("redis_url"), *_redis_kind(store))

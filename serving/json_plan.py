@@ -19,7 +19,8 @@ from serving.json_view import Caches, JsonView, Part, time_json
 from serving.served_log import Served, message_key
 
 if TYPE_CHECKING:
-    from feature_store.read_plan import ReadPlan, Reply
+    from feature_store.read_command import Reply
+    from feature_store.read_plan import ReadPlan
     from feature_store.view_plan import ViewRow
 
 

@@ -17,7 +17,7 @@ from feature_store.redis_layout import datetime_of, decode_timestamp, decode_val
 from serving.encoding import dumps, plain
 
 if TYPE_CHECKING:
-    from feature_store.read_plan import Reply
+    from feature_store.read_command import Reply
     from feature_store.view_plan import ViewPlan, ViewRow
 
 _DOUBLE = 0x29

@@ -24,7 +24,8 @@ from serving.grpc_wire import (
 from serving.grpc_wire import view_vectors as general
 
 if TYPE_CHECKING:
-    from feature_store.read_plan import ReadPlan, Reply
+    from feature_store.read_command import Reply
+    from feature_store.read_plan import ReadPlan
     from feature_store.view_plan import Cell, ViewPlan, ViewRow
 
 _PRESENT, _NULL, _NOT_FOUND = STATUS["PRESENT"], STATUS["NULL_VALUE"], STATUS["NOT_FOUND"]

@@ -17,7 +17,7 @@ from feast import Entity, FeatureService, FeatureStore, FeatureView, Field, File
 from feast.data_source import PushSource
 from feast.types import Array, Bool, Float64, Int64, String, UnixTimestamp
 
-from feature_store.read_plan import OnlineReader
+from feature_store.online_reader import OnlineReader
 from feature_store.redis_connection import connect_async
 from feature_store.windows import Aggregate, windowed_feature_view
 from serving.grpc_push import StoreWriter
