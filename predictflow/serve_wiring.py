@@ -6,6 +6,7 @@ import os
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -56,6 +57,7 @@ def build_app(settings: Settings, options: ServeOptions) -> ASGIApp:
     from feature_store.online_reader import OnlineReader
     from feature_store.read_plan import ReadPlan
     from feature_store.redis_connection import answering
+    from feature_store.redis_settings import warn_of_settings
     from predictflow.serve_grpc import with_grpc
     from predictflow.wiring import feast_store
     from serving.access import Keys, scope_of
@@ -119,6 +121,7 @@ def build_app(settings: Settings, options: ServeOptions) -> ASGIApp:
             gate=gate,
             request_limits=RequestLimits(options.max_concurrent, options.seconds, limits.body_bytes),
             version=version("predictflow"),
+            check_settings=partial(warn_of_settings, store),
             registry_seconds=options.registry_seconds,
             model_seconds=options.model_seconds,
         )
