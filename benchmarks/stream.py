@@ -151,7 +151,9 @@ class Bench:
                 Row.less_is_better(f"{self.name}: freshness p99 at half load", "ms", [p99], limit, "limit", goals)
             )
             rows.append(
-                Row.less_is_better(f"{self.name}: freshness p50 at half load", "ms", [p50], limit, "limit", (0.001, 0.001))
+                Row.less_is_better(
+                    f"{self.name}: freshness p50 at half load", "ms", [p50], limit, "limit", (0.001, 0.001)
+                )
             )
         return rows
 

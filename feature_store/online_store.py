@@ -27,8 +27,9 @@ from feature_store.apply_hook import guard_apply, record_apply_of_store
 from feature_store.clock import CLOCK_MODES, WallClock, replay_clock_key
 from feature_store.config_check import require_expanded, with_defaults
 from feature_store.errors import DataError, UsageError
+from feature_store.online_reader import OnlineReader
 from feature_store.online_write import OnlineWriter
-from feature_store.read_plan import OnlineReader, ReadPlan
+from feature_store.read_plan import ReadPlan
 from feature_store.redis_connection import answering, connect, connect_async, connection_options
 from feature_store.redis_layout import feature_field, join_keys_of, pair_field, timestamp_field
 from feature_store.redis_socket import RedisSocket

@@ -6,7 +6,6 @@ client gives none. Rows of an entity on the erasure list are left out. Safe to r
 
 from __future__ import annotations
 
-import asyncio
 import json
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +20,7 @@ from feature_store.errors import NotFoundError, UsageError
 from feature_store.windows.definition import definition_of
 from serving.columns import JSON_TEXT, rows_of, times, typed
 from serving.errors import TooManyError
+from serving.limits import Gate, in_thread
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -55,19 +55,22 @@ class Pushed:
 
 
 class Pusher:
-    """`now` tells the time of the clock setting (UTC); it may ask Redis, and raise UnavailableError."""
+    """`now` tells the time of the clock setting (UTC); it may ask Redis, and raise UnavailableError. `gate`: whose slots
+    the threads of `apush` hold."""
 
-    def __init__(self, store: FeatureStore, now: Callable[[], datetime], max_rows: int = 10_000) -> None:
+    def __init__(
+        self, store: FeatureStore, now: Callable[[], datetime], max_rows: int = 10_000, gate: Gate | None = None
+    ) -> None:
         self._store = store
         self._now = now
         self._max_rows = max_rows
+        self._gate = gate
         self._erased = _Erased(store)
         self._threads = ThreadPoolExecutor(PUSH_THREADS, thread_name_prefix="push")
 
     async def apush(self, feature_view: str | None, push_source: str | None, columns: Columns, to: To) -> Pushed:
         """As `push`, in a thread of its own few; a push that is cancelled while it waits for one writes nothing."""
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._threads, self.push, feature_view, push_source, columns, to)
+        return await in_thread(self._gate, self._threads, self.push, feature_view, push_source, columns, to)
 
     def push(self, feature_view: str | None, push_source: str | None, columns: Columns, to: To) -> Pushed:
         """Writes `columns` (join keys, features, `event_timestamp`, `created`?) to one view, or to all of a push source.

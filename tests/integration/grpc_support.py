@@ -17,14 +17,15 @@ from feast import Entity, FeatureService, FeatureStore, FeatureView, Field, File
 from feast.data_source import PushSource
 from feast.types import Array, Bool, Float64, Int64, String, UnixTimestamp
 
-from feature_store.read_plan import OnlineReader
+from feature_store.online_reader import OnlineReader
 from feature_store.redis_connection import connect_async
 from feature_store.windows import Aggregate, windowed_feature_view
 from serving.grpc_push import StoreWriter
 from serving.grpc_server import GrpcOptions, GrpcServer
 from serving.metrics import Metrics
 from serving.models import NoModels
-from serving.online import Limits, OnlineService
+from serving.online import OnlineService
+from serving.online_types import Limits
 from serving.plans import Plans
 from serving.push import Pusher
 from serving.served_log import NoServedLog

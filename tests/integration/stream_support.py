@@ -23,7 +23,8 @@ from feature_store.windows.declare import event_source, windowed_feature_view
 from feature_store.bootstrap import StreamPlace, bootstrap
 from feature_store.consistency import Consistency, check
 from feature_store.event_log import log_files
-from feature_store.read_plan import OnlineReader, ReadPlan
+from feature_store.online_reader import OnlineReader
+from feature_store.read_plan import ReadPlan
 from feature_store.redis_connection import connect
 from feature_store.sync import Sync, SyncOptions
 from feature_store.topic import default_group
