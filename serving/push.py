@@ -309,9 +309,10 @@ def require_row_view(view: Any) -> None:
 
     if not isinstance(view, FeatureView):
         raise UsageError("rows cannot be pushed to a view of this kind", value=f"{view.name} ({type(view).__name__})")
-    if definition_of(view) is not None:
+    definition = definition_of(view)
+    if definition is not None:
         raise WindowedViewError(
             "the values of a windowed view come from its stream",
             value=view.name,
-            next_step=f"send the events to the topic {definition_of(view).topic}",  # type: ignore[union-attr]  # checked above
+            next_step=f"send the events to the topic {definition.topic}",
         )
