@@ -30,11 +30,11 @@ from feature_store.errors import DataError, UsageError
 from feature_store.online_write import OnlineWriter
 from feature_store.read_plan import OnlineReader, ReadPlan
 from feature_store.redis_connection import answering, connect, connect_async, connection_options
+from feature_store.redis_delete import DROP_VIEW, Command, run_script
 from feature_store.redis_layout import feature_field, join_keys_of, pair_field, timestamp_field
 from feature_store.redis_socket import RedisSocket
 from feature_store.redis_stream import RedisStream
 from feature_store.redis_wire import Address, address_from
-from feature_store.redis_writer import DROP_VIEW, Command, run_script
 from feature_store.view_plan import UnsupportedOnDemandError
 from feature_store.windows.definition import STATE_FIELD
 

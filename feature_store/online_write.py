@@ -19,9 +19,11 @@ import pyarrow.compute as pc
 from feature_store.clock import MAX_SKEW, MICROSECOND, Clock, replay_clock_key, to_micros
 from feature_store.errors import DataError
 from feature_store.key_bytes import KEY, KeyColumns
+from feature_store.redis_batch import Batch
 from feature_store.redis_connection import answering
 from feature_store.redis_layout import datetime_of, encode_pair, encode_timestamp, feature_field, nanos_of
-from feature_store.redis_writer import BUDGET_SECONDS, Batch, awrite, write
+from feature_store.redis_retry import BUDGET_SECONDS
+from feature_store.redis_writer import awrite, write
 from feature_store.row_bytes import Piece, RowPacker, Times
 from feature_store.value_bytes import ColumnEncoder, times_of
 from feature_store.view_plan import _key_parts
