@@ -52,6 +52,11 @@ class Times:
             return None
         return int(self.seconds[row]) * 1_000_000_000 + int(self.nanos[row])
 
+    def slice(self, start: int, end: int) -> Times:
+        return Times(
+            self.seconds[start:end], self.nanos[start:end], None if self.known is None else self.known[start:end]
+        )
+
     def take(self, rows: Ints) -> Times:
         return Times(self.seconds[rows], self.nanos[rows], None if self.known is None else self.known[rows])
 
