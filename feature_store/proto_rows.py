@@ -11,11 +11,11 @@ import pyarrow as pa
 
 from feature_store.errors import DataError
 from feature_store.redis_batch import Batch, Cells
-from feature_store.redis_layout import encode_pair, encode_timestamp, nanos_of
+from feature_store.redis_layout import nanos_of
 from feature_store.row_bytes import Times
 from feature_store.value_bytes import times_of
 from feature_store.windows.definition import STATE_FIELD
-from feature_store.write_layout import CHUNK_ROWS, Limit, WriteLayout, first_after
+from feature_store.write_layout import CHUNK_ROWS, FEW_ROWS, Limit, WriteLayout, first_after
 
 if TYPE_CHECKING:
     from feast.protos.feast.types.EntityKey_pb2 import EntityKey
@@ -23,8 +23,6 @@ if TYPE_CHECKING:
 
 Row = tuple["EntityKey", Mapping[str, "Value"], datetime, "datetime | None"]
 """Key, values, event time, created (None: unknown)."""
-_SCALAR_ROWS = 3
-"""Up to so many rows, Python per cell is cheaper than numpy per column."""
 _SECOND = 1_000_000_000
 
 
@@ -49,7 +47,7 @@ def batches_of_rows(layout: WriteLayout, rows: Sequence[Row], limit: Limit | Non
 
 
 def _keys(layout: WriteLayout, protos: Sequence[EntityKey]) -> Cells:
-    found = layout.keys.of_protos(protos) if len(protos) > _SCALAR_ROWS else None
+    found = layout.keys.of_protos(protos) if len(protos) > 10 else None
     if found is not None:
         return found
     keys = []
@@ -75,16 +73,11 @@ def _batches(layout: WriteLayout, rows: Sequence[Row], keys: Cells, events: Time
         created = times_of_datetimes([row[3] for row in rows[start:end]])
         values = [row[1] for row in rows[start:end]]
         parts: list[Cells]
-        if end - start <= _SCALAR_ROWS:
-            rows_of_parts = [
-                fields.packer.pack_one(
-                    encode_pair(event.nanoseconds(i) or 0, created.nanoseconds(i)),
-                    encode_timestamp(event.nanoseconds(i) or 0),
-                    [row[name].SerializeToString() for name in names],
-                )
-                for i, row in enumerate(values)
+        if end - start <= FEW_ROWS:
+            few = [
+                e.few_of_protos([row[name] for row in values]) for e, name in zip(fields.encoders, names, strict=True)
             ]
-            parts = [list(part) for part in zip(*rows_of_parts, strict=True)]
+            parts = [*fields.packer.pack_few(fields.packer.heads(event, created), few)]
             some = some if isinstance(some, list) else some.to_pylist()
         else:
             cells = [e.of_protos([row[name] for row in values]) for e, name in zip(fields.encoders, names, strict=True)]

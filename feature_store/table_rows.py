@@ -12,17 +12,14 @@ import pyarrow.compute as pc
 from feature_store.errors import DataError
 from feature_store.key_bytes import KEY
 from feature_store.redis_batch import Batch
-from feature_store.redis_layout import encode_pair, encode_timestamp
 from feature_store.row_bytes import Times
 from feature_store.value_bytes import times_of
 from feature_store.windows.definition import STATE_FIELD
-from feature_store.write_layout import CHUNK_ROWS, Fields, Limit, WriteLayout, first_after
+from feature_store.write_layout import CHUNK_ROWS, FEW_ROWS, Fields, Limit, WriteLayout, first_after
 
 _FEATURE, _EVENT, _CREATED = "f:", "event", "created"
 """Columns of the checked table: a feature may be named as a join key or a time column is."""
 _CHUNK_BYTES = 2_000_000
-_SCALAR_ROWS = 3
-"""Up to so many rows, Python per cell is cheaper than numpy per column."""
 
 
 def batches_of_table(layout: WriteLayout, table: pa.Table, limit: Limit | None) -> tuple[int, Iterator[Batch]]:
@@ -45,7 +42,7 @@ def batches_of_table(layout: WriteLayout, table: pa.Table, limit: Limit | None) 
         layout.warn_stateless(left_out, table.num_rows)
         table = stated
     fields = layout.fields(names)
-    few = table.num_rows <= _SCALAR_ROWS  # then `ColumnEncoder.one` checks each value, also before the first write
+    few = table.num_rows <= 3  # then `ColumnEncoder.few` checks each value, also before the first write
     columns = {_FEATURE + e.name: c if few else e.checked(c) for e in fields.encoders for c in [table.column(e.name)]}
     columns |= {KEY + n: layout.keys.checked(n, table.column(n)) for n in layout.keys.names}
     columns[_EVENT] = table.column(layout.event_column)
@@ -59,30 +56,22 @@ def batches_of_table(layout: WriteLayout, table: pa.Table, limit: Limit | None) 
 
 def _batches(layout: WriteLayout, table: pa.Table, fields: Fields) -> Iterator[Batch]:
     for chunk in _chunks(table):
-        if chunk.num_rows <= _SCALAR_ROWS:
-            yield _scalar(layout, chunk, fields)
-            continue
         event, created = _times(layout, chunk)
+        if chunk.num_rows <= FEW_ROWS:
+            few = layout.keys.encode_rows(chunk)
+            if len(set(few)) == len(few):
+                cells = [e.few(chunk.column(_FEATURE + e.name).to_pylist()) for e in fields.encoders]
+                listed = fields.packer.pack_few(fields.packer.heads(event, created), cells)
+                yield Batch(few, listed, fields.head, fields.count)
+                continue
         keys = layout.keys.encode(chunk)
         rows = _newest(keys, event, created)
         if rows is not None:
             keys, chunk, event = keys.take(pa.array(rows)), chunk.take(pa.array(rows)), event.take(rows)
             created = created.take(rows) if created is not None else None
-        cells = [e.column(_whole(chunk.column(_FEATURE + e.name))) for e in fields.encoders]
-        parts = fields.packer.pack(event, created, cells)
+        pieces = [e.column(_whole(chunk.column(_FEATURE + e.name))) for e in fields.encoders]
+        parts = fields.packer.pack(event, created, pieces)
         yield Batch(keys, parts, fields.head, fields.count)
-
-
-def _scalar(layout: WriteLayout, chunk: pa.Table, fields: Fields) -> Batch:
-    event, created = _times(layout, chunk)
-    values = [[e.one(v) for v in chunk.column(_FEATURE + e.name).to_pylist()] for e in fields.encoders]
-    rows = []
-    for i in range(chunk.num_rows):
-        event_ns = event.nanoseconds(i)
-        pair = encode_pair(event_ns or 0, created.nanoseconds(i) if created is not None else None)
-        rows.append(fields.packer.pack_one(pair, encode_timestamp(event_ns or 0), [v[i] for v in values]))
-    parts = [list(part) for part in zip(*rows, strict=True)]
-    return Batch(layout.keys.encode_rows(chunk), parts, fields.head, fields.count)
 
 
 def _times(

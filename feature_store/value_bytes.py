@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, datetime
 from operator import attrgetter, methodcaller
 from typing import TYPE_CHECKING, Any
@@ -30,6 +30,8 @@ _INTEGERS = {"INT32": (b"\x18", pa.int32()), "INT64": (b"\x20", pa.int64())}
 _FLOATS = {"DOUBLE": (b"\x29", pa.float64(), "<f8"), "FLOAT": (b"\x35", pa.float32(), "<f4")}
 _TEXTS = {"STRING": (b"\x12", pa.string()), "BYTES": (b"\x0a", pa.binary())}
 _TEXTS |= {"PDF_BYTES": _TEXTS["BYTES"], "IMAGE_BYTES": _TEXTS["BYTES"]}
+_COLUMNS = {kind: arrow for kind, (_, arrow) in (_INTEGERS | _TEXTS).items()}
+_COLUMNS |= {kind: arrow for kind, (_, arrow, _) in _FLOATS.items()}
 # Tags of `Value`'s fields double_list_val and float_list_val; within them field 1, packed.
 _LISTS = {"DOUBLE_LIST": (b"\x7a", pa.float64()), "FLOAT_LIST": (b"\x82\x01", pa.float32())}
 
@@ -48,6 +50,7 @@ class ColumnEncoder:
         self.name = name
         self._type = value_type
         self._prefix = prefix
+        self._heads = [prefix + string_head(n) for n in range(32)]
         kind = value_type.name
         self._column: Callable[[pa.Array], list[Piece] | None] = lambda _: None
         if kind in _INTEGERS:
@@ -75,6 +78,8 @@ class ColumnEncoder:
         if pa.types.is_dictionary(found):
             array = array.cast(found.value_type)
             found = array.type
+        if kind in _COLUMNS and found == _COLUMNS[kind]:
+            return array
         try:
             if kind in _INTEGERS and (pa.types.is_integer(found) or pa.types.is_floating(found)):
                 if pa.types.is_floating(found):
@@ -128,6 +133,18 @@ class ColumnEncoder:
         if pa.types.is_floating(arrow) and pc.any(pc.is_nan(array)).as_py():
             return None  # a column's NaN is null, a proto's is NaN
         return array
+
+    def few_of_protos(self, values: Sequence[Value]) -> list[bytes]:
+        """As `of_protos`, of few rows: without numpy."""
+        return self._packed(map(_SERIALISE, values))
+
+    def few(self, values: Sequence[Any]) -> list[bytes]:
+        """As `column`, of few rows: of Python values as Arrow gives them, without numpy."""
+        return self._packed(self._protos(values) if self._scalar is None else map(self.one, values))
+
+    def _packed(self, protos: Iterable[bytes]) -> list[bytes]:
+        heads = self._heads
+        return [(heads[len(p)] if len(p) < len(heads) else self._prefix + string_head(len(p))) + p for p in protos]
 
     def one(self, value: Any) -> bytes:
         """The `Value` of one Python value as Arrow gives it; zero bytes for null."""

@@ -25,6 +25,8 @@ log = logging.getLogger(__name__)
 CREATED = "created"
 CHUNK_ROWS = 1_000
 """Rows of a batch."""
+FEW_ROWS = 150
+"""Up to so many rows, Python per cell is cheaper than numpy per column."""
 SKEW_NS = MAX_SKEW // MICROSECOND * 1000
 Head = tuple[bytes, bytes, bytes, bytes]
 _SECOND = 1_000_000_000
