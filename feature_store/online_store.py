@@ -37,6 +37,7 @@ from feature_store.redis_stream import RedisStream
 from feature_store.redis_wire import Address, address_from
 from feature_store.view_plan import UnsupportedOnDemandError
 from feature_store.windows.definition import STATE_FIELD
+from feature_store.write_layout import shape_of
 
 if TYPE_CHECKING:
     from feast import Entity, FeatureService, FeatureView, RepoConfig
@@ -99,6 +100,7 @@ class PredictFlowOnlineStore(RedisOnlineStore):
     def __init__(self) -> None:
         self._client_loop: AbstractEventLoop | None = None
         self._plans: dict[Any, tuple[Any, ReadPlan]] = {}
+        self._writers: dict[str, tuple[RepoConfig, object, OnlineWriter]] = {}
         self._sockets: dict[str, RedisSocket | None] = {}
         self._streams: dict[str, RedisStream | None] = {}
 
@@ -121,6 +123,14 @@ class PredictFlowOnlineStore(RedisOnlineStore):
 
     # --- writes -------------------------------------------------------------------------------------------------------
 
+    def writer(self, config: RepoConfig, view: FeatureView) -> OnlineWriter:
+        """A writer of `view`, kept for as long as its definition stands: Feast makes the view anew for every call."""
+        shape = shape_of(view)
+        kept = self._writers.get(view.name)
+        if kept is None or kept[0] is not config or kept[1] != shape:
+            kept = self._writers[view.name] = config, shape, OnlineWriter(self, config, view)
+        return kept[2]
+
     def online_write_batch(
         self, config: RepoConfig, table: FeatureView, data: list[Row], progress: Callable[[int], Any] | None
     ) -> None:
@@ -132,13 +142,13 @@ class PredictFlowOnlineStore(RedisOnlineStore):
         earlier batches are then written).
         """
         # Feast passes no time: a direct write happens now.
-        OnlineWriter(self, config, table).write_rows(data, wall=WallClock(), progress=progress)
+        self.writer(config, table).write_rows(data, wall=WallClock(), progress=progress)
 
     async def online_write_batch_async(
         self, config: RepoConfig, table: FeatureView, data: list[Row], progress: Callable[[int], Any] | None
     ) -> None:
         """As `online_write_batch`."""
-        await OnlineWriter(self, config, table).awrite_rows(data, wall=WallClock(), progress=progress)
+        await self.writer(config, table).awrite_rows(data, wall=WallClock(), progress=progress)
 
     # --- reads --------------------------------------------------------------------------------------------------------
 

@@ -84,6 +84,16 @@ class OnlineWriter:
         left_out, batches = batches_of_table(self._layout, table, limit)
         return await _acounted(awrite(client, batches, budget_seconds), table.num_rows, left_out, progress)
 
+    def prepared(self, table: pa.Table, *, wall: Clock | None) -> Callable[[], Written]:
+        """Checks and encodes all of the table, in memory; what it returns writes it. Errors as `write`, each at its time.
+
+        For a caller who has something else to write that must not stay alone.
+        """
+        client, limit = self._client_and_limit(wall)
+        left_out, batches = batches_of_table(self._layout, table, limit)
+        encoded = list(batches)
+        return lambda: _counted(write(client, encoded), table.num_rows, left_out, None)
+
     def write_rows(self, rows: Sequence[Row], *, wall: Clock | None, progress: Progress | None = None) -> Written:
         """As `write`, of rows as Feast's provider hands them over. A key that the layout cannot hold: DataError."""
         client, limit = self._client_and_limit(wall)

@@ -39,6 +39,22 @@ class Limit(NamedTuple):
     clock: str
 
 
+def shape_of(view: FeatureView) -> object:
+    """Equal for two objects of one view whose `WriteLayout` is the same."""
+    source = getattr(view, "batch_source", None)
+    return (
+        getattr(view, "current_version_number", None),
+        view.projection.version_tag,
+        view.entities,
+        [(f.name, f.dtype) for f in view.features],
+        [(c.name, c.dtype) for c in view.entity_columns],
+        getattr(source, "timestamp_field", None),
+        getattr(source, "created_timestamp_column", None),
+        getattr(source, "field_mapping", None),
+        definition_of(view) is not None,
+    )
+
+
 @dataclass(frozen=True)
 class Fields:
     """Some features of a view, in their order in a row."""
