@@ -1,13 +1,14 @@
-"""One script call on each of many Redis keys, pipelined: how views and entities are removed."""
+"""Removing views and entities: which Redis keys are a project's, and one script call on each of many, pipelined."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from feature_store.redis_cluster_writer import is_cluster
 from feature_store.redis_connection import answering
+from feature_store.redis_layout import join_keys_of
 
 # Removes one view from a hash that several views share; the hash goes when no view is left in it.
 DROP_VIEW = """
@@ -55,3 +56,24 @@ def _run(client: Any, script: str, batch: list[Command]) -> list[int]:
         for command in batch:
             pipe.evalsha(sha, 1, command.key, *command.args)
         return [int(reply) for reply in pipe.execute()]
+
+
+def keys_of(client: Any, project: str, join_keys: Sequence[str]) -> Iterator[bytes]:
+    """The keys of entities with exactly these join keys, of this project only; a key may come twice."""
+    # Feast matches by a glob of prefix and suffix alone: bytes of a key can be wildcards, and a project's name can
+    # end in another's, so each key is parsed.
+    wanted = sorted(join_keys)
+    with answering(client):
+        for key in scan(client, project):
+            if join_keys_of(key, project) == wanted:
+                yield key
+
+
+def scan(client: Any, project: str) -> Iterator[bytes]:
+    """Every key whose bytes end in `project`, on all primaries of a Cluster too; a key may come twice."""
+    yield from client.scan_iter(match=b"*" + _literal(project.encode()), count=1000)
+
+
+def _literal(text: bytes) -> bytes:
+    """`text` for a glob that matches it alone."""
+    return b"".join(b"\\" + bytes([c]) if c in b"\\*?[]^-" else bytes([c]) for c in text)
