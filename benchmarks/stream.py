@@ -215,6 +215,7 @@ class Project:
 
     def _apply(self, sql: str) -> None:
         from feast import Entity, FeatureService, FeatureStore, ValueType
+
         from feature_store.windows.declare import event_source, windowed_feature_view
 
         customer = Entity(name="customer", join_keys=["customer_id"], value_type=ValueType.STRING)

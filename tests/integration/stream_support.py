@@ -18,7 +18,6 @@ from typing import Any
 import duckdb
 import pyarrow as pa
 import pyarrow.parquet as pq
-from feature_store.windows.declare import event_source, windowed_feature_view
 
 from feature_store.bootstrap import StreamPlace, bootstrap
 from feature_store.consistency import Consistency, check
@@ -28,6 +27,7 @@ from feature_store.read_plan import ReadPlan
 from feature_store.redis_connection import connect
 from feature_store.sync import Sync, SyncOptions
 from feature_store.topic import default_group
+from feature_store.windows.declare import event_source, windowed_feature_view
 from feature_store.windows.definition import definition_of
 from feature_store.windows.history import history_sql
 

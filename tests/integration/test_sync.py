@@ -781,6 +781,7 @@ def test_an_ordinary_view_takes_its_rows_from_a_topic(project):
 def test_closed_windows_move_on_while_a_partition_is_silent(project):
     """Under the wall clock, by rows of the log that stand beside the last event."""
     from feast import Entity, ValueType
+
     from feature_store.windows.declare import event_source, windowed_feature_view
 
     customer = Entity(name="customer", join_keys=["customer_id"], value_type=ValueType.STRING)
