@@ -57,6 +57,10 @@ class EventNumbers:
                     ]
         return numbers, sorted(dict(refused).items())
 
+    def close(self) -> None:
+        """Ends the connection."""
+        self._db.close()
+
     def _run(self, events: pa.Table, first: int, parts: list[Numbers], refused: list[tuple[int, str]]) -> None:
         n = events.num_rows
         if not n:

@@ -82,6 +82,9 @@ class RowView:
     def committed(self, partition: int, next_offset: int) -> None:
         """Nothing to do."""
 
+    def close(self) -> None:
+        """Nothing to do."""
+
     def compact(self, partition: int) -> None:
         """Nothing to do: there is no log."""
 

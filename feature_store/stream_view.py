@@ -117,6 +117,10 @@ class StreamView:
         """Merges the partition's small log files."""
         self.log.compact(partition)
 
+    def close(self) -> None:
+        """Call when no batch will follow."""
+        self._numbers.close()
+
     # Batches
 
     def apply(self, batch: RawBatch, now_us: int, wall_us: int) -> BatchResult:

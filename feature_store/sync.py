@@ -128,6 +128,8 @@ class Sync:
             self._consume()
         finally:
             self._consumer.close()
+            for view in self.views:
+                view.close()
             self.finished.set()
             log.info("stopped: %s", self.metrics.line())
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +35,7 @@ def rule(
 def in_batches(marks: Watermarks, stream, cuts, logged=None) -> list[int]:
     out, seen = [], {0: 0, 1: 0}
     bounds = sorted({0, len(stream), *(c % (len(stream) + 1) for c in cuts)})
-    for a, b in zip(bounds, bounds[1:]):
+    for a, b in pairwise(bounds):
         partitions = np.array([p for p, _ in stream[a:b]], np.int64)
         offsets = []
         for p, _ in stream[a:b]:
