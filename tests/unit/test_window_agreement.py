@@ -243,3 +243,17 @@ def test_an_idle_row_moves_the_watermark_of_the_entitys_partition():
     rows += [Logged(None, None, 1, 0, t0 + 5, t0 + 10, "idle")]  # of a partition in which the entity has nothing
     found = history_values(d, watermarks_before(rows), [("a", t0 + t) for t in (5, 29, 30)])
     assert [f["w0_0"] for f in found] == [0, 0, 1]
+
+
+def test_the_callers_relations_may_have_any_name():
+    from feature_store.windows.history import history_sql
+    from tests.unit.window_support import table_of
+
+    d = view(WINDOWS["tumble closed"], WINDOWS["session"], aggregates=[COUNT])
+    with duckdb.connect() as con:
+        con.register(
+            "asked", con.sql(f"SELECT 0::BIGINT AS _row, 'a' AS k, make_timestamptz({T0}) AS _t").to_arrow_table()
+        )
+        con.register("log", table_of([Logged("a", T0, 0, 0, T0)]))
+        found = con.sql(history_sql(d, "asked", "log")).fetchall()
+    assert [row[:3] for row in found] == [(0, 0, 1)]
