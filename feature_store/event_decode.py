@@ -122,7 +122,8 @@ class Decoder:
         codec: Any = self._codec
         try:
             # The reader itself, without a call of ours per message.
-            rows = list(map(orjson.loads if codec is json_record else codec, batch.values))
+            read: Any = orjson.loads if codec is json_record else codec
+            rows = list(map(read, batch.values))
         except (BadMessageError, orjson.JSONDecodeError, TypeError):
             rows = []
         if rows and set(map(type, rows)) == {dict}:

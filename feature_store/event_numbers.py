@@ -26,7 +26,7 @@ class EventNumbers:
         plan = plan_of(definition)
         self._sql = f"SELECT {plan.numbers_sql()}, {plan.event_id_sql()} FROM batch"
         self.values = [f"_v{i}" for i in range(len(plan.values))]
-        self._types = {"_mask": np.int64, "_id": np.int64} | {
+        self._types: dict[str, Any] = {"_mask": np.int64, "_id": np.int64} | {
             name: np.float64 if v.is_float else np.int64 for name, v in zip(self.values, plan.values, strict=True)
         }
         # One thread: a batch is small, and each core has a consumer of its own.
@@ -38,16 +38,10 @@ class EventNumbers:
         parts: list[Numbers] = []
         refused: list[tuple[int, str]] = []
         self._run(events, 0, parts, refused)
-        numbers = (
-            {
-                name: np.concatenate([p[name] for p in parts]).astype(kind, copy=False)
-                if len(parts) != 1
-                else parts[0][name].astype(kind, copy=False)
-                for name, kind in self._types.items()
-            }
-            if parts
-            else {name: np.empty(0, kind) for name, kind in self._types.items()}
-        )
+        numbers: Numbers = {}
+        for name, kind in self._types.items():
+            columns = [p[name] for p in parts] or [np.empty(0, kind)]
+            numbers[name] = (columns[0] if len(columns) == 1 else np.concatenate(columns)).astype(kind, copy=False)
         for name, kind in self._types.items():
             if kind is np.float64:
                 finite = np.isfinite(numbers[name])
@@ -67,7 +61,8 @@ class EventNumbers:
             return
         self._db.register("batch", events)
         try:
-            parts.append(self._db.execute(self._sql).fetchnumpy())
+            found: Any = self._db.execute(self._sql).fetchnumpy()
+            parts.append(found)
             return
         except (duckdb.DataError, duckdb.InvalidInputException) as e:
             if n == 1:

@@ -225,8 +225,8 @@ class StreamView:
     def _good(self, batch: RawBatch, wall_us: int, result: BatchResult) -> GoodEvents:
         """The events that can be applied, but for those ahead of the clock; the others go into `result`."""
         decoded = self._decoder.decode(batch)
-        for place, reason in decoded.refused:
-            result.refused.append((batch[place], reason))
+        for at, reason in decoded.refused:
+            result.refused.append((batch[at], reason))
         rows, place = decoded.rows, decoded.places
         erased = self._erased.of(rows)
         if erased.any():

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from feature_store.event_log import LOG_FIELDS, UTC_MICROS, EventLog
@@ -58,6 +58,7 @@ def log_rows(rows: Sequence[dict]) -> pa.Table:
     return pa.Table.from_pylist([dict.fromkeys(SCHEMA.names) | r for r in rows], SCHEMA)
 
 
+@settings(deadline=None)  # it writes files
 @given(
     st.lists(st.integers(0, 50), min_size=1, max_size=20),
     st.lists(st.tuples(st.integers(0, 19), st.integers(20, 60)), max_size=3),
