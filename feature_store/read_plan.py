@@ -7,45 +7,19 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
-from feature_store.clock import ClockMode, WallClock, from_micros, replay_clock_key, to_micros
-from feature_store.errors import UnavailableError, UsageError
+from feature_store.clock import from_micros
+from feature_store.errors import UsageError
 from feature_store.on_demand import OnDemandPlan, source_view, with_function
-from feature_store.redis_connection import answering
+from feature_store.read_command import Hmget, Replies, Reply
 from feature_store.redis_layout import KeyLayout, KeyPart, datetime_of
-from feature_store.redis_socket import RedisSocket
-from feature_store.redis_stream import Done, RedisStream
-from feature_store.redis_wire import command, hmget_parts
 from feature_store.view_plan import OnDemandViewError, ViewPlan, ViewRow, python_value, resolve
 from feature_store.windows.state import NEVER
 
 if TYPE_CHECKING:
-    import redis
-    import redis.asyncio
     from feast import FeatureService, FeatureStore, FeatureView, RepoConfig
     from feast.infra.registry.base_registry import BaseRegistry
 
 Entity = Mapping[str, object]
-Reply = Sequence[bytes | None]
-Requests = Sequence[tuple[bytes, list[bytes]]]
-_STRING_KEY = (2).to_bytes(4, "little")
-
-
-class AtNotAllowedError(UsageError):
-    """A read at a chosen time under the wall clock, where the time of a read is the clock's."""
-
-    code = "at_not_allowed"
-
-
-class AtTooEarlyError(UsageError):
-    """A read at a time before the newest applied event: what was known then can no longer be told online."""
-
-    code = "at_too_early"
-
-
-class ClockNotSetError(UnavailableError):
-    """`replay` before anything set the clock."""
-
-    code = "clock_not_set"
 
 
 @dataclass(slots=True)
@@ -87,21 +61,6 @@ def _is_on_demand(view: Any) -> bool:
     return isinstance(view, OnDemandFeatureView)
 
 
-class _Hmget:
-    """The bytes of one HMGET around its key; `name` is the join key where that is a single string."""
-
-    def __init__(self, layout: KeyLayout, head: bytes, tail: bytes) -> None:
-        self.layout = layout
-        self.head = head
-        self.tail = tail
-        self.name: str | None = None
-        if len(layout.parts) == 1 and layout.parts[0].type == "STRING":
-            self.name = layout.parts[0].requested
-        self.prefix = layout.prefix + _STRING_KEY
-        self.bare = len(self.prefix) + 4 + len(layout.suffix)
-        self.suffix = layout.suffix + tail
-
-
 class ReadPlan:
     """Immutable; no I/O after `compile`, which reads the registry (cached).
 
@@ -126,10 +85,11 @@ class ReadPlan:
         # Views of one key share one hash, so one HMGET reads them all.
         self._groups = [(KeyLayout(project, parts), members) for parts, members in groups.items()]
         self._fields = [[f for v in members for f in v.fields] for _, members in self._groups]
-        self._commands = [
-            _Hmget(layout, *hmget_parts(fields)) for (layout, _), fields in zip(self._groups, self._fields)
-        ]
+        self._commands = [Hmget(layout, fields) for (layout, _), fields in zip(self._groups, self._fields)]
         self.width = len(self._groups)
+        self.windowed = any(v.definition is not None for v in read)
+        self.closing = list(dict.fromkeys(v.stored for v in read if v.closes_windows))
+        """Stored names of the views that need the watermarks of partitions too."""
         names = (p.requested for layout, _ in self._groups for p in layout.parts if p.requested is not None)
         extra = (name for v in self.on_demand for name in v.request_keys)
         self.key_types = {p.requested: p.type for layout, _ in self._groups for p in layout.parts if p.requested}
@@ -230,18 +190,25 @@ class ReadPlan:
 
     def windowed_at(self, replies: Sequence[Reply], t_us: int) -> tuple[int, list[dict[int, ViewRow]]]:
         """As `at` for the windowed views alone: per entity row, position in `view_plans` to answer."""
-        width = self.width
-        places = [(k, *p) for k, p in enumerate(self.places()) if p[0].definition is not None]
-        held: list[list[tuple[int, ViewPlan, Any]]] = []
-        for start in range(0, len(replies), width):
-            row = []
-            for k, view, group, at in places:
-                parsed = view.parse(replies[start + group][at : at + len(view.fields)])
-                if parsed.state is not None and parsed.state.visible_at > t_us:
-                    t_us = parsed.state.visible_at
-                row.append((k, view, parsed))
-            held.append(row)
-        return t_us, [{k: view.at(parsed, t_us) for k, view, parsed in row} for row in held]
+        t_us, found = self._windowed_at(replies, t_us)
+        places = [(k, found[id(view)]) for k, view in enumerate(self.view_plans) if id(view) in found]
+        return t_us, [{k: rows[i] for k, rows in places} for i in range(len(replies) // (self.width or 1))]
+
+    def _windowed_at(self, replies: Sequence[Reply], t_us: int) -> tuple[int, dict[int, list[ViewRow]]]:
+        """t, and the answers of each windowed view by its id. All are finalised together, at one time."""
+        read = []
+        marks = replies.watermarks if isinstance(replies, Replies) else {}
+        for g, (_, members) in enumerate(self._groups):
+            at = 0
+            for view in members:
+                if view.definition is not None:
+                    held = [view.parse(reply[at : at + len(view.fields)]) for reply in replies[g :: self.width]]
+                    windows = view.windows(held)
+                    partitions, known = marks[view.stored] if view.closes_windows else ({}, None)
+                    t_us = max(t_us, windows.visible_at, NEVER if known is None else known)
+                    read.append((view, held, windows, partitions))
+                at += len(view.fields)
+        return t_us, {id(v): v.windowed_at(held, windows, t_us, marks) for v, held, windows, marks in read}
 
     def _refuse(self, i: int, entity: Entity) -> None:
         for name in self.join_keys:
@@ -265,19 +232,22 @@ class ReadPlan:
             raise OnDemandViewError(
                 "on-demand feature views are computed from the entities too", value=self.feature_names
             )
-        held: list[list[Any]] = [] if width else [[] for _ in entities or ()]
-        for start in range(0, len(replies), width or 1):
-            row = []
+        windowed: dict[int, list[ViewRow]] = {}
+        if self.windowed:
+            t_us, windowed = self._windowed_at(replies, t_us)
+        answers: list[dict[int, ViewRow]] = [] if width else [{} for _ in entities or ()]
+        for n, start in enumerate(range(0, len(replies), width or 1)):
+            row = {}
             for (_, members), reply in zip(self._groups, replies[start : start + width]):
                 i = 0
                 for view in members:
-                    parsed = view.parse(reply[i : i + len(view.fields)])
+                    of_view = windowed.get(id(view))
+                    if of_view is not None:
+                        row[id(view)] = of_view[n]
+                    else:
+                        row[id(view)] = view.at(view.parse(reply[i : i + len(view.fields)]), t_us)
                     i += len(view.fields)
-                    if parsed.state is not None:
-                        t_us = max(t_us, parsed.state.visible_at)
-                    row.append((view, parsed))
-            held.append(row)
-        answers = [{id(view): view.at(parsed, t_us) for view, parsed in row} for row in held]
+            answers.append(row)
         for computed in self.on_demand:
             made = computed.at(entities or (), answers)
             for row_answers, answer in zip(answers, made):
@@ -302,133 +272,9 @@ class ReadPlan:
                 None if answer.created_ns is None else datetime_of(answer.created_ns),
                 None if state is None else dict(state.offsets),
                 None if state is None or state.visible_at == NEVER else from_micros(state.visible_at),
+                None if state is None or state.watermark is None else from_micros(state.watermark),
             )
             for feature, cell in zip(view.features, answer.cells):
                 row.statuses[feature.result], row.values[feature.result] = python_value(feature, cell)
                 row.event_timestamps[feature.result] = time
         return row
-
-
-class OnlineReader:
-    """Plan + Redis + clock: one round trip per read. Safe to share between threads, as its Redis client is.
-
-    `redis`: `read` needs a RedisSocket or a blocking client that returns bytes, `aread` a RedisStream or an asyncio one.
-    """
-
-    def __init__(
-        self,
-        plan: ReadPlan,
-        redis: RedisSocket | RedisStream | redis.Redis | redis.asyncio.Redis,
-        project: str,
-        clock: ClockMode,
-    ) -> None:
-        self.plan = plan
-        self._redis: Any = redis
-        self._direct = isinstance(redis, RedisSocket | RedisStream)
-        self._clock = clock
-        self._clock_key = replay_clock_key(project)
-        # Before the states: what the clock says was applied is in them.
-        self._first = command(b"GET", self._clock_key.encode()) if clock == "replay" else b""
-        self._extra = 1 if clock == "replay" else 0
-
-    def read(self, entities: Sequence[Entity], at: datetime | None = None) -> OnlineRows:
-        """Values and statuses of `entities` at the clock, or at `at` (replay only, not before the clock).
-
-        UsageError for wrong entities or `at`; UnavailableError when Redis does not answer. Changes nothing.
-        """
-        replies, t_us = self.fetch(entities, at)
-        return self.plan.decode(entities, replies, t_us)
-
-    async def aread(self, entities: Sequence[Entity], at: datetime | None = None) -> OnlineRows:
-        """As `read`, on an asyncio client."""
-        replies, t_us = await self.afetch(entities, at)
-        return self.plan.decode(entities, replies, t_us)
-
-    def fetch(self, entities: Sequence[Entity], at: datetime | None = None) -> tuple[list[Reply], int]:
-        """The raw replies and the time to read them at, in microseconds: what `ReadPlan.at` and `decode` take."""
-        if not self._direct:
-            return self.fetch_keys(self.plan.requests(entities), at)
-        self._check(at)
-        payload = self._first + self.plan.payload(entities)
-        return self._answer(self._redis.ask(payload, self._extra + len(entities) * self.plan.width), at)
-
-    async def afetch(self, entities: Sequence[Entity], at: datetime | None = None) -> tuple[list[Reply], int]:
-        """As `fetch`, on an asyncio client."""
-        if not self._direct:
-            return await self.afetch_keys(self.plan.requests(entities), at)
-        self._check(at)
-        payload = self._first + self.plan.payload(entities)
-        return self._answer(await self._redis.ask(payload, self._extra + len(entities) * self.plan.width), at)
-
-    def start(self, entities: Sequence[Entity], done: Done) -> bool:
-        """As `afetch` at the clock, without a task: `done` is called with the replies that `replied` takes.
-
-        False, and nothing is sent: this reader has no RedisStream. UsageError as `fetch`.
-        """
-        if not isinstance(self._redis, RedisStream):
-            return False
-        payload = self._first + self.plan.payload(entities)
-        self._redis.send(payload, self._extra + len(entities) * self.plan.width, done)
-        return True
-
-    def replied(self, replies: list[Any]) -> tuple[list[Reply], int]:
-        """What `afetch` gives, from what `start` called back with. ClockNotSetError under an unset replay clock."""
-        return self._answer(replies, None)
-
-    def fetch_keys(self, requests: Requests, at: datetime | None = None) -> tuple[list[Reply], int]:
-        """As `fetch`, for requests whose keys the caller made."""
-        self._check(at)
-        if self._direct:
-            return self._answer(self._redis.ask(*self._commands(requests)), at)
-        pipe = self._pipeline(requests)
-        with answering(self._redis):
-            return self._answer(pipe.execute() if len(pipe) else [], at)
-
-    async def afetch_keys(self, requests: Requests, at: datetime | None = None) -> tuple[list[Reply], int]:
-        """As `fetch_keys`, on an asyncio client."""
-        self._check(at)
-        if self._direct:
-            return self._answer(await self._redis.ask(*self._commands(requests)), at)
-        pipe = self._pipeline(requests)
-        with answering(self._redis):
-            return self._answer(await pipe.execute() if len(pipe) else [], at)
-
-    def _check(self, at: datetime | None) -> None:
-        if at is not None and self._clock != "replay":
-            raise AtNotAllowedError(
-                "`at` needs the replay clock",
-                value=at.isoformat(),
-                next_step="leave it out, or PREDICTFLOW_CLOCK=replay",
-            )
-
-    def _commands(self, requests: Requests) -> tuple[bytes, int]:
-        made = b"".join([command(b"HMGET", key, *fields) for key, fields in requests])
-        return self._first + made, self._extra + len(requests)
-
-    def _pipeline(self, requests: Requests) -> Any:
-        pipe = self._redis.pipeline(transaction=False)
-        if self._clock == "replay":
-            pipe.get(self._clock_key)
-        for key, fields in requests:
-            pipe.execute_command("HMGET", key, *fields)
-        return pipe
-
-    def _answer(self, replies: list[Any], at: datetime | None) -> tuple[list[Reply], int]:
-        if self._clock != "replay":
-            return replies, to_micros(WallClock().now())
-        clock = None if replies[0] is None else int(replies[0])
-        if at is not None:
-            t_us = to_micros(at)
-            if clock is not None and t_us < clock:
-                raise AtTooEarlyError(
-                    "`at` is before the newest applied event",
-                    value=at.isoformat(),
-                    next_step=f"read at {from_micros(clock).isoformat()} or later",
-                )
-            return replies[1:], t_us
-        if clock is None:
-            raise ClockNotSetError(
-                f"the replay clock of project {self.plan.project} is not set",
-                next_step="`predictflow windows bootstrap --known-by TIME` sets it; PREDICTFLOW_CLOCK=wall uses the machine's",
-            )
-        return replies[1:], clock
