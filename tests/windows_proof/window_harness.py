@@ -321,7 +321,9 @@ class Run:
         near = [t for t in found if start <= t <= until]
         span = max(1, until - start)
         near += [start + r.randrange(span) for _ in range(2)]
-        far = [t for t in found if t > until] + [until + 1 + r.randrange(30 * self.scenario.meant.unit_us)]
+        far = [t for t in found if t > max(until, start)] + [
+            max(until, start) + 1 + r.randrange(30 * self.scenario.meant.unit_us)
+        ]
         return r.sample(near, min(len(near), count)) + r.sample(far, min(len(far), 2))
 
     # History

@@ -43,11 +43,12 @@ class Scenario:
     plan: int
     entities: tuple[str, ...]
 
-    def without(self, partition: int, index: int) -> Scenario:
-        """One message less (partition -1: of history)."""
+    def without(self, partition: int, first: int, count: int = 1) -> Scenario:
+        """Without some messages of a partition (-1: of history)."""
+        end = first + count
         if partition < 0:
-            return replace(self, history=self.history[:index] + self.history[index + 1 :])
-        kept = tuple(p[:index] + p[index + 1 :] if i == partition else p for i, p in enumerate(self.partitions))
+            return replace(self, history=self.history[:first] + self.history[end:])
+        kept = tuple(p[:first] + p[end:] if i == partition else p for i, p in enumerate(self.partitions))
         return replace(self, partitions=kept)
 
 
