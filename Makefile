@@ -16,6 +16,8 @@ SIZE ?= small
 MINUTES ?= 30
 FEAST_SOURCE ?=
 EXAMPLES ?= 500
+READS ?= 1000000
+SEED ?= 2
 PYTEST_ARGS ?=
 
 .PHONY: help
@@ -88,6 +90,10 @@ soak-online: .venv/.dev ## Mixed load on predictflow serve for MINUTES (30) whil
 .PHONY: prove-backfill
 prove-backfill: .venv/.dev ## Kill a backfill 50 times at random points; the result must be the same bytes
 	PREDICTFLOW_BACKFILL_KILLS=50 .venv/bin/python -m pytest tests/integration/test_backfill_kill.py
+
+.PHONY: prove-windows
+prove-windows: .venv/.dev ## Compare stream, history and an oracle over READS (1000000) random reads of windowed views (SEED=2)
+	PREDICTFLOW_PROOF_READS=$(READS) PREDICTFLOW_PROOF_SEED=$(SEED) .venv/bin/python -m pytest tests/windows_proof --timeout 14400
 
 .PHONY: fuzz-rest
 fuzz-rest: .venv/.dev ## Send the REST server requests made from its OpenAPI document, with new seeds (EXAMPLES=500 per route)

@@ -66,7 +66,14 @@ class Run:
             lateness_us=source.allowed_lateness_us,
             ttl_us=self.platform.ttl_us,
             has_event_id=source.event_id is not None,
+            history_watermark=self.history_watermark,
         )
+
+    @property
+    def history_watermark(self) -> int | None:
+        """Where every partition's watermark begins: bootstrap hands the history's over to the stream."""
+        times = [m.time for m in self.scenario.history]
+        return max(times) - self.view.source.allowed_lateness_us if times else None
 
     def go(self) -> Run:
         with contextlib.closing(self.platform):
@@ -178,7 +185,7 @@ class Run:
 
     def _watermark_before(self, partition: int, position: int) -> int | None:
         """From the log, as a consumer that has just started finds it."""
-        found: int | None = None
+        found = self.history_watermark
         lateness = self.view.source.allowed_lateness_us
         for offset, m in self.topic[partition][:position]:
             row = self.log.get((partition, offset))
@@ -289,7 +296,7 @@ class Run:
         mapping = dict(self.watermarks) if r.random() < 0.8 else None
         asked: list[Read] = []
         for entity in [*self.scenario.entities, NOBODY]:
-            for t in self._times(entity, self.clock, until, 24 if last else 6):
+            for t in self._times(entity, self.clock, until, 120 if last else 30):
                 exact = by_time and self.clock <= t <= until and mapping is not None
                 asked.append(Read(entity, t, {}, by_time=exact))
         states = States.decode(self.view, [self.blobs.get(q.entity) for q in asked])
@@ -308,7 +315,7 @@ class Run:
         r = self.random
         found = {start, until}
         times = [row.message.time for row in (*self.log.values(), *self.history_rows) if row.message.entity == entity]
-        for time in r.sample(times, min(len(times), 5)):
+        for time in r.sample(times, min(len(times), 12)):
             for s in self.scenario.meant.statements:
                 w = s.window
                 edges = [time, time + w.size_us]
@@ -320,9 +327,11 @@ class Run:
             found.update((time + ttl, time + ttl + 1) if ttl else ())
         near = [t for t in found if start <= t <= until]
         span = max(1, until - start)
-        near += [start + r.randrange(span) for _ in range(2)]
-        far = [t for t in found if t > until] + [until + 1 + r.randrange(30 * self.scenario.meant.unit_us)]
-        return r.sample(near, min(len(near), count)) + r.sample(far, min(len(far), 2))
+        near += [start + r.randrange(span) for _ in range(count // 4)]
+        far = [t for t in found if t > max(until, start)] + [
+            max(until, start) + 1 + r.randrange(30 * self.scenario.meant.unit_us)
+        ]
+        return r.sample(near, min(len(near), count)) + r.sample(far, min(len(far), count // 4))
 
     # History
 
@@ -346,7 +355,7 @@ class Run:
             first, last = min(r.visible_at for r in rows), max(r.visible_at for r in rows)
             for entity in [*self.scenario.entities, NOBODY]:
                 own = [r.visible_at for r in rows if r.message.entity == entity] or [first]
-                for _ in range(10):
+                for _ in range(40):
                     t = self.random.choice(
                         [self.random.choice(own) + self.random.choice([-1, 0, 1]), self.random.randint(first, last)]
                     )

@@ -58,10 +58,6 @@ class Logged:
     inputs: tuple[tuple[Value, ...], ...] = ()
     """By statement and aggregate: the argument (True for COUNT(*)), None where the aggregate passes the event over."""
 
-    @property
-    def order(self) -> tuple[int, int, int]:
-        return self.raw.time, self.raw.partition, self.raw.offset
-
 
 @dataclass(frozen=True)
 class Answer:
@@ -171,7 +167,10 @@ class Oracle:
         value = True if argument is None else evaluate(argument, e.columns)
         if isinstance(value, float) and not math.isfinite(value):
             raise OutOfRangeError(value)
-        return value if passes else None
+        return self.passed(value) if passes else None
+
+    def passed(self, value: Value) -> Value:
+        return value
 
     # Reads
 
@@ -213,16 +212,25 @@ class Oracle:
         if not seen:
             return Answer("NOT_FOUND", None, dict.fromkeys(names, null), watermark)
         last = max(e.raw.time for e in seen)
-        if self.ttl_us and t - last > self.ttl_us:
+        if self.is_expired(t - last):
             return Answer("OUTSIDE_MAX_AGE", last, dict.fromkeys(names, null), watermark)
         values: dict[str, Possible] = {}
         for i, s in enumerate(self.statements):
             inside = self.closed(s.window, known, watermark) if s.window.on_close else self.open(s.window, seen, t)
-            inside = sorted(inside, key=lambda e: e.order)
-            results = [aggregate(a.function, [e.inputs[i][j] for e in inside]) for j, a in enumerate(s.aggregates)]
+            inside = sorted(inside, key=self.order)
+            results = [self.aggregate(a.function, [e.inputs[i][j] for e in inside]) for j, a in enumerate(s.aggregates)]
             for o in s.outputs:
                 values[o.name] = possible(o.expression, results)
         return Answer("PRESENT", last, values, watermark)
+
+    def is_expired(self, silent: int) -> bool:
+        return self.ttl_us > 0 and silent > self.ttl_us
+
+    def order(self, e: Logged) -> tuple[int, int, int]:
+        return e.raw.time, e.raw.partition, e.raw.offset
+
+    def aggregate(self, function: str, inputs: Sequence[Value]) -> Result:
+        return aggregate(function, inputs)
 
     # Windows
 
@@ -251,7 +259,7 @@ class Oracle:
 
     def sessions(self, events: Sequence[Logged], gap: int) -> list[list[Logged]]:
         out: list[list[Logged]] = []
-        for e in sorted(events, key=lambda e: e.order):
+        for e in sorted(events, key=self.order):
             if out and not self.splits(e.raw.time - out[-1][-1].raw.time, gap):
                 out[-1].append(e)
             else:
