@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from itertools import repeat
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -62,6 +64,16 @@ class RawBatch:
     def of(cls, messages: Sequence[Raw]) -> RawBatch:
         """The columns of messages."""
         return cls(*(list(column) for column in zip(*messages, strict=True))) if messages else cls([], [], [], [])
+
+    @classmethod
+    def consumed(cls, messages: Sequence[Any]) -> RawBatch:
+        """The columns of confluent_kafka messages without error."""
+        from confluent_kafka import Message
+
+        # The methods themselves: a comprehension costs half as much again.
+        partitions: Any = list(map(Message.partition, messages))  # a consumed message has both
+        offsets: Any = list(map(Message.offset, messages))
+        return cls(partitions, offsets, list(map(Message.key, messages)), list(map(Message.value, messages)))
 
     def __len__(self) -> int:
         return len(self.values)
@@ -144,10 +156,10 @@ class Decoder:
     def _checked(self, rows: list[dict[str, Any]], name: str, kind: Type, doubtful: set[int]) -> list[Any]:
         """The values of a column, None where there is doubt."""
         if name == self.schema.created:
-            values = [r.get(name) for r in rows]
+            values = list(map(dict.get, rows, repeat(name)))
         else:
             try:
-                values = [r[name] for r in rows]
+                values = list(map(itemgetter(name), rows))
             except KeyError:
                 values = [r.get(name, _MISSING) for r in rows]
         allowed = _PYTHON[kind]

@@ -174,12 +174,7 @@ class Sync:
         while not self._stop.is_set():
             messages = self._consumer.messages()
             if messages:
-                batch = RawBatch(
-                    [m.partition() for m in messages],
-                    [m.offset() for m in messages],
-                    [m.key() for m in messages],
-                    [m.value() for m in messages],
-                )
+                batch = RawBatch.consumed(messages)
                 if self._apply(batch):
                     self._done(batch, messages)
             self._advance_idle()
@@ -248,14 +243,9 @@ class Sync:
     def _done(self, batch: RawBatch, messages: Sequence[Any]) -> None:
         now = to_micros(self._wall.now())
         next_offsets = _next_offsets(batch)
-        first: dict[int, Any] = {}
-        for p, m in zip(batch.partitions, messages, strict=False):
-            if p not in first:
-                first[p] = m
-                if len(first) == len(next_offsets):
-                    break
-        for p, m in first.items():
-            kind, produced_ms = m.timestamp()
+        partitions = [m.partition() for m in messages]
+        for p in next_offsets:
+            kind, produced_ms = messages[partitions.index(p)].timestamp()
             if kind:
                 self.metrics.freshness_seconds.labels(str(p)).observe(max(0.0, now / 1e6 - produced_ms / 1e3))
         self._consumer.done(next_offsets)
@@ -284,7 +274,7 @@ class Sync:
 
 def _next_offsets(batch: RawBatch) -> dict[int, int]:
     """Partition -> the offset after its last message; offsets ascend."""
-    return {p: o + 1 for p, o in zip(batch.partitions, batch.offsets, strict=True)}
+    return {p: o + 1 for p, o in dict(zip(batch.partitions, batch.offsets, strict=True)).items()}
 
 
 def _compact(view: AnyView, partition: int) -> None:

@@ -363,6 +363,9 @@ def blob_of(cell: bytes | None) -> bytes | None:
     if not cell:
         return None
     if cell[0] == 0x0A:
+        size = len(cell) - 3
+        if 128 <= size < 16384 and cell[1] == (size & 127 | 128) and cell[2] == size >> 7:  # nearly every state
+            return cell[3:]
         length = shift = 0
         for at in range(1, min(len(cell), 6)):
             length |= (cell[at] & 127) << shift

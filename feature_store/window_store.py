@@ -18,6 +18,7 @@ from feature_store.redis_layout import feature_field
 from feature_store.redis_socket import RedisSocket
 from feature_store.redis_wire import command
 from feature_store.redis_writer import write
+from feature_store.row_bytes import by_length, join, lengths_of
 from feature_store.view_plan import _key_parts as key_parts
 from feature_store.view_plan import blob_of
 from feature_store.window_write import OTHER_DEFINITION, WATERMARKS, fenced, parse_watermarks, state_key, watermarks_key
@@ -156,16 +157,20 @@ class WindowStore:
                 valid=[self._marker.decode()],
                 next_step="start `predictflow sync` again",
             )
-        return States.decode(self.definition, [blob_of(c) for c in cells])
+        return States.decode(self.definition, list(map(blob_of, cells)))
 
-    def _ask(self, keys: Sequence[bytes]) -> list[bytes | None]:
+    def _ask(self, keys: pa.Array) -> list[bytes | None]:
         if self._socket is not None:
-            tail = b"$%d\r\n%b\r\n" % (len(self._field), self._field)
-            asked = [b"*3\r\n$4\r\nHGET\r\n$%d\r\n%b\r\n%b" % (len(k), k, tail) for k in keys]
-            return self._socket.ask(command(b"GET", self._marker_key) + b"".join(asked), len(keys) + 1)
+            tail = b"\r\n$%d\r\n%b\r\n" % (len(self._field), self._field)
+            size = by_length(lengths_of(keys), lambda n: b"*3\r\n$4\r\nHGET\r\n$%d\r\n" % n)
+            asked = join(len(keys), [size, keys, tail])
+            _, ends, data = asked.buffers()
+            first, last = np.frombuffer(ends, np.int32)[[asked.offset, asked.offset + len(asked)]].tolist()
+            asked = command(b"GET", self._marker_key) + bytes(memoryview(data)[first:last])
+            return self._socket.ask(asked, len(keys) + 1)
         pipe = self._redis.pipeline(transaction=False)
         pipe.get(self._marker_key)
-        for key in keys:
+        for key in keys.to_pylist():
             pipe.hget(key, self._field)
         with answering(self._redis):
             return list(pipe.execute())
@@ -174,10 +179,10 @@ class WindowStore:
         columns = [pa.array(c, t) for c, t in zip(zip(*keys, strict=True), self._key_types, strict=True)]
         return dict(zip(self.definition.entity_key, columns, strict=True))
 
-    def _redis_keys(self, keys: Sequence[Key]) -> list[bytes]:
+    def _redis_keys(self, keys: Sequence[Key]) -> pa.Array:
         table = pa.table(self._key_table(keys))
         checked = {KEY + n: self._keys.checked(n, table.column(n)) for n in self._keys.names}
-        return list(self._keys.encode(pa.table(checked)).to_pylist())
+        return self._keys.encode(pa.table(checked))
 
     def write(
         self, keys: Sequence[Key], states: States, watermarks: Mapping[int, tuple[int, int]] | None = None
