@@ -13,13 +13,12 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
-from feature_store.clock import from_micros, to_micros
+from feature_store.clock import MICROSECOND, from_micros, to_micros
 from feature_store.errors import NotFoundError
 from feature_store.redis_connection import answering
 from feature_store.redis_layout import decode_timestamp, feature_field, join_keys_of, pair_field, timestamp_field
 from feature_store.redis_writer import DROP_VIEW, Command, run_script
 from feature_store.windows.definition import STATE_FIELD, definition_of
-from feature_store.windows.state import RETENTION_SLACK
 
 if TYPE_CHECKING:
     from feast import FeatureStore, FeatureView
@@ -196,7 +195,8 @@ def _view(store: FeatureStore, view: FeatureView) -> _View:
     keep = getattr(view, "ttl", None)
     definition = definition_of(view)
     if keep and definition is not None:
-        keep = max(keep, definition.longest_window) + RETENTION_SLACK
+        # As long as a late event may still count, so is what it would be counted with.
+        keep = max(keep, definition.longest_window_us * MICROSECOND) + definition.source.retention_us * MICROSECOND
     microseconds = 0 if not keep else int(keep.total_seconds() * 1_000_000)
     return _View(timestamp_field(stored), fields, microseconds, Swept(view.name))
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from feast import FeatureStore, FeatureView
 
 _TIME = pa.timestamp("us", "UTC")
-_KEY_TYPES = {"STRING": pa.string(), "INT64": pa.int64(), "INT32": pa.int32()}
+_KEY_TYPES = {"string": pa.string(), "int64": pa.int64()}
 Key = tuple[str | int, ...]
 """An entity: the values of the definition's `entity_key`, in its order."""
 
@@ -88,7 +88,7 @@ class WindowStore:
         stored = compute_versioned_name(view, store.config.registry.enable_online_feature_view_versioning)
         self._field = feature_field(stored, STATE_FIELD)
         self._keys = KeyColumns(store.project, view.name, key_parts(view))
-        self._types = {c.name: _KEY_TYPES.get(c.dtype.to_value_type().name) for c in view.entity_columns}
+        self._key_types = [_KEY_TYPES[t] for t in definition.key_types]
         self._marker_key = state_key(store.project, stored).encode()
         self._marker: bytes | None = None
         self._marks_key = watermarks_key(store.project, stored)
@@ -171,8 +171,8 @@ class WindowStore:
             return list(pipe.execute())
 
     def _key_table(self, keys: Sequence[Key]) -> dict[str, pa.Array]:
-        columns = zip(*keys, strict=True)
-        return {k: pa.array(c, self._types[k]) for k, c in zip(self.definition.entity_key, columns, strict=True)}
+        columns = [pa.array(c, t) for c, t in zip(zip(*keys, strict=True), self._key_types, strict=True)]
+        return dict(zip(self.definition.entity_key, columns, strict=True))
 
     def _redis_keys(self, keys: Sequence[Key]) -> list[bytes]:
         table = pa.table(self._key_table(keys))

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from feature_store.clock import from_micros
-from feature_store.errors import PredictFlowError
-from feature_store.windows.ir import Aggregate, AggregateRef, Output
+from feature_store.windows.ir import AggregateRef, Output
 from feature_store.windows.kept_events import events_of
 from feature_store.windows.layout import Layout
 from feature_store.windows.partials import Partials, Result
-from feature_store.windows.plan import Input
 from feature_store.windows.rows import NEVER, Array, Groups, ranges
-from feature_store.windows.sketch import Sketch, slot_of
+from feature_store.windows.sketch import Sketch
 from feature_store.windows.state_errors import OverflowedError, TooManyEventsError, WindowStateError
 from feature_store.windows.tracks import closed_session
 
@@ -28,25 +26,37 @@ Column = tuple[Array, Array]
 """Values (int64 or float64) and which are null."""
 
 
-@dataclass
 class Finals:
     """The outputs of n entities at their times.
 
-    `arrays`: values (int64, also of bool and of timestamps in microseconds, or float64) and which are null. `seen`:
-    greatest time of a counted event by then. `errors`: why an entity has no values (they are null then). `watermark`: what
-    windows were closed by, NEVER without one.
+    `last_seen`: greatest time of a counted event by then. `errors`: why an entity has no values (they are null then).
+    `watermark`: what windows were closed by, NEVER without one.
     """
 
-    outputs: list[Output]
-    arrays: dict[str, Column]
-    last_seen: Array
-    watermark: Array
-    errors: dict[int, WindowStateError] = field(default_factory=dict)
+    def __init__(self, outputs: list[Output], last_seen: Array, watermark: Array) -> None:
+        self.outputs, self.last_seen, self.watermark = outputs, last_seen, watermark
+        self.errors: dict[int, WindowStateError] = {}
+        self._made: dict[str, Column] = {}
+        self._one: dict[str, Any] | None = None  # of one entity: the values as they are in `columns`
+
+    @cached_property
+    def arrays(self) -> dict[str, Column]:
+        """Values (int64, also of bool and of timestamps in microseconds, or float64) and which are null."""
+        if self._one is None:
+            return self._made
+        out = {}
+        for o in self.outputs:
+            value = self._one[o.name]
+            kind = np.float64 if o.type == "float64" else np.int64
+            out[o.name] = np.array([value or 0], kind), np.array([value is None])
+        return out
 
     @cached_property
     def columns(self) -> dict[str, list[Any]]:
         """The outputs as Python values, None being null; a timestamp is its microseconds."""
-        return {o.name: _listed(*self.arrays[o.name], o.type == "bool") for o in self.outputs}
+        if self._one is not None:
+            return {name: [value] for name, value in self._one.items()}
+        return {o.name: _listed(*self._made[o.name], o.type == "bool") for o in self.outputs}
 
     @cached_property
     def seen(self) -> list[int | None]:
@@ -63,7 +73,7 @@ def finals(layout: Layout, states: States, t: Array, watermark: Array, visible_a
     """The values of states in which no event is pending at t. `visible_at`: before pending events were counted."""
     name = layout.definition.name
     unseen = states.last_seen == NEVER
-    out = Finals(layout.definition.outputs, {}, states.last_seen, watermark)
+    out = Finals(layout.outputs, states.last_seen, watermark)
     for i in np.flatnonzero(t < visible_at).tolist():
         out.errors[i] = WindowStateError(
             f"{name}: read at a time before the state's newest event was known",
@@ -81,27 +91,69 @@ def finals(layout: Layout, states: States, t: Array, watermark: Array, visible_a
                     next_step=f"raise max_events_per_entity, then `predictflow windows bootstrap {name}`",
                 ),
             )
+    if len(states) == 1:
+        out._one = _one(layout, states, t, watermark, bool(unseen[0]), out.errors)
+        return out
     for i, statement in enumerate(layout.statements):
-        columns = _statement(layout, states, i, t, watermark, out.errors)
+        columns = _results(layout, i, _window(layout, states, i, t, watermark), len(states), out.errors)
         for output in statement.outputs:
             if isinstance(output.expression, AggregateRef):
-                out.arrays[output.name] = columns[output.expression.index]
+                out._made[output.name] = columns[output.expression.index]
             else:
-                out.arrays[output.name] = _evaluated(name, output, columns, unseen, out.errors)
+                out._made[output.name] = _evaluated(name, output, columns, unseen, out.errors)
     void = unseen
     if out.errors:
         void = unseen.copy()
         void[list(out.errors)] = True
     if void.any():
-        out.arrays = {k: (values, null | void) for k, (values, null) in out.arrays.items()}
+        out._made = {k: (values, null | void) for k, (values, null) in out._made.items()}
     return out
 
 
-def _statement(
-    layout: Layout, states: States, i: int, t: Array, watermark: Array, errors: dict[int, WindowStateError]
-) -> list[Column]:
-    """The aggregates of one statement."""
-    window, place, n = layout.statements[i].window, layout.places[i], len(states)
+def _one(
+    layout: Layout, states: States, t: Array, watermark: Array, unseen: bool, errors: dict[int, WindowStateError]
+) -> dict[str, Any]:
+    """The outputs of a single entity: what takes the time is then not the numbers but calls of numpy."""
+    out: dict[str, Any] = {o.name: None for o in layout.outputs}
+    if unseen or errors:
+        return out
+    for i, statement in enumerate(layout.statements):
+        found = _window(layout, states, i, t, watermark)
+        words = [c.item() for c in found.columns]
+        values: list[Any] = []
+        at = 0
+        try:
+            for place in layout.places[i]:
+                if place.function == "count_distinct":
+                    values.append(int(found.sketch.numbers(1, place.at)[0]) if found.sketch is not None else 0)
+                elif not len(found.whose):
+                    values.append(0 if place.function == "count" else None)
+                else:
+                    values.append(found.partials.one(place, words))
+                at += 1
+            for output in statement.outputs:
+                value = _expression(output, values)
+                out[output.name] = bool(value) if output.type == "bool" and value is not None else value
+        except OverflowError:
+            name = _named(statement.outputs, at) if at < len(layout.places[i]) else output.name
+            errors[0] = _overflow(layout.definition.name, name)
+            return dict.fromkeys(out)
+    return out
+
+
+@dataclass
+class Found:
+    """What a statement's window holds: per group its words and its sketch; `whose` the groups are (entities)."""
+
+    partials: Partials
+    columns: list[Array]
+    sketch: Sketch | None
+    whose: Array
+
+
+def _window(layout: Layout, states: States, i: int, t: Array, watermark: Array) -> Found:
+    """What the window of one statement holds at t."""
+    window, place, n = layout.statements[i].window, layout.tracked[i], len(states)
     every = np.arange(n)
     sketch: Sketch | None = None
     if place is None:
@@ -112,7 +164,7 @@ def _statement(
         columns = partials.combine(partials.lift(numbers), groups) if len(whose) else []
         if partials.sketches and len(whose):
             sketch = Sketch.lifted(partials, numbers, groups.spread(np.arange(len(groups))))
-        return _results(layout, i, partials, columns, sketch, whose, n, errors)
+        return Found(partials, columns, sketch, whose)
     track, held = layout.tracks[place], states._tracks[place]
     rows, partials = held.rows, track.partials
     if track.kind == "sessions":
@@ -151,7 +203,7 @@ def _statement(
     else:
         whose, groups, data = _taken(rows.data, low, high)
     columns = partials.combine(partials.columns(data[:, track.keys :]), groups) if len(whose) else []
-    return _results(layout, i, partials, columns, sketch, whose, n, errors)
+    return Found(partials, columns, sketch, whose)
 
 
 def _taken(data: Array, low: Array, high: Array) -> tuple[Array, Groups, Array]:
@@ -166,28 +218,25 @@ def _taken(data: Array, low: Array, high: Array) -> tuple[Array, Groups, Array]:
     return whose, Groups(starts, size), data if size == len(data) else data[ranges(low, high)[0]]
 
 
-def _results(
-    layout: Layout,
-    i: int,
-    partials: Partials,
-    columns: list[Array],
-    sketch: Sketch | None,
-    whose: Array,
-    n: int,
-    errors: dict[int, WindowStateError],
-) -> list[Column]:
-    statement, sources = layout.statement(i)
-    out = []
-    for aggregate, source in zip(statement.aggregates, sources, strict=True):
+def _results(layout: Layout, i: int, found: Found, n: int, errors: dict[int, WindowStateError]) -> list[Column]:
+    """The aggregates of one statement, of all entities."""
+    whose, out = found.whose, []
+    for aggregate, place in zip(layout.statements[i].aggregates, layout.places[i], strict=True):
         counts = aggregate.function in ("count", "count_distinct")
         if not len(whose):
             kind = np.float64 if aggregate.type == "float64" else np.int64
             out.append((np.zeros(n, kind), np.full(n, not counts)))
             continue
-        result = _result(partials, aggregate, source, columns, sketch, len(whose))
+        if aggregate.function != "count_distinct":
+            result = found.partials.final(place, found.columns)
+        elif found.sketch is not None:
+            result = Result(found.sketch.numbers(len(whose), place.at))
+        else:
+            result = Result(np.zeros(len(whose), np.int64))
         if result.wrong is not None:
-            for place in whose[result.wrong].tolist():
-                errors.setdefault(place, _overflow(layout.definition.name, _named(statement.outputs, len(out))))
+            name = _named(layout.statements[i].outputs, len(out))
+            for entity in whose[result.wrong].tolist():
+                errors.setdefault(entity, _overflow(layout.definition.name, name))
         if len(whose) == n:
             out.append((result.values, np.zeros(n, bool) if result.null is None else result.null))
             continue
@@ -196,21 +245,6 @@ def _results(
         null[whose] = False if result.null is None else result.null
         out.append((values, null))
     return out
-
-
-def _result(
-    partials: Partials,
-    aggregate: Aggregate,
-    source: Input,
-    columns: list[Array],
-    sketch: Sketch | None,
-    groups: int,
-) -> Result:
-    if aggregate.function != "count_distinct":
-        return partials.final(aggregate, source, columns)
-    if sketch is None:
-        return Result(np.zeros(groups, np.int64))
-    return Result(sketch.numbers(groups, slot_of(partials, source.bit, source.value)))
 
 
 def _named(outputs: Iterable[Output], index: int) -> str:
@@ -228,8 +262,6 @@ def _evaluated(
     view: str, output: Output, columns: list[Column], unseen: Array, errors: dict[int, WindowStateError]
 ) -> Column:
     """An expression over aggregates, entity by entity."""
-    from feature_store.windows.evaluate import evaluate
-
     lists = [_listed(values, null, False) for values, null in columns]
     n = len(unseen)
     values = np.zeros(n, np.float64 if output.type == "float64" else np.int64)
@@ -238,10 +270,18 @@ def _evaluated(
         if i in errors:
             continue
         try:
-            value = evaluate(output.expression, [column[i] for column in lists])
-        except (OverflowError, PredictFlowError) as e:
-            errors[i] = OverflowedError(f"{view}.{output.name}: {e}")
+            value = _expression(output, [column[i] for column in lists])
+        except OverflowError:
+            errors[i] = _overflow(view, output.name)
             continue
         if value is not None:
             values[i], null[i] = value, False
     return values, null
+
+
+def _expression(output: Output, aggregates: list[Any]) -> Any:
+    if isinstance(output.expression, AggregateRef):
+        return aggregates[output.expression.index]
+    from feature_store.windows.evaluate import evaluate
+
+    return evaluate(output.expression, aggregates)

@@ -19,8 +19,8 @@ from functools import cached_property, lru_cache
 from typing import Literal
 
 from feature_store.windows.definition import WindowedView
-from feature_store.windows.ir import Statement
-from feature_store.windows.partials import Partials
+from feature_store.windows.ir import Aggregate
+from feature_store.windows.partials import Partials, Place
 from feature_store.windows.plan import Input, Plan, plan_of
 from feature_store.windows.rows import NEVER
 
@@ -50,7 +50,7 @@ class Track:
 
 
 class Layout:
-    """Of one definition. `places[statement]`: index of its track, None for OVER."""
+    """Of one definition. By statement: `tracked`, its track (None: OVER); `places`, where its aggregates are."""
 
     def __init__(self, definition: WindowedView) -> None:
         self.definition = definition
@@ -61,6 +61,7 @@ class Layout:
         self.cap = definition.max_events_per_entity
         self.has_id = source.event_id is not None
         self.statements = definition.statements
+        self.outputs = definition.outputs
         grids: dict[tuple[str, int, bool], list[int]] = {}
         over: list[int] = []
         for i, s in enumerate(self.statements):
@@ -72,24 +73,27 @@ class Layout:
             else:
                 grids.setdefault(("tiles", w.slide_us or w.size_us, w.on_close), []).append(i)
         self.tracks: list[Track] = []
-        self.places: list[int | None] = [None] * len(self.statements)
+        self.tracked: list[int | None] = [None] * len(self.statements)
+        self.places: list[list[Place]] = [[] for _ in self.statements]
         for (kind, length, on_close), members in grids.items():
             windows = max(self.statements[i].window.size_us for i in members) // length if kind == "tiles" else 0
             partials = Partials(self.plan, [p for i in members for p in self.sources(i)])
+            start = 0
             for i in members:
-                self.places[i] = len(self.tracks)
+                self.tracked[i] = len(self.tracks)
+                end = start + len(self.statements[i].aggregates)
+                self.places[i], start = partials.places[start:end], end
             self.tracks.append(Track(kind, length, on_close, windows, partials))  # type: ignore[arg-type]  # as above
         self.over_size = max((self.statements[i].window.size_us for i in over), default=NEVER)
         self.over = {i: Partials(self.plan, self.sources(i)) for i in over}
+        for i, partials in self.over.items():
+            self.places[i] = partials.places
         kept = Partials(self.plan, [p for i in over for p in self.sources(i)])
         self.over_every, self.over_bits, self.over_values = kept.every_event, kept.bits, kept.values
         self.over_order = kept.needs_order
 
-    def sources(self, statement: int) -> list[tuple]:
+    def sources(self, statement: int) -> list[tuple[Aggregate, Input]]:
         return list(zip(self.statements[statement].aggregates, self.plan.inputs[statement], strict=True))
-
-    def statement(self, i: int) -> tuple[Statement, list[Input]]:
-        return self.statements[i], self.plan.inputs[i]
 
     @property
     def pending_width(self) -> int:

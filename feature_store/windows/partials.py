@@ -6,9 +6,11 @@ order and grouping gives the same integers, extremes and sketches bit for bit, a
 
 from __future__ import annotations
 
+import math
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -17,6 +19,7 @@ from feature_store.windows.plan import Input, Plan
 from feature_store.windows.rows import GREATEST, LEAST, Array, Groups
 
 _LOW = 0xFFFFFFFF
+_WORD, _DOUBLE = struct.Struct("<q"), struct.Struct("<d")
 _KINDS: dict[str, tuple[str, ...]] = {
     "count": ("count",),
     "count_distinct": ("distinct",),
@@ -70,6 +73,15 @@ class Result:
     wrong: Array | None = None
 
 
+class Place(NamedTuple):
+    """Where an aggregate is among the words: of its count, and of its own part (of count_distinct: its sketch's slot)."""
+
+    function: str
+    counted: int
+    at: int
+    is_float: bool
+
+
 class Numbers:
     """Events as the plan's numbers: `mask`, `time`, `order` and `values` (only those that are asked for need be there)."""
 
@@ -119,7 +131,15 @@ class Partials:
         self.bits = 0
         for p in self.parts:
             self.bits |= 0 if p.bit is None else 1 << p.bit
+        self.places = [self._place(a, i) for a, i in aggregates]
+        """Of each aggregate given, in their order."""
         self.values = sorted({p.value for p in self.parts if p.value is not None})
+
+    def _place(self, aggregate: Aggregate, source: Input) -> Place:
+        parts = _parts(self._plan, aggregate, source)
+        if aggregate.function == "count_distinct":
+            return Place("count_distinct", -1, self.sketches.index(parts[0]), False)
+        return Place(aggregate.function, self._at[parts[0]], self._at[parts[-1]], parts[-1].is_float)
 
     def lift(self, numbers: Numbers) -> list[Array]:
         """The words of each event's partial, a column each."""
@@ -158,20 +178,19 @@ class Partials:
         turned = np.ascontiguousarray(words.T)
         return [turned[i].view(np.float64) if f else turned[i] for i, f in enumerate(self.floats)]
 
-    def final(self, aggregate: Aggregate, source: Input, columns: Sequence[Array]) -> Result:
+    def final(self, place: Place, columns: Sequence[Array]) -> Result:
         """An aggregate of each group (not count_distinct, which `sketch.py` answers)."""
-        parts = _parts(self._plan, aggregate, source)
-        count = columns[self._at[parts[0]]]
-        if aggregate.function == "count":
+        function, counted, at, is_float = place
+        count = columns[counted]
+        if function == "count":
             return Result(count)
-        at = self._at[parts[1]]
         null = count == 0
-        match aggregate.function:
-            case "sum" if parts[1].is_float:
+        match function:
+            case "sum" if is_float:
                 return _finite(columns[at], null)
             case "sum":
                 return _joined(columns[at], columns[at + 1], null)
-            case "avg" if parts[1].is_float:
+            case "avg" if is_float:
                 return _finite(columns[at] / np.maximum(count, 1), null)
             case "avg":
                 return Result(_average(columns[at], columns[at + 1], count), null)
@@ -179,10 +198,33 @@ class Partials:
                 return Result(columns[at], null)
             case "first" | "last":
                 value = columns[at + 2]
-                return Result(value.view(np.float64) if parts[1].is_float else value, null)
+                return Result(value.view(np.float64) if is_float else value, null)
             case _:
                 few = count < 2
                 return _finite(np.sqrt(columns[at + 1] / np.maximum(count - 1, 1)), few)
+
+    def one(self, place: Place, words: Sequence[Any]) -> int | float | None:
+        """As `final`, of one group as Python numbers: a prediction reads one entity. OverflowError where `wrong`."""
+        function, counted, at, is_float = place
+        count = words[counted]
+        if function == "count":
+            return int(count)
+        if count < (2 if function == "stddev" else 1):
+            return None
+        value: int | float
+        match function:
+            case "sum" | "avg":
+                value = words[at] if is_float else (words[at + 1] << 32) + words[at]
+                value = value / count if function == "avg" else value
+            case "min" | "max":
+                return words[at]
+            case "first" | "last":
+                return _DOUBLE.unpack(_WORD.pack(words[at + 2]))[0] if is_float else words[at + 2]
+            case _:
+                value = math.sqrt(words[at + 1] / (count - 1))
+        if not (math.isfinite(value) if isinstance(value, float) else LEAST <= value <= GREATEST):
+            raise OverflowError
+        return value
 
 
 def _parts(plan: Plan, aggregate: Aggregate, source: Input) -> list[Part]:

@@ -100,16 +100,32 @@ class Rows:
         return Rows(self.starts + added, out)
 
     def insert(self, entity: Array, data: Array) -> Rows:
-        """With further rows, in any order; of equal keys the old ones stay first, then as given."""
+        """With further rows, in any order, which does not show: rows of one key are sorted by their other words."""
         if not len(entity):
             return self
         order = order_of(self.entities, entity, data[:, 0])
         entity, data = entity[order], data[order]
         if not len(self.data):
-            return Rows.of(self.entities, entity, data)
+            return Rows.of(self.entities, entity, _settled(entity, data))
         # Behind the old rows of the same key; no key is the greatest int64.
         places = self.find(entity, data[:, 0] + 1)
-        return self.put(places, np.zeros(len(entity), bool), entity, data)
+        out = self.put(places, np.zeros(len(entity), bool), entity, data)
+        at = places + np.arange(len(entity))
+        twins = (at > out.starts[entity]) & (out.data[np.maximum(at - 1, 0), 0] == data[:, 0])
+        return Rows(out.starts, _settled(out.entity, out.data)) if twins.any() else out
+
+
+def _settled(entity: Array, data: Array) -> Array:
+    """Sorted rows, those of one entity and key now by their other words too."""
+    twin = np.zeros(len(data) + 1, bool)
+    twin[1:-1] = (entity[1:] == entity[:-1]) & (data[1:, 0] == data[:-1, 0])
+    some = np.flatnonzero(twin[:-1] | twin[1:])
+    if not len(some):
+        return data
+    data = data.copy()
+    rows = data[some]
+    data[some] = rows[np.lexsort((*rows.T[:0:-1], rows[:, 0], entity[some]))]
+    return data
 
 
 def _starts(entity: Array, entities: int) -> Array:

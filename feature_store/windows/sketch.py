@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from feature_store.windows.partials import Numbers, Part, Partials
+from feature_store.windows.partials import Numbers, Partials
 from feature_store.windows.rows import Array
 
 K = 1024
@@ -91,7 +91,3 @@ class Sketch:
 def estimate(kth: int) -> int:
     """The number of different values whose K-th smallest hash is `kth` (not negative, below 2**63)."""
     return round((K - 1) * 2.0**63 / float(kth)) if kth else 2**63 - 1
-
-
-def slot_of(partials: Partials, bit: int | None, value: int | None) -> int:
-    return partials.sketches.index(Part("distinct", bit, value))

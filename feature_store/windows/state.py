@@ -56,6 +56,8 @@ __all__ = [
     "WindowStateError",
 ]
 
+_SILENT = np.errstate(over="ignore", invalid="ignore")
+"""A double that is no longer finite is told as an error by the reads that need it."""
 ORDER_BITS = 44
 """Events of one time are ordered by (partition + 1) << ORDER_BITS | offset."""
 
@@ -159,6 +161,7 @@ class States:
 
     # --- change -------------------------------------------------------------------------------------------------------
 
+    @_SILENT
     def apply(self, events: Events) -> Array:
         """Counts events; what became of each: APPLIED, REPLAYED, DUPLICATE or LATE.
 
@@ -290,6 +293,7 @@ class States:
 
     # --- read ---------------------------------------------------------------------------------------------------------
 
+    @_SILENT
     def values(self, t_us: int | Array, watermarks: Mapping[int, int] | None = None) -> Finals:
         """The values at t (one for all, or one each). Changes nothing.
 

@@ -28,6 +28,7 @@ from predictflow.local import postgres, redis
 from predictflow.local.ports import HOST, free_port
 from predictflow.local.processes import Watched
 from predictflow.settings import Settings
+from tests.window_states import states_of
 
 ROOT = Path(__file__).parents[2]
 NOW = datetime(2026, 3, 1, 12, 0, 0, 250_000, tzinfo=UTC)
@@ -147,7 +148,6 @@ def platform(
     postgres_server: str, _mlflow_template: str, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Platform]:
     from feature_store.window_store import WindowStore
-    from feature_store.windows.state import EntityState, Event
     from predictflow.wiring import feast_store
 
     home = tmp_path_factory.mktemp("serving")
@@ -192,22 +192,9 @@ def platform(
         frame = pd.DataFrame(rows).assign(created=NOW - timedelta(days=1))
         store.write_to_online_store("churn_features", frame)
         window = WindowStore(store, store.get_feature_view("customer_behavior"))
-        state = EntityState.empty(window.definition)
-        state.apply(
-            window.definition,
-            [
-                Event(
-                    to_micros(NOW - timedelta(days=age)),
-                    0,
-                    offset,
-                    to_micros(NOW),
-                    {"event_type": "usage", "quantity": 3, "amount_cents": 2**53 + 1},
-                    f"e{offset}",
-                )
-                for offset, age in enumerate([20, 3])
-            ],
-        )
-        window.write({("C1",): state})
+        cells = {"event_type": "usage", "quantity": 3, "amount_cents": 2**53 + 1}
+        states = states_of(window.definition, [(NOW - timedelta(days=age), cells) for age in (20, 3)], NOW)
+        window.write([("C1",)], states)
         window.set_clock(to_micros(NOW))
         yield made
     postgres.drop_database(postgres_server, database)

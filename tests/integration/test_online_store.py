@@ -21,6 +21,7 @@ from feast.data_source import PushSource
 from feast.on_demand_feature_view import on_demand_feature_view
 from feast.protos.feast.serving.ServingService_pb2 import FieldStatus
 from feast.types import Array, Bool, Bytes, Float32, Float64, Int32, Int64, Map, String, UnixTimestamp
+from feature_store.windows.declare import event_source, windowed_feature_view
 
 from feature_store.clock import replay_clock_key, to_micros
 from feature_store.errors import DataError, DefinitionError, UnavailableError, UsageError
@@ -29,9 +30,9 @@ from feature_store.redis_connection import connect, connect_async, connection_op
 from feature_store.redis_layout import KeyLayout, KeyPart, encode_pair, encode_timestamp, feature_field
 from feature_store.redis_writer import Batch, write
 from feature_store.row_bytes import RowPacker
-from feature_store.windows import Aggregate, windowed_feature_view
 from feature_store.windows.definition import STATE_FIELD, definition_of
-from feature_store.windows.state import EntityState, Event
+from feature_store.windows.state import States
+from tests.window_states import states_of
 
 OURS = "feature_store.online_store.PredictFlowOnlineStore"
 PROJECT = "shop"
@@ -74,12 +75,11 @@ class Repo:
         self.behavior = windowed_feature_view(
             name="behavior",
             entity=customer,
-            topic="events",
+            source=event_source(topic="events", columns={"amount": "int64"}),
             path=str(home / "behavior"),
-            columns={"amount": "int64"},
-            aggregates=[Aggregate("events_7d", "count", window=7 * DAY)],
             ttl=30 * DAY,
-            sql="SELECT 1",
+            sql="""SELECT COUNT(*) OVER (PARTITION BY customer_id ORDER BY event_timestamp
+                RANGE BETWEEN INTERVAL '7' DAYS PRECEDING AND CURRENT ROW) AS events_7d FROM events""",
         )
         self.service = FeatureService(name="both", features=[self.account, self.visits])
         self.ours = self.store(OURS)
@@ -446,19 +446,16 @@ T = datetime(2011, 5, 1, tzinfo=UTC)
 def _write_state(repo: Repo, of: str, *events: datetime, visible_at: datetime) -> None:
     definition = definition_of(repo.behavior)
     assert definition is not None
-    state = EntityState.empty(definition)
-    state.apply(
-        definition, [Event(to_micros(t), 0, i, to_micros(visible_at), {"amount": 1}) for i, t in enumerate(events)]
-    )
-    finals = state.finalise(definition, to_micros(visible_at))
+    states = states_of(definition, [(t, {"amount": 1}) for t in events], visible_at)
+    finals = states.values(to_micros(visible_at)).columns
     repo.write(
         repo.ours,
         "behavior",
         customer_id=[of],
         event_timestamp=[max(events)],
         created=[visible_at],
-        **{name: [value] for name, value in finals.items()},
-        window_state=[state.encode(definition)],
+        **finals,
+        window_state=states.encode(),
     )
 
 
@@ -496,8 +493,8 @@ def test_the_stored_state_of_an_expired_entity_can_still_be_read_back(repo: Repo
     assert _statuses(response.proto)["events_7d"] == ["OUTSIDE_MAX_AGE"]
     definition = definition_of(repo.behavior)
     assert definition is not None
-    state = EntityState.decode(definition, response.to_dict()[STATE_FIELD][0])
-    assert state.last_seen == to_micros(T)
+    states = States.decode(definition, response.to_dict()[STATE_FIELD])
+    assert states.last_seen.tolist() == [to_micros(T)]
 
 
 def test_at_is_for_replay_and_never_before_the_clock(repo: Repo) -> None:

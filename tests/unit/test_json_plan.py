@@ -12,20 +12,20 @@ import pytest
 from feast import Entity, FeatureStore, FeatureView, Field, FileSource, RepoConfig, ValueType
 from feast.protos.feast.types.Value_pb2 import DoubleList, Value
 from feast.types import Array, Bool, Bytes, Float32, Float64, Int64, String, UnixTimestamp
+from feature_store.windows.declare import event_source, windowed_feature_view
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from feature_store.clock import to_micros
 from feature_store.read_plan import ReadPlan
 from feature_store.redis_layout import encode_pair, encode_timestamp, nanos_of
-from feature_store.windows import Aggregate, windowed_feature_view
 from feature_store.windows.definition import definition_of
-from feature_store.windows.state import EntityState, Event
 from serving.encoding import dumps
 from serving.json_plan import Caches, JsonPlan, _value
 from serving.online import _row
 from serving.plans import Column, ServicePlan
 from serving.served_log import Served, message_key, records
+from tests.window_states import states_of
 
 T = datetime(2026, 1, 10, 12, 0, 0, 250_000, tzinfo=UTC)
 DAY = timedelta(days=1)
@@ -54,12 +54,11 @@ doubles = FeatureView(
 behavior = windowed_feature_view(
     name="behavior",
     entity=customer,
-    topic="events",
+    source=event_source(topic="events", columns={"amount": "int64"}),
     path="events",
-    columns={"amount": "int64"},
-    aggregates=[Aggregate("n", "count", window=7 * DAY), Aggregate("total", "sum", "amount", window=7 * DAY)],
     ttl=30 * DAY,
-    sql="SELECT 1",
+    sql="""SELECT COUNT(*) OVER w AS n, SUM(amount) OVER w AS total FROM events WINDOW w AS (
+        PARTITION BY customer_id ORDER BY event_timestamp RANGE BETWEEN INTERVAL '7' DAYS PRECEDING AND CURRENT ROW)""",
 )
 
 
@@ -113,13 +112,10 @@ def replies(draw: st.DrawFn) -> Any:
         pair = draw(st.none() | st.just(encode_pair(nanos_of(other), draw(st.none() | times.map(nanos_of)))))
         return [encode_timestamp(nanos_of(event)), pair]
 
-    state = EntityState.empty(definition_of(behavior))  # type: ignore[arg-type]  # it is windowed
     ages = draw(st.lists(st.integers(0, 40), max_size=4))
-    state.apply(
-        definition_of(behavior),  # type: ignore[arg-type]
-        [Event(to_micros(T - a * DAY), 0, i, to_micros(T), {"amount": a}) for i, a in enumerate(ages)],
-    )
-    state_bytes = state.encode(definition_of(behavior))  # type: ignore[arg-type]
+    definition = definition_of(behavior)
+    assert definition is not None
+    state_bytes = states_of(definition, [(T - a * DAY, {"amount": a}) for a in ages], T).encode()[0]
     blob = Value(bytes_val=state_bytes).SerializeToString()
     damaged = Value(bytes_val=state_bytes[:-1]).SerializeToString()
     return [

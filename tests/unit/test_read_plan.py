@@ -14,6 +14,7 @@ from feast.on_demand_feature_view import on_demand_feature_view
 from feast.protos.feast.types.EntityKey_pb2 import EntityKey
 from feast.protos.feast.types.Value_pb2 import Value
 from feast.types import Float64, Int64, String
+from feature_store.windows.declare import event_source, windowed_feature_view
 
 from feature_store.clock import from_micros, to_micros
 from feature_store.errors import DefinitionError, NotFoundError, UsageError
@@ -27,13 +28,17 @@ from feature_store.redis_layout import (
     timestamp_field,
 )
 from feature_store.view_plan import OnDemandViewError
-from feature_store.windows import Aggregate, windowed_feature_view
 from feature_store.windows.definition import STATE_FIELD, definition_of
-from feature_store.windows.state import EntityState, Event
+from tests.window_states import states_of
 
 T = datetime(2026, 1, 10, 12, 0, 0, 123_456, tzinfo=UTC)
 US = timedelta(microseconds=1)
 DAY = timedelta(days=1)
+
+SEVEN_DAYS = (
+    "WINDOW w AS (PARTITION BY customer_id ORDER BY event_timestamp "
+    "RANGE BETWEEN INTERVAL '7' DAYS PRECEDING AND CURRENT ROW)"
+)
 
 customer = Entity(name="customer", join_keys=["customer_id"], value_type=ValueType.STRING)
 shop = Entity(name="shop", join_keys=["shop_id"], value_type=ValueType.INT64)
@@ -67,15 +72,10 @@ world = FeatureView(
 behavior = windowed_feature_view(
     name="behavior",
     entity=customer,
-    topic="events",
+    source=event_source(topic="events", columns={"amount": "int64"}),
     path="events",
-    columns={"amount": "int64"},
-    aggregates=[
-        Aggregate("events_7d", "count", window=7 * DAY),
-        Aggregate("amount_7d", "sum", "amount", window=7 * DAY),
-    ],
     ttl=30 * DAY,
-    sql="SELECT 1",
+    sql=f"SELECT COUNT(*) OVER w AS events_7d, SUM(amount) OVER w AS amount_7d FROM events {SEVEN_DAYS}",
 )
 
 
@@ -290,11 +290,8 @@ def test_wrong_features_are_refused_with_the_valid_ones(
 def _state(*events: tuple[datetime, int], visible_at: datetime) -> Value:
     definition = definition_of(behavior)
     assert definition is not None
-    state = EntityState.empty(definition)
-    state.apply(
-        definition, [Event(to_micros(t), 0, i, to_micros(visible_at), {"amount": n}) for i, (t, n) in enumerate(events)]
-    )
-    return Value(bytes_val=state.encode(definition))
+    states = states_of(definition, [(t, {"amount": n}) for t, n in events], visible_at)
+    return Value(bytes_val=states.encode()[0])
 
 
 @pytest.fixture

@@ -320,3 +320,217 @@ def test_every_window_equals_brute_force_whatever_the_batches(seed):
                 assert got.watermark.tolist() == [mark]
                 values = {name: column[0] for name, column in got.columns.items()}
                 assert {k: (v, values[k]) for k, v in wanted.items() if not same(v, values[k])} == {}
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_entities_of_a_batch_do_not_touch_each_other(seed):
+    random_ = random.Random(seed)
+    definition = view(*WINDOWS)
+    each = [[replace(e, entity=i) for e in history(random_, random_.choice([3, 30, 60]))] for i in (0, 2, 3, 5)]
+    left = [list(events) for events in each]
+    together = [events.pop(0) for events in left for _ in range(sum(e.partition < 0 for e in events))]
+    while some := [events for events in left if events]:
+        together.append(random_.choice(some).pop(0))
+    past = sum(e.partition < 0 for e in together)
+    states, outcomes = applied(definition, together, 7, [past, 25])
+    t = max(e.visible for e in together) + random_.randrange(HOUR)
+    got = states.values(t)
+    blobs = states.encode()
+    assert got.seen[1] is got.seen[4] is got.seen[6] is None
+    for events in each:
+        i = events[0].entity
+        counted, wanted = counted_of(definition, events)
+        assert [o for o, e in zip(outcomes, together) if e.entity == i] == wanted
+        values, seen = expected(definition, counted, t, int(states.watermark[i]))
+        assert got.seen[i] == seen
+        assert {k: (v, got.columns[k][i]) for k, v in values.items() if not same(v, got.columns[k][i])} == {}
+        one = States.decode(definition, [blobs[i]])
+        assert one.encode() == [blobs[i]]
+        alone = one.values(t).columns
+        assert {k: (v, alone[k][0]) for k, v in values.items() if not same(v, alone[k][0])} == {}
+    assert States.decode(definition, [blobs[5], None, b"", blobs[0]]).encode()[::3] == [blobs[5], blobs[0]]
+
+
+def test_a_replayed_batch_changes_nothing():
+    definition = view(*WINDOWS)
+    events = history(random.Random(5), 60)
+    logged = [e for e in events if e.partition >= 0]
+    states, _ = applied(definition, logged)
+    before = states.encode()
+    assert set(states.apply(events_of(definition, logged)).tolist()) == {REPLAYED}
+    assert states.encode() == before
+
+
+INTEGERS = tuple(a for a in EVERY if a.type == "int64")
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_the_order_of_arrival_and_the_batches_do_not_show_in_the_bytes(seed):
+    """Whole numbers, no ids, nothing late: the state is a function of the set of events."""
+    random_ = random.Random(seed)
+    definition = view(*WINDOWS[:6], aggregates=INTEGERS, event_id=False, retention=400 * HOUR)
+    events = [replace(e, watermark=NEVER, partition=i) for i, e in enumerate(history(random_, 40, spread=2 * HOUR))]
+    wanted, _ = applied(definition, events)
+    shuffled = random_.sample(events, len(events))
+    other, _ = applied(definition, shuffled, sizes=[random_.randrange(1, 7) for _ in range(5)])
+    assert other.encode() == wanted.encode()
+
+
+def test_pending_events_count_from_their_own_time_on():
+    definition = view(Window("tumble", HOUR, HOUR), Window("session", MINUTE), Window("over", HOUR), aggregates=COUNT)
+    states, _ = applied(definition, [E(T, 0), E(T + 3 * SECOND, 1, visible=T)])
+    assert states.last_seen.tolist() == [T]
+
+    def counts(of: States, t: int) -> list[int]:
+        return [c[0] for c in of.values(t).columns.values()]
+
+    assert counts(states, T) == counts(states, T + 3 * SECOND - 1) == [1, 1, 1]
+    before = states.encode()
+    assert counts(states, T + 3 * SECOND) == [2, 2, 2]
+    assert states.values(T + 3 * SECOND).seen == [T + 3 * SECOND]
+    assert states.encode() == before
+    states.advance(T + MINUTE)
+    assert counts(states, T + MINUTE) == [2, 2, 2]
+    assert states.last_seen.tolist() == [T + 3 * SECOND]
+    only_ahead, _ = applied(definition, [E(T + 1, 0, visible=T)])
+    assert only_ahead.values(T).seen == [None]
+    assert counts(only_ahead, T) == [None, None, None]
+
+
+def test_late_and_repeated_events_stay_out_at_exactly_the_retention():
+    definition = view(Window("over", 100 * HOUR), aggregates=COUNT, retention=HOUR)
+    mark = T - HOUR
+    states, outcomes = applied(
+        definition,
+        [
+            E(mark - HOUR, 0, watermark=mark, id="a"),
+            E(mark - HOUR - 1, 1, watermark=mark, id="b"),
+            E(T, 2, watermark=mark, id="a"),
+            E(T, 3, watermark=mark + 1, id="a"),
+            E(T, 4, watermark=mark + 1, id="a"),
+        ],
+    )
+    assert outcomes == [APPLIED, LATE, DUPLICATE, APPLIED, DUPLICATE]
+    assert states.values(T).columns["w0_0"] == [2]
+    assert states.offsets_of(0) == {0: 4}
+
+
+def test_a_late_event_joins_two_sessions_and_never_a_closed_window():
+    gap = 10 * MINUTE
+    definition = view(
+        Window("session", gap),
+        Window("session", gap, on_close=True),
+        Window("tumble", HOUR, HOUR, on_close=True),
+        aggregates=COUNT,
+        lateness=0,
+    )
+    events = [E(T, 0), E(T + 20 * MINUTE, 1, watermark=T), E(T + 61 * MINUTE, 2, watermark=T + 20 * MINUTE)]
+    events = [replace(e, visible=e.time) for e in events]
+    late = E(T + 10 * MINUTE, 3, watermark=T + 61 * MINUTE, visible=T + 61 * MINUTE)
+    before, _ = applied(definition, events)
+    after, _ = applied(definition, [*events, late], sizes=[1])
+    assert before.kept(0)["sessions0"] == 3
+    assert after.kept(0)["sessions0"] == 2
+    closed = {k: v for k, v in before.values(T + 61 * MINUTE).columns.items() if k != "w0_0"}
+    assert closed == {"w1_0": [1], "w2_0": [2]}
+    assert {k: v for k, v in after.values(T + 61 * MINUTE).columns.items() if k != "w0_0"} == closed
+    # The watermark of the partition, as readers know it, closes the next ones.
+    later = after.values(T + 130 * MINUTE, {0: T + 121 * MINUTE})
+    assert later.columns == {"w0_0": [0], "w1_0": [1], "w2_0": [1]}
+    assert after.values(T + 130 * MINUTE, {1: T + 121 * MINUTE}).columns["w2_0"] == [2]  # not this entity's partition
+
+
+def test_above_the_cap_there_is_an_error_until_no_window_needs_what_was_dropped():
+    definition = view(Window("over", HOUR), aggregates=COUNT, max_events_per_entity=3)
+    events = [E(T + i, i, visible=T + i) for i in range(5)]
+    for sizes in ([5], [1], [4, 1]):
+        states, _ = applied(definition, events, sizes=sizes)
+        assert states.kept(0)["events"] == 3
+        got = states.values(T + 1 + HOUR)
+        assert isinstance(got.errors[0], TooManyEventsError)
+        assert got.columns["w0_0"] == [None]
+        assert "predictflow windows bootstrap" in got.errors[0].message
+        assert states.values(T + 2 + HOUR).columns["w0_0"] == [3]
+    two, _ = applied(definition, [*events, E(T, 9, entity=1)], 2)
+    assert two.values(T + HOUR).columns["w0_0"] == [None, 1]
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_what_does_not_fit_is_an_error_and_not_a_value(n):
+    definition = view(Window("over", HOUR), aggregates=(EVERY[2], Aggregate("sum", X, None, "float64")))
+    events = [E(T, i, n=2**62, x=1e308) for i in range(2)]
+    for wrong in ([replace(e, x=0.0) for e in events], [replace(e, n=0) for e in events]):
+        states, _ = applied(definition, wrong, n)
+        got = states.values(T)
+        assert isinstance(got.errors[0], OverflowedError)
+        assert got.columns == {"w0_0": [None] * n, "w0_1": [None] * n}
+    exact, _ = applied(definition, [E(T, 0, n=2**62), E(T, 1, n=2**62 - 1), E(T, 2, n=-(2**63)), E(T, 3, n=1)], n)
+    assert exact.values(T).columns["w0_0"][0] == 0
+    negative, _ = applied(definition, [E(T, 0, n=-(2**62)), E(T, 1, n=-(2**62))], n)
+    assert negative.values(T).columns["w0_0"][0] == -(2**63)
+
+
+def test_a_read_before_the_newest_event_was_known_is_an_error():
+    states, _ = applied(view(Window("over", HOUR), aggregates=COUNT), [E(T, 0, visible=T + 5)])
+    got = states.values(T + 4)
+    assert "before the state's newest event was known" in got.errors[0].message
+    assert states.values(T + 5).columns["w0_0"] == [1]
+
+
+def test_a_sketch_is_exact_below_k_and_close_above_it_however_it_was_merged():
+    definition = view(Window("hop", HOUR, 5 * MINUTE), aggregates=(EVERY[12],), event_id=False)
+    events = [E(T - (i * 977) % HOUR, i, kind=f"k{i % 3000}") for i in range(6000)]
+    few, _ = applied(definition, events[: K - 1])
+    assert few.values(T).columns["w0_0"] == [len({e.kind for e in events[: K - 1] if e.time >= T - 55 * MINUTE})]
+    whole, _ = applied(definition, events)
+    split, _ = applied(definition, events[::-1][:0] + events, sizes=[700, 1, 1300])
+    assert whole.encode() == split.encode()
+    inside = {e.kind for e in events if e.time >= T - 55 * MINUTE}
+    hashes = sorted(hashed(k) for k in inside)
+    assert whole.values(T).columns["w0_0"] == [round((K - 1) * 2.0**63 / float(hashes[K - 1]))]
+    assert abs(whole.values(T).columns["w0_0"][0] / len(inside) - 1) < 0.12
+    assert estimate(2**62) == 2 * (K - 1)
+    assert len(Sketch.of(np.zeros(K + 5, np.int64), np.arange(K + 5))) == K
+
+
+def test_values_are_typed_as_their_outputs():
+    definition = view(Window("over", HOUR))
+    columns = applied(definition, [E(T, 0), E(T, 1)])[0].values(T).columns
+    assert [type(c[0]) for c in columns.values()] == [
+        {"int64": int, "float64": float, "bool": bool}[o.type] for o in definition.outputs
+    ]
+
+
+def test_a_state_holds_nothing_that_no_read_can_need():
+    definition = view(*WINDOWS, aggregates=COUNT, retention=HOUR)
+    states, _ = applied(definition, [E(T, i, watermark=NEVER, id=f"{i}") for i in range(3)])
+    later = E(T + 50 * HOUR, 9, visible=T + 50 * HOUR, watermark=T + 49 * HOUR)
+    states.apply(events_of(definition, [later]))
+    kept = states.kept(0)
+    # On close, the newest closed session is an answer until the next one closes.
+    assert {k: n for k, n in kept.items() if n != 1} == {"pending": 0, "sessions5": 2}
+
+
+def test_damaged_blobs_and_those_of_another_definition_are_refused():
+    definition = view(*WINDOWS)
+    states, _ = applied(definition, history(random.Random(1), 30))
+    blob = states.encode()[0]
+    for bad in (blob[:-8], blob[:-1], blob[:40], blob[:8], b"x" * 80, blob + b"\0" * 8):
+        for blobs in ([bad], [blob, bad]):
+            with pytest.raises(WindowStateError, match="windows bootstrap v"):
+                States.decode(definition, blobs)
+    for at in range(24, len(blob), 37):
+        damaged = bytearray(blob)
+        damaged[at] ^= 4
+        with pytest.raises(WindowStateError, match="damaged"):
+            States.decode(definition, [bytes(damaged)])
+    with pytest.raises(DefinitionError, match="another definition"):
+        States.decode(view(*WINDOWS, name="w"), [blob])
+    other_format = bytearray(blob)
+    other_format[5] = 1
+    with pytest.raises(DefinitionError, match="another format"):
+        States.decode(definition, [bytes(other_format)])
+    # The script that writes states compares these bytes.
+    assert (
+        int.from_bytes(blob[16:24], "big") == int(states.fences[0]) == sum(o + 1 for o in states.offsets_of(0).values())
+    )
