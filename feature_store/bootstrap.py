@@ -112,10 +112,10 @@ def bootstrap(
         if clock == "replay":
             (online.set_clock if rewind else online.advance_clock)(known_by_us)
         if stream:
-            write_record(event_log, TopicRecord(definition.topic, plan.topic_id, len(plan.starts), found.history_watermark_us))
-        done.append(
-            Bootstrapped(view.name, known_by, found.entities, found.events, plan.forgotten, dict(plan.starts))
-        )
+            write_record(
+                event_log, TopicRecord(definition.topic, plan.topic_id, len(plan.starts), found.history_watermark_us)
+            )
+        done.append(Bootstrapped(view.name, known_by, found.entities, found.events, plan.forgotten, dict(plan.starts)))
     if rewind and wall_clock is not None:
         # Again at the end: until now a server that runs meanwhile found rows missing.
         for view, _ in chosen:

@@ -53,7 +53,7 @@ class ClockNotSetError(UnavailableError):
 class ViewRead:
     """The row of one view that was read. `created` None: unknown; `offsets` and `visible_at`: of a window state only.
 
-    `watermark`: the one that closed windows were read at; None without one, or where no window waits for it.
+    `watermark`: what windows were closed by, of a view that closes any.
     """
 
     event_timestamp: datetime | None

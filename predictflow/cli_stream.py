@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from feature_store.errors import UsageError
+from predictflow.cli_window_values import values
 from predictflow.times import parse_time
 
 if TYPE_CHECKING:
@@ -55,6 +56,9 @@ def sync(group: str | None, topic: str | None, max_batch: int, metrics_port: int
 @click.group()
 def windows() -> None:
     """Windowed features: their online state and their definitions."""
+
+
+windows.add_command(values)
 
 
 @windows.command()

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from feature_store.errors import DataError
-from feature_store.point_in_time.engine import ident, reading
+from feature_store.point_in_time.engine import ident
 from feature_store.point_in_time.join import entity_keys, spread
 from feature_store.point_in_time.request import Feature, ViewRequest
 from feature_store.point_in_time.source import ParquetSource, open_source, require_same_kind, scanning

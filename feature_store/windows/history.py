@@ -37,6 +37,10 @@ def history_sql(definition: WindowedView, entities: str, events: str, known: Kno
     duckdb.OutOfRangeException. Order is not kept.
     """
     plan = plan_of(definition)
+    # Named first, so that no name in here can hide one of the caller's.
+    relations = [f"__entities AS NOT MATERIALIZED (SELECT * FROM {entities})"]
+    relations += [f"__events AS NOT MATERIALIZED (SELECT * FROM {events})"]
+    entities, events = "__entities", "__events"
     keys = [identifier(k) for k in definition.entity_key]
     named = ", ".join(f"{k} AS _key{i}" for i, k in enumerate(keys))
     on_keys = " AND ".join(f"r.{k} = q._key{i}" for i, k in enumerate(keys))
@@ -72,7 +76,7 @@ def history_sql(definition: WindowedView, entities: str, events: str, known: Kno
     ctes += range_ctes(plan, ranges, by_offset=known == "by_offset")
     ctes += _value_ctes(plan)
     outputs = ",\n       ".join(_outputs(plan))
-    return "WITH " + ",\n".join(ctes) + f"\nSELECT _row,\n       {outputs},\n       {_last_seen()}\nFROM aggregated\n"
+    return "WITH " + ",\n".join([*relations, *ctes]) + f"\nSELECT _row,\n       {outputs},\n       {_last_seen()}\nFROM aggregated\n"
 
 
 def _last_seen() -> str:
@@ -138,7 +142,7 @@ def _value_ctes(plan: Plan) -> list[str]:
         values = []
         for i, (a, wanted) in enumerate(zip(statement.aggregates, plan.inputs[n], strict=True)):
             where = f"{d.name}.{statement.outputs[0].name}" if len(statement.outputs) == 1 else d.name
-            values.append(f"CASE WHEN _valued THEN {final_sql(plan, a, wanted, where)} END AS _a{n}_{i}")
+            values.append(f"CASE WHEN _valued THEN {final_sql(a, wanted, where)} END AS _a{n}_{i}")
         ctes.append(
             f"""valued_{n} AS (
   SELECT j._row, {", ".join(values)}

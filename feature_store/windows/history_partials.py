@@ -44,7 +44,7 @@ def partials_of(plan: Plan, numbers: Sequence[int]) -> list[Partial]:
     return list(found.values())
 
 
-def final_sql(plan: Plan, aggregate: Aggregate, wanted: Input, where: str) -> str:
+def final_sql(aggregate: Aggregate, wanted: Input, where: str) -> str:
     """The aggregate's value, of its type, from merged partial columns; null columns (no events) give its empty value."""
     bit = "x" if wanted.bit is None else wanted.bit
     count = f"coalesce(_n_{bit}, 0)"

@@ -62,7 +62,7 @@ def range_ctes(plan: Plan, ranges: Sequence[str], *, by_offset: bool) -> list[st
     ranges_of = "SELECT w.*" + carried + " FROM (" + "\n    UNION ALL ".join([seen, *ranges]) + f") AS w{offsets_join}"
     timely = f" AND NOT (r._timely AND c._c % {_PARTITION} >= {_LATE})" if closes else ""
     numbers = "".join(f", _v{i}" for i in range(len(plan.values)))
-    wm_max = f", max(_wm) OVER w AS _wm_max" if closes else ""
+    wm_max = ", max(_wm) OVER w AS _wm_max" if closes else ""
     return [
         f"""placed AS MATERIALIZED (
   SELECT *, row_number() OVER w - 1 AS _i, max(_kn) OVER w AS _kn_max{wm_max}, count(*) OVER (PARTITION BY _k, _c) AS _n

@@ -1,276 +1,259 @@
-"""Stream state, DuckDB history and a brute-force reading of the definition give the same value, whatever happened."""
+"""History's SQL and a plain reading of the rules give the same value, whatever the window and whatever happened."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+import random
+from datetime import timedelta
 
 import duckdb
-import numpy as np
-import pyarrow as pa
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from feature_store.windows import Aggregate, Where, WindowedView
-from feature_store.windows.history import LAST_SEEN, history_sql
-from feature_store.windows.state import (
-    EntityState,
-    Event,
-    SumOverflowError,
-    event_id_hash,
-    masks_of,
-    summed_columns,
+from feature_store.windows.ir import Aggregate, AggregateRef, Call, Constant, Output, Statement, Window
+from tests.unit.window_support import (
+    HOUR,
+    IS_A,
+    KIND,
+    LATENESS,
+    NEVER,
+    T0,
+    Logged,
+    N,
+    X,
+    close,
+    distinct,
+    expected,
+    history_values,
+    view,
+    watermarks_before,
 )
 
-US = timedelta(microseconds=1)
-DAY = 86_400_000_000
-T0 = 20_000 * DAY  # 2024-10-04
+WINDOWS = {
+    "over": Window("over", 20),
+    "tumble": Window("tumble", 12, 12),
+    "hop": Window("hop", 24, 6),
+    "session": Window("session", 5),
+    "tumble closed": Window("tumble", 12, 12, on_close=True),
+    "hop closed": Window("hop", 24, 6, on_close=True),
+    "session closed": Window("session", 5, on_close=True),
+}
+COUNT = Aggregate("count", None, None, "int64")
 
 
-def view(**changes) -> WindowedView:
-    arguments = {
-        "name": "v",
-        "entity_key": ("k",),
-        "topic": "events",
-        "columns": {"kind": "string", "n": "int64", "m": "int64"},
-        "aggregates": (
-            Aggregate("short_count", "count", window=2 * US),
-            Aggregate("week_count", "count", window=timedelta(days=7)),
-            Aggregate("week_sum", "sum", "n", window=timedelta(days=7)),
-            Aggregate("day_sum_a", "sum", "n", window=timedelta(days=1), where=Where("kind", ("a",))),
-            Aggregate("day_count_ab", "count", window=timedelta(days=1), where=Where("kind", ("a", "it's"))),
-            Aggregate("day_sum_m", "sum", "m", window=timedelta(days=1), where=Where("kind", ("a", "it's"))),
-        ),
-        "ttl": timedelta(days=10),
-        "event_id": "id",
-    }
-    return WindowedView(**(arguments | changes))
+def a_log(rnd: random.Random, n: int, keys: str = "abc") -> list[Logged]:
+    """History and two partitions: late, dropped, repeated and pending events, idle rows, silences."""
+    rows: list[Logged] = []
+    clock, offsets = T0, {0: 0, 1: 0}
+    for _ in range(n):
+        clock += rnd.choice([0, 1, 1, 2, 3, 15 if rnd.random() < 0.2 else 1])
+        key = rnd.choice(keys)
+        values = {
+            "n": rnd.choice([None, 1, 5, -3, 7]),
+            "x": rnd.choice([None, 1.5, 2.25, -9.0, 100.0]),
+            "kind": rnd.choice([None, "a", "b", "c"]),
+            "flag": rnd.choice([None, True, False]),
+            "at": rnd.choice([None, T0 + 5, T0 - HOUR]),
+        }
+        chance = rnd.random()
+        if chance < 0.25:
+            time, visible = clock - rnd.choice([0, 0, 5, 30]), clock + rnd.choice([0, 0, 3, 60])
+            dropped = rnd.choice([None] * 9 + ["duplicate"])
+            rows.append(Logged(key, time, -1, len(rows), visible, None, dropped, **values))
+        elif chance < 0.3:
+            p = rnd.choice([0, 1])
+            rows.append(Logged(None, None, p, offsets[p], clock, clock + rnd.choice([0, 3]), "idle"))
+        else:
+            p = {"a": 0, "b": 1}.get(key, rnd.choice([0, 1]))
+            time = clock + rnd.choice([0, 0, 0, -1, -2, -4, -12, -40, 3])
+            dropped = rnd.choice([None] * 15 + ["late", "duplicate"])
+            rows.append(Logged(key, time, p, offsets[p], clock, None, dropped, **values))
+            if rnd.random() < 0.05:
+                rows.append(rows[-1])  # compaction shows it twice for a while
+            offsets[p] += rnd.choice([1, 1, 2])
+    return watermarks_before(rows, bootstrap=rnd.choice([NEVER, T0 - 5]))
 
 
-VIEW = view()
-SCHEMA = pa.schema(
-    [
-        ("k", pa.string()),
-        ("kind", pa.string()),
-        ("n", pa.int64()),
-        ("m", pa.int64()),
-        ("event_timestamp", pa.timestamp("us", "UTC")),
-        ("_partition", pa.int32()),
-        ("_offset", pa.int64()),
-        ("_visible_at", pa.timestamp("us", "UTC")),
-        ("_dropped", pa.string()),
+def agree(got: dict, wanted: dict, where: object) -> None:
+    assert got.keys() == wanted.keys()
+    wrong = {name: (got[name], wanted[name]) for name in got if not close(got[name], wanted[name])}
+    assert not wrong, where
+
+
+@pytest.mark.parametrize("kind", WINDOWS)
+@pytest.mark.parametrize("seed", range(3))
+def test_a_value_by_time_is_that_of_the_rules(kind, seed):
+    rnd = random.Random(seed)
+    d = view(WINDOWS[kind], ttl=timedelta(microseconds=rnd.choice([0, 40])))
+    rows = a_log(rnd, 120)
+    span = range(T0 - 5, max(r.visible for r in rows) + 40)
+    asked = [(rnd.choice(["a", "b", "c", "nobody", None]), rnd.choice(span)) for _ in range(80)]
+    found = history_values(d, rows, asked)
+    assert any(f["w0_0"] for f in found)
+    for (key, t), got in zip(asked, found, strict=True):
+        agree(got, expected(d, rows, key, t), (key, t - T0))
+
+
+@pytest.mark.parametrize("kind", WINDOWS)
+def test_a_value_by_offset_is_that_of_the_rules(kind):
+    rnd = random.Random(7)
+    d = view(WINDOWS[kind])
+    rows = a_log(rnd, 150)
+    asked = [(rnd.choice("abc"), rnd.randrange(T0, T0 + 250)) for _ in range(80)]
+    offsets = [{p: rnd.randrange(0, 60) for p in rnd.sample([-1, 0, 1], rnd.choice([0, 1, 2]))} for _ in asked]
+    watermarks = [rnd.choice([None, t - 3, t - 20]) for _, t in asked]
+    found = history_values(d, rows, asked, offsets, [NEVER if w is None else w for w in watermarks])
+    assert any(f["w0_0"] for f in found)
+    for (key, t), o, w, got in zip(asked, offsets, watermarks, found, strict=True):
+        agree(got, expected(d, rows, key, t, o, w), (key, t - T0, o, w))
+
+
+@pytest.mark.parametrize("lag", [lambda r: 0, lambda r: r.choice([0, 1, 3]), lambda r: r.choice([0] * 50 + [900])])
+def test_long_windows_over_a_busy_key_are_put_together_from_blocks(lag):
+    rnd = random.Random(3)
+    d = view(Window("over", 1_500), Window("hop", 1_200, 300), Window("session", 4), Window("hop", 1_200, 300, True))
+    rows = []
+    time = T0
+    for i in range(1_300):
+        time += rnd.choice([0, 1, 1, 2, 5])
+        rows.append((time, time + lag(rnd), i))
+    rows.sort(key=lambda r: r[1])
+    log = [
+        Logged("a", t, 0, i, v, n=rnd.randrange(-50, 50), x=rnd.gauss(1e6, 1), kind=f"p{rnd.randrange(40)}")
+        for i, (t, v, _) in enumerate(rows)
     ]
-)
+    log = watermarks_before(log)
+    asked = [("a", rnd.randrange(T0, time + 300)) for _ in range(40)]
+    for (key, t), got in zip(asked, history_values(d, log, asked), strict=True):
+        agree(got, expected(d, log, key, t), t - T0)
 
 
-@dataclass
-class Row:
-    key: str
-    event: Event
-    dropped: str | None
+def test_windows_of_several_statements_do_not_mix():
+    d = view(Window("over", 10), Window("over", 1), Window("tumble", 60, 60), aggregates=[COUNT])
+    rows = [Logged("a", T0 + i, 0, i, T0 + i) for i in range(8)]
+    (got,) = history_values(d, rows, [("a", T0 + 9)])
+    assert (got["w0_0"], got["w1_0"]) == (8, 0)
+    start = (T0 + 9) // 60 * 60
+    assert got["w2_0"] == sum(r.time >= start for r in rows)
 
 
-def log_table(rows: list[Row]) -> pa.Table:
-    return pa.table(
-        {
-            "k": [r.key for r in rows],
-            "kind": [r.event.values["kind"] for r in rows],
-            "n": [r.event.values["n"] for r in rows],
-            "m": [r.event.values["m"] for r in rows],
-            "event_timestamp": [r.event.timestamp for r in rows],
-            "_partition": [r.event.partition for r in rows],
-            "_offset": [r.event.offset for r in rows],
-            "_visible_at": [r.event.visible_at for r in rows],
-            "_dropped": [r.dropped for r in rows],
-        },
-        schema=SCHEMA,
+def test_times_before_1970_are_aligned_downwards():
+    d = view(Window("tumble", 10, 10), Window("hop", 20, 10), aggregates=[COUNT])
+    rows = [Logged("a", t, 0, i, t) for i, t in enumerate([-31, -30, -25, -21, -20])]
+    (got,) = history_values(d, rows, [("a", -21)])
+    assert (got["w0_0"], got["w1_0"]) == (3, 4)
+
+
+def test_a_sum_beyond_64_bits_on_the_way_is_exact_and_at_the_end_an_error():
+    d = view(
+        Window("over", HOUR), aggregates=[Aggregate("sum", N, None, "int64"), Aggregate("avg", N, None, "float64")]
     )
+    big = 2**63 - 1
+    rows = [Logged("a", T0 + i, 0, i, T0 + i, n=n) for i, n in enumerate([big, big, -big])]
+    (got,) = history_values(d, rows, [("a", T0 + 2)])
+    assert got["w0_0"] == big
+    assert got["w0_1"] == pytest.approx(big / 3)
+    with pytest.raises(duckdb.Error, match=r"v\.?.*int64"):
+        history_values(d, rows, [("a", T0 + 1)])
+    # No value, no error: never asked for it.
+    assert history_values(d, rows, [("a", T0 - 1), ("b", T0 + 2)])[0]["w0_0"] is None
 
 
-def from_history(rows, reads, known, definition=VIEW) -> dict[int, dict]:
-    """reads: (key, t, offsets) -> values by position."""
-    con = duckdb.connect(config={"threads": 1})
-    con.register("log_table", log_table(rows))
-    asked = pa.table(
-        {
-            "_row": range(len(reads)),
-            "k": [k for k, _, _ in reads],
-            "_t": [t for _, t, _ in reads],
-            "_offsets": [list(o.items()) for _, _, o in reads],
-        },
-        schema=pa.schema(
-            [
-                ("_row", pa.int64()),
-                ("k", pa.string()),
-                ("_t", pa.timestamp("us", "UTC")),
-                ("_offsets", pa.map_(pa.int32(), pa.int64())),
-            ]
-        ),
+def test_a_double_that_is_not_finite_is_an_error():
+    d = view(Window("over", HOUR), aggregates=[Aggregate("sum", X, None, "float64")])
+    rows = [Logged("a", T0, 0, 0, T0, x=1.7e308), Logged("a", T0, 0, 1, T0, x=1.7e308)]
+    with pytest.raises(duckdb.Error, match="float64"):
+        history_values(d, rows, [("a", T0)])
+
+
+def test_outputs_are_expressions_over_aggregates():
+    d = view(Window("over", HOUR), aggregates=[COUNT])
+    n, total = AggregateRef(0, "int64"), AggregateRef(1, "int64")
+    per_event = Output("per_event", Call("/", (total, n), "float64"), "float64")
+    many = Output("many", Call(">", (n, Constant(1, "int64")), "bool"), "bool")
+    d.__dict__["statements"] = (
+        Statement(Window("over", HOUR), (COUNT, Aggregate("sum", N, None, "int64")), (per_event, many)),
     )
-    con.register("asked_table", asked)
-    table = con.sql(history_sql(definition, "asked_table", "log_table", known)).to_arrow_table()
-    return {r["_row"]: r for r in table.to_pylist()}
+    rows = [Logged("a", T0, 0, 0, T0, n=3), Logged("a", T0, 0, 1, T0, n=4)]
+    seen, empty, never = history_values(d, rows, [("a", T0), ("a", T0 + 2 * HOUR), ("b", T0)])
+    assert (seen["per_event"], seen["many"]) == (3.5, True)
+    assert (empty["per_event"], empty["many"]) == (None, False)
+    assert (never["per_event"], never["many"]) == (None, None)
 
 
-def brute_force(rows, key, t, known, definition=VIEW) -> tuple[dict, int | None]:
-    """The definition, word by word. `known` is a predicate over events."""
-    seen = [r.event for r in rows if r.key == key and r.dropped is None and known(r.event) and r.event.timestamp <= t]
-    nothing = {a.name: None for a in definition.aggregates}
-    if not seen or (definition.ttl and t - max(e.timestamp for e in seen) > definition.ttl // US):
-        return nothing, None
-    out = {}
-    for a in definition.aggregates:
-        inside = [
-            e.values
-            for e in seen
-            if t - a.window // US <= e.timestamp and (a.where is None or e.values[a.where.column] in a.where.values)
-        ]
-        numbers = [v[a.column] for v in inside if v[a.column] is not None] if a.column else []
-        out[a.name] = len(inside) if a.column is None else (sum(numbers) if numbers else None)
-    return out, max(e.timestamp for e in seen)
+def test_distinct_counts_are_exact_below_1024_and_from_the_smallest_hashes_beyond():
+    d = view(
+        Window("over", 10_000),
+        Window("hop", 6_000, 2_000),
+        aggregates=[Aggregate("count_distinct", KIND, None, "int64")],
+    )
+    rows = [Logged("a", T0 + i, 0, i, T0 + i, kind=f"p{i % 5_000}") for i in range(6_000)]
+    asked = [("a", T0 + t) for t in (500, 1_022, 1_023, 1_024, 3_000, 5_999, 11_000)]
+    for (_, t), got in zip(asked, history_values(d, rows, asked), strict=True):
+        held = [r.kind for r in rows if t - 10_000 <= r.time <= t]
+        assert got["w0_0"] == distinct(held)
+        assert got["w0_0"] == pytest.approx(len(set(held)), rel=0.1)
+        start = t // 2_000 * 2_000 - 4_000
+        assert got["w1_0"] == distinct([r.kind for r in rows if start <= r.time <= t])
 
 
-def online(state: EntityState | None, t: int, definition=VIEW) -> tuple[dict, int | None]:
-    """What a reader answers: null where never seen or silent for longer than ttl."""
-    last = state.last_seen_at(t) if state else None
-    if last is None or (definition.ttl and t - last > definition.ttl // US):
-        return {a.name: None for a in definition.aggregates}, None
-    return state.finalise(definition, t), last
+def test_a_deviation_of_numbers_that_are_large_beside_it_keeps_its_digits():
+    d = view(Window("over", HOUR), aggregates=[Aggregate("stddev", X, None, "float64")])
+    rows = [Logged("a", T0 + i, 0, i, T0 + i, x=1e9 + (i % 2)) for i in range(1_000)]
+    (got,) = history_values(d, rows, [("a", T0 + 999)])
+    assert got["w0_0"] == pytest.approx(0.50025018764, rel=1e-9)
 
 
-ages = st.one_of(
-    st.sampled_from(
-        [0, 1, 2, 3, DAY - 1, DAY, DAY + 1, 7 * DAY - 1, 7 * DAY, 7 * DAY + 1, 8 * DAY, 10 * DAY, 11 * DAY]
-    ),
-    st.integers(-5_000_000, 12 * DAY),  # negative: dated ahead of the clock
-)
-numbers = st.one_of(st.none(), st.integers(-5, 5), st.sampled_from([2**60, -(2**60)]))
-steps = st.tuples(
-    st.sampled_from(["x", "y"]),  # entity
-    st.integers(0, 1),  # partition
-    st.integers(0, 6),  # event id: few, so that some repeat
-    ages,
-    st.one_of(st.integers(0, 3), st.sampled_from([DAY, 6 * DAY, 7 * DAY, 20 * DAY])),  # how far the clock moves
-    st.sampled_from(["a", "b", "it's", None]),
-    numbers,
-    numbers,
-    st.booleans(),  # a batch ends here
-    st.booleans(),  # and is delivered again
-)
-
-
-@settings(max_examples=60, deadline=None)
-@given(st.lists(steps, max_size=25), st.lists(st.tuples(st.sampled_from(["x", "y", "z"]), ages), max_size=6))
-def test_stream_history_and_brute_force_agree(history, later_reads):
-    states: dict[str, EntityState] = {}
-    rows: list[Row] = []
-    reads: list[tuple[str, int, dict[int, int]]] = []
-    answers: list[tuple[dict, int | None]] = []
-    clock, offsets, batch = T0, {0: 0, 1: 0}, []
-
-    def read(key: str, t: int) -> None:
-        state = states.get(key)
-        reads.append((key, t, dict(state.offsets) if state else {}))
-        answers.append(online(state, t))
-
-    def apply_batch(again: bool) -> None:
-        for _ in range(1 + again):
-            for key in {k for k, _ in batch}:
-                before = states.get(key, EntityState.empty(VIEW))
-                state = EntityState.decode(VIEW, before.encode(VIEW))
-                for applied in state.apply(VIEW, [e for k, e in batch if k == key]):
-                    if applied.outcome != "replayed":
-                        rows.append(Row(key, applied.event, "duplicate" if applied.outcome == "duplicate" else None))
-                states[key] = EntityState.decode(VIEW, state.encode(VIEW))
-        batch.clear()
-
-    for i, (key, partition, repeat, age, advance, kind, n, m, ends, again) in enumerate(history):
-        clock += 1 + advance
-        event_id = f"{key}{repeat}" if repeat else f"unique{i}"
-        values = {"kind": kind, "n": n, "m": m}
-        batch.append((key, Event(clock - age, partition, offsets[partition], clock, values, event_id)))
-        offsets[partition] += 1
-        if ends:
-            apply_batch(again)
-            for k in ("x", "y"):
-                read(k, clock)
-    apply_batch(False)
-    for key, age in later_reads:
-        read(key, clock + max(age, 0))
-
-    by_offset = from_history(rows, reads, "by_offset")
-    by_time = from_history(rows, reads, "by_time")
-    for i, ((key, t, included), (values, last)) in enumerate(zip(reads, answers)):
-        expected, seen = brute_force(rows, key, t, lambda e, o=included: e.offset <= o.get(e.partition, -1))
-        assert values == expected
-        assert last == seen
-        assert brute_force(rows, key, t, lambda e, t=t: e.visible_at <= t)[0] == expected
-        for answer in (by_offset[i], by_time[i]):
-            assert {a.name: answer[a.name] for a in VIEW.aggregates} == expected
-            at = answer[LAST_SEEN]
-            assert (None if at is None else (at - datetime(1970, 1, 1, tzinfo=UTC)) // US) == seen
-
-
-@settings(max_examples=60, deadline=None)
-@given(st.lists(steps, min_size=1, max_size=25), st.randoms(use_true_random=False), st.integers(0, 12 * DAY))
-def test_batches_and_order_of_arrival_do_not_matter(history, random, later):
-    events = [
-        Event(T0 - max(age, 0), 0, 0, T0, {"kind": kind, "n": n, "m": m}, f"id{i}")
-        for i, (_, _, _, age, _, kind, n, m, _, _) in enumerate(history)
+def test_first_and_last_go_by_time_then_partition_then_offset():
+    aggregates = [Aggregate("first", N, IS_A, "int64"), Aggregate("last", N, IS_A, "int64")]
+    d = view(Window("tumble", HOUR, HOUR), aggregates=aggregates)
+    rows = [
+        Logged("a", T0, 1, 0, T0 + 1, n=1, kind="a"),
+        Logged("a", T0, 0, 9, T0 + 2, n=2, kind="a"),
+        Logged("a", T0, 0, 3, T0 + 3, n=3, kind="a"),
+        Logged("a", T0, -1, 5, T0, n=4, kind="a"),
+        Logged("a", T0, -1, 4, T0, n=None, kind="a"),
+        Logged("a", T0, 1, 7, T0, n=5, kind="b"),
     ]
-
-    def final(order: list[Event], pieces: int) -> tuple:
-        state = EntityState.empty(VIEW)
-        order = [Event(e.timestamp, 0, i, e.visible_at, e.values, e.event_id) for i, e in enumerate(order)]
-        for part in np.array_split(np.arange(len(order)), pieces):
-            state.apply(VIEW, [order[i] for i in part])
-        return online(EntityState.decode(VIEW, state.encode(VIEW)), T0 + later)
-
-    shuffled = random.sample(events, len(events))
-    bulk = EntityState.of_history(
-        VIEW,
-        np.array([e.timestamp for e in shuffled]),
-        np.array([event_id_hash(e.event_id) for e in shuffled], dtype="<u8"),
-        masks_of(VIEW, {c: [e.values[c] for e in shuffled] for c in VIEW.columns}, len(shuffled)),
-        [np.array([e.values[c] or 0 for e in shuffled]) for c in summed_columns(VIEW)],
-        {-1: len(events) - 1},
-        T0,
-    )
-    expected = final(events, 1)
-    assert final(shuffled, 1) == expected
-    assert final(events, len(events)) == expected
-    assert online(bulk, T0 + later) == expected
+    (got,) = history_values(d, rows, [("a", T0 + 5)])
+    assert (got["w0_0"], got["w0_1"]) == (4, 1)
 
 
-def test_history_refuses_a_sum_beyond_int64_as_the_state_does():
-    rows = [Row("x", Event(T0, 0, i, T0, {"kind": "a", "n": 2**62, "m": 0}, f"i{i}"), None) for i in range(2)]
-    with pytest.raises(duckdb.Error, match=r"v\.week_sum: the sum does not fit"):
-        from_history(rows, [("x", T0, {})], "by_time")
-    state = EntityState.empty(VIEW)
-    state.apply(VIEW, [r.event for r in rows])
-    with pytest.raises(SumOverflowError, match=r"v\.week_sum: the sum does not fit"):
-        state.finalise(VIEW, T0)
+def test_a_late_event_merges_two_sessions_from_when_it_was_known():
+    d = view(Window("session", 10), aggregates=[COUNT])
+    rows = [Logged("a", T0, 0, 0, T0), Logged("a", T0 + 20, 0, 1, T0 + 20), Logged("a", T0 + 10, 0, 2, T0 + 25)]
+    asked = [("a", T0 + t) for t in (10, 11, 20, 24, 25, 30, 31)]
+    assert [r["w0_0"] for r in history_values(d, rows, asked)] == [1, 0, 1, 1, 3, 3, 0]
 
 
-def test_history_counts_a_row_that_two_files_hold_once():
-    row = Row("x", Event(T0, 0, 5, T0, {"kind": "a", "n": 2, "m": 0}, "i"), None)
-    assert from_history([row, row], [("x", T0, {})], "by_time")[0]["week_sum"] == 2
+def test_a_closed_window_does_not_change_when_late_events_come():
+    d = view(Window("tumble", 10, 10, on_close=True), Window("tumble", 10, 10), aggregates=[COUNT])
+    t0 = T0 // 10 * 10
+    rows = [
+        Logged("a", t0 + 1, 0, 0, t0 + 1),
+        Logged("a", t0 + 10 + LATENESS, 0, 1, t0 + 18),  # its watermark is t0 + 10: the window is closed
+        Logged("a", t0 + 2, 0, 2, t0 + 18),
+    ]
+    (got,) = history_values(d, watermarks_before(rows), [("a", t0 + 18)])
+    assert (got["w0_0"], got["w1_0"]) == (1, 1)
 
 
-def test_history_gives_one_row_per_entity_row_also_for_null_and_repeated_keys():
-    row = Row("x", Event(T0, 0, 5, T0, {"kind": "a", "n": 2, "m": 0}, "i"), None)
-    got = from_history([row], [("x", T0, {}), ("x", T0, {}), (None, T0, {}), ("never", T0, {})], "by_time")
-    assert [got[i]["week_count"] for i in range(4)] == [1, 1, None, None]
+def test_an_idle_row_moves_the_watermark_of_the_entitys_partition():
+    d = view(Window("tumble", 10, 10, on_close=True), aggregates=[COUNT])
+    t0 = T0 // 10 * 10
+    rows = [Logged("a", t0 + 1, 0, 0, t0 + 1), Logged(None, None, 0, 0, t0 + 30, t0 + 10, "idle")]
+    rows += [Logged(None, None, 1, 0, t0 + 5, t0 + 10, "idle")]  # of a partition in which the entity has nothing
+    found = history_values(d, watermarks_before(rows), [("a", t0 + t) for t in (5, 29, 30)])
+    assert [f["w0_0"] for f in found] == [0, 0, 1]
 
 
-def test_history_of_an_empty_log_is_null():
-    assert from_history([], [("x", T0, {})], "by_time")[0]["week_count"] is None
+def test_the_callers_relations_may_have_any_name():
+    from feature_store.windows.history import history_sql
+    from tests.unit.window_support import table_of
 
-
-def test_history_of_an_old_silent_entity_without_ttl_counts_zero():
-    forever = view(ttl=timedelta(0))
-    row = Row("x", Event(T0, -1, 0, T0, {"kind": "a", "n": 2, "m": 0}, "i"), None)
-    got = from_history([row], [("x", T0 + 4000 * DAY, {})], "by_time", forever)[0]
-    assert got["week_count"] == 0
-    assert got["week_sum"] is None
+    d = view(WINDOWS["tumble closed"], WINDOWS["session"], aggregates=[COUNT])
+    with duckdb.connect() as con:
+        con.register(
+            "asked", con.sql(f"SELECT 0::BIGINT AS _row, 'a' AS k, make_timestamptz({T0}) AS _t").to_arrow_table()
+        )
+        con.register("log", table_of([Logged("a", T0, 0, 0, T0)]))
+        found = con.sql(history_sql(d, "asked", "log")).fetchall()
+    assert [row[:3] for row in found] == [(0, 0, 1)]

@@ -103,13 +103,13 @@ class _Rare:
     def __init__(self, random: Random) -> None:
         self.random = random
         self.nulls = random.choice([0.0, 0.1, 0.5])
-        self.huge = random.choice([0.0, 0.0, 0.1])
+        self.huge = random.choice([0.0, 0.1, 0.4])
 
     def columns(self, time: int, u: int) -> dict[str, Value]:
         r = self.random
         n = r.randint(-9, 9)
         if r.random() < self.huge:
-            n = r.choice([2**62, -(2**62), LAST, -LAST, 2**53 + 1])
+            n = r.choice([2**62, -(2**62), LAST, -LAST, 2**53 + 1, -(2**60) - 1, 2**58 + 7])
         out: dict[str, Value] = {
             "kind": r.choice(["a", "a", "B", "b", "it's", "é", "É", "", "日本", "a b"]),
             "n": n,
