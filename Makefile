@@ -79,6 +79,10 @@ bench-offline: .venv/.dev ## Measure the offline store against stock Feast and h
 bench-online: .venv/.dev ## Measure the servers and the online store against feast serve, feast listen and the SDK (SIZE=small|full)
 	.venv/bin/python -m benchmarks.online --size $(SIZE)
 
+.PHONY: bench-stream
+bench-stream: .venv/.dev ## Measure the stream on a real broker: events per CPU-second, freshness, state (SIZE=small|full)
+	.venv/bin/python -m benchmarks.stream --size $(SIZE)
+
 .PHONY: soak-online
 soak-online: .venv/.dev ## Mixed load on predictflow serve for MINUTES (30) while Redis restarts five times
 	.venv/bin/python -m benchmarks.soak --minutes $(MINUTES)

@@ -179,7 +179,7 @@ def run(job: Job) -> Result:
         else:
             _open(job, by_socket, bodies, result, began)
     finally:
-        for connection in connections:
+        for connection in by_socket.values():
             connection.socket.close()
     result.seconds = time.perf_counter() - began
     result.cpu = (time.process_time() - cpu) / result.seconds
@@ -223,12 +223,12 @@ def _open(
         starts.append(began + at)
     now = time.perf_counter
     due = deque(starts)
-    idle = list(by_socket)
+    idle = deque(by_socket)
     busy: dict[socket.socket, float] = {}
     n = 0
     while due or busy:
         while due and idle and due[0] <= now():
-            free = idle.pop()
+            free = _open_still(idle.popleft(), job, by_socket)
             busy[free] = due.popleft()  # the intended start, however late it is sent
             by_socket[free].send(bodies[n % len(bodies)])
             n += 1
@@ -243,6 +243,16 @@ def _open(
             result.errors += len(due) + len(busy)
             result.first_error = result.first_error or "the server fell behind the rate for good"
             break
+
+
+def _open_still(free: socket.socket, job: Job, by_socket: dict[socket.socket, Http1 | Grpc]) -> socket.socket:
+    """`free`, or a new connection in its place where a server has closed it for having been idle for too long."""
+    if not select.select([free], (), (), 0)[0] or job.protocol != "http":
+        return free
+    by_socket.pop(free).socket.close()
+    fresh = Http1(job)
+    by_socket[fresh.socket] = fresh
+    return fresh.socket
 
 
 def _record(result: Result, connection: Http1 | Grpc, seconds: float) -> None:

@@ -8,6 +8,7 @@ and leaves the consumer group alone.
 from __future__ import annotations
 
 import logging
+import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -192,4 +193,5 @@ def _write_states(
             fenced += online.write(chunk.keys, chunk.states, watermarks).fenced
             if advance is not None:
                 advance(len(chunk.keys))
+        online.begin(uuid.uuid4().hex)  # last: sync must not take half of the states for all of them
         return logged.summary, fenced

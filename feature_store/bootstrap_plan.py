@@ -14,7 +14,7 @@ import pyarrow as pa
 from feature_store.clock import ClockMode, from_micros, to_micros
 from feature_store.errors import DataError, UnavailableError
 from feature_store.event_log import HISTORY, EventLog, log_files, split
-from feature_store.stream_view import log_directory, log_schema
+from feature_store.stream_view import log_directory
 from feature_store.topic import client_config, group_members, offset_ranges, topic_id
 from feature_store.topic_record import refuse_other_topic
 from feature_store.window_store import windowed_views
@@ -195,19 +195,19 @@ def _first_newer(
 
     The messages themselves are read up to there, since a broker's own times say nothing of data that is sent again.
     """
-    from feature_store.events import BadMessageError, parse_message
+    from feature_store.events import BadMessageError, MessageSchema, parse_message
     from feature_store.topic import read_until
 
     if until_us is None or not held:
         return {p: low for p, (low, _) in held.items()}
-    schema = log_schema(definition, view)
-    integers = {k for k in definition.entity_key if schema.field(k).type == pa.int64()}
+    schema = MessageSchema.of_windowed(definition)
+    codec = schema.codec()
     starts: dict[int, int | None] = dict.fromkeys(held)
 
     def is_newer(message: Any) -> bool:
         p = message.partition()
         try:
-            m = parse_message(definition, message.key(), message.value(), integers)
+            m = parse_message(schema, message.key(), message.value(), codec)
         except BadMessageError:
             # For the dead-letter topic, unless older events follow: then it was dealt with when they were.
             if starts[p] is None:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from feature_store.errors import UnavailableError
 
 SUFFIX = "-dlq"
+REPLAYED = "replayed"
+"""Header of a mark in the dead-letter topic: the identity of a letter that was sent again."""
+_LETTERS_AT_ONCE = 100
 _LONGEST_REASON = 1000
 _KEPT_BYTES = 100_000
 """Of a message that is too large for the dead-letter topic."""
@@ -30,6 +34,17 @@ class DeadLetter:
     view: str
     key: bytes | None
     value: bytes | None
+    truncated_from: int | None = None
+    """Bytes of a value that was too large for the dead-letter topic; `value` is then its beginning."""
+    replayed: bool = False
+
+    @property
+    def identity(self) -> str:
+        """The message: the same however often and by whichever view it was refused; another one in a topic made again."""
+        content = hashlib.sha256(
+            b"\0".join([b"%d" % (self.key is None), self.key or b"", self.value or b""])
+        ).hexdigest()
+        return f"{self.topic}/{self.partition}/{self.offset}/{content[:32]}"
 
 
 class DeadLetterWriter:
@@ -93,18 +108,78 @@ class DeadLetterWriter:
         self._producer.produce(self._topic, key=letter.key, value=value, headers=headers, on_delivery=delivered)
 
 
-def read_dead_letters(config: dict[str, Any], topic: str, seconds: float = 10.0) -> Iterator[DeadLetter]:
-    """The dead letters of `topic`, oldest first, up to what the broker holds now; none where the topic does not exist."""
+def read_dead_letters(config: dict[str, Any], topic: str, seconds: float = 10.0) -> list[DeadLetter]:
+    """The dead letters of `topic`, oldest first, up to what the broker holds now; none where the topic does not exist.
+
+    `replayed` tells those that `replay_dead_letters` sent again.
+    """
     from feature_store.topic import read_topic
 
+    letters, replayed = [], set()
     for message in read_topic(config, dead_letter_topic(topic), seconds):
         headers = {k: (v or b"").decode("utf-8", "replace") for k, v in message.headers() or []}
-        yield DeadLetter(
-            topic=headers.get("topic", topic),
-            partition=int(headers.get("partition") or -1),
-            offset=int(headers.get("offset") or -1),
-            reason=headers.get("reason", ""),
-            view=headers.get("view", ""),
-            key=message.key(),
-            value=message.value(),
+        if REPLAYED in headers:
+            replayed.add(headers[REPLAYED])
+            continue
+        letters.append(
+            DeadLetter(
+                topic=headers.get("topic", topic),
+                partition=int(headers.get("partition") or -1),
+                offset=int(headers.get("offset") or -1),
+                reason=headers.get("reason", ""),
+                view=headers.get("view", ""),
+                key=message.key(),
+                value=message.value(),
+                truncated_from=int(headers["truncated_from_bytes"]) if "truncated_from_bytes" in headers else None,
+            )
         )
+    return [replace(x, replayed=True) if x.identity in replayed else x for x in letters]
+
+
+@dataclass(frozen=True)
+class Replayed:
+    """What a replay did: messages sent again; letters that had been replayed before; letters that hold a part only."""
+
+    sent: list[DeadLetter]
+    before: int
+    truncated: int
+
+
+def replay_dead_letters(
+    config: dict[str, Any], topic: str, letters: Sequence[DeadLetter], *, again: bool = False, dry_run: bool = False
+) -> Replayed:
+    """Produces the messages of `letters` to `topic` once more, with their key and bytes; those replayed before only `again`.
+
+    A message that several views refused, or that was refused twice, is sent once. Each is sent in one transaction with a
+    mark in the dead-letter topic, so that a replay that is killed, or two at once, send nothing twice. UnavailableError: the
+    broker does not take a transaction; what was sent before it stays sent, and is known.
+    """
+    wanted = list({x.identity: x for x in letters}.values())
+    whole = [x for x in wanted if x.truncated_from is None]
+    todo = [x for x in whole if again or not x.replayed]
+    result = Replayed(todo, len(whole) - len(todo), len(wanted) - len(whole))
+    if dry_run or not todo:
+        return result
+    from confluent_kafka import KafkaException, Producer
+
+    producer = Producer(
+        {**config, "transactional.id": f"predictflow-dlq-{topic}", "message.max.bytes": 100_000_000, "linger.ms": 5}
+    )
+    try:
+        producer.init_transactions(30)
+        if not again:  # another replay may have run since the letters were read, and can no more
+            done = {x.identity for x in read_dead_letters(config, topic) if x.replayed}
+            todo = [x for x in todo if x.identity not in done]
+        for i in range(0, len(todo), _LETTERS_AT_ONCE):
+            producer.begin_transaction()
+            for x in todo[i : i + _LETTERS_AT_ONCE]:
+                source = f"{x.topic}/{x.partition}/{x.offset}".encode()
+                producer.produce(topic, key=x.key, value=x.value, headers=[("replayed_from", source)])
+                producer.produce(dead_letter_topic(topic), key=x.key, headers=[(REPLAYED, x.identity.encode())])
+            producer.commit_transaction(60)
+    except KafkaException as e:
+        raise UnavailableError(
+            f"dead letters not replayed ({e.args[0].str()})",
+            next_step="run the same command again: what was sent is not sent twice",
+        ) from e
+    return Replayed(todo, len(whole) - len(todo), result.truncated)

@@ -6,12 +6,11 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from feature_store.errors import UsageError
+from feature_store.redis_delete import keys_of
 
 if TYPE_CHECKING:
     from feast import Entity, FeatureStore
     from feast.protos.feast.types.Value_pb2 import Value
-
-    from feature_store.online_store import PredictFlowOnlineStore
 
 
 def erase_online(store: FeatureStore, entity: Entity, value: str, dry_run: bool) -> int:
@@ -25,15 +24,13 @@ def erase_online(store: FeatureStore, entity: Entity, value: str, dry_run: bool)
     if not isinstance(online, PredictFlowOnlineStore):
         raise UsageError("only PredictFlow's online store can be erased from", value=type(online).__name__)
     client = online._get_client(store.config.online_store)
-    found = list(_keys(store, online, client, entity, value))
+    found = list(_keys(store, client, entity, value))
     if dry_run:
         return int(sum(client.exists(key) for key in found))
     return int(sum(client.unlink(key) for key in found))
 
 
-def _keys(
-    store: FeatureStore, online: PredictFlowOnlineStore, client: Any, entity: Entity, value: str
-) -> Iterator[bytes]:
+def _keys(store: FeatureStore, client: Any, entity: Entity, value: str) -> Iterator[bytes]:
     from feast.infra.key_encoding_utils import deserialize_entity_key, serialize_entity_key
     from feast.protos.feast.types.EntityKey_pb2 import EntityKey
 
@@ -43,7 +40,7 @@ def _keys(
             proto = EntityKey(join_keys=[entity.join_key], entity_values=[_value(entity, value)])
             yield serialize_entity_key(proto, 3) + project.encode()
         elif entity.join_key in join_keys:
-            for key in online._keys_of(client, project, join_keys):
+            for key in keys_of(client, project, join_keys):
                 parsed = deserialize_entity_key(key[: -len(project.encode())], 3)
                 part = parsed.entity_values[list(parsed.join_keys).index(entity.join_key)]
                 if str(getattr(part, part.WhichOneof("val"))) == value:

@@ -3,6 +3,9 @@
 One file per partition and batch, named by its offset range, so that writing a batch again replaces it. Readers count a
 (partition, offset) once, whatever the files: compaction may show a row in two of them for a while. A file appears whole
 or not at all, and is on disk when `append` returns.
+
+A row with `_dropped` = `idle` is no event: from its `_visible_at` on, the watermark of its partition, of which offsets up
+to and including `_offset` have been read, is at least its `_watermark`. Such rows have files of their own, named by time.
 """
 
 from __future__ import annotations
@@ -13,11 +16,13 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from feature_store.errors import DataError
+from feature_store.logged import NEVER, Ints, Logged
 
 UTC_MICROS = pa.timestamp("us", tz="UTC")
 LOG_FIELDS = [
@@ -28,28 +33,34 @@ LOG_FIELDS = [
     pa.field("_watermark", UTC_MICROS),
     pa.field("_dropped", pa.string()),
 ]
-"""What the log adds to an event. `_dropped` null: counted; else why not (`duplicate`)."""
+"""What the log adds to an event. `_watermark`: of the partition before the event, null: none yet. `_dropped` null: counted;
+else why not (`late`, `duplicate`), or `idle`: no event."""
+
+IDLE = "idle"
 
 STREAM, HISTORY = "stream", "history"
 """Directories below a windowed view's path: written by sync, and by backfill."""
 
-_NAME = re.compile(r"(?P<topic>.+)-(?P<partition>\d+)-(?P<first>\d{19})-(?P<last>\d{19})\.parquet")
+_NAME = re.compile(r"(?P<topic>.+)-(?P<partition>\d+)-(?P<idle>idle-)?(?P<first>\d{19})-(?P<last>\d{19})\.parquet")
 _SMALL_BYTES = 4_000_000
 
 
 @dataclass(frozen=True, order=True)
 class LogFile:
-    """One file: the offsets `first` to `last` of a partition, both inclusive; offsets between may be missing."""
+    """One file: the offsets `first` to `last` of a partition, both inclusive; offsets between may be missing. Of idle rows
+    the times (microseconds) `first` to `last`."""
 
     partition: int
     first: int
     last: int
     path: Path
+    idle: bool = False
 
     def within(self, other: LogFile) -> bool:
         return (
             self is not other
             and self.partition == other.partition
+            and self.idle == other.idle
             and other.first <= self.first <= self.last <= other.last
         )
 
@@ -61,36 +72,68 @@ class EventLog:
         self.directory = directory
         self.topic = topic
 
-    def files(self, partition: int | None = None) -> list[LogFile]:
-        """The files of the topic, or of one partition, by partition and offset."""
+    def files(self, partition: int | None = None, *, idle: bool = False) -> list[LogFile]:
+        """The files of the topic, or of one partition, by partition and offset: those of events, or those of idle rows."""
         found = []
         for path in self.directory.glob("*.parquet"):
             name = _NAME.fullmatch(path.name)
             if name and name["topic"] == self.topic and partition in (None, int(name["partition"])):
-                found.append(LogFile(int(name["partition"]), int(name["first"]), int(name["last"]), path))
+                file = LogFile(int(name["partition"]), int(name["first"]), int(name["last"]), path, bool(name["idle"]))
+                if file.idle == idle:
+                    found.append(file)
         return sorted(found)
 
     def append(self, rows: pa.Table) -> None:
-        """Writes rows (the event's columns and LOG_FIELDS), one file per partition. Safe to repeat.
+        """Writes rows (the event's columns and LOG_FIELDS), one file per partition and kind. Safe to repeat.
 
         OSError when the disk is full or not writable: nothing of the file is then visible.
         """
-        for partition in sorted(set(rows["_partition"].to_pylist())):
-            part = rows.filter(pc.equal(rows["_partition"], partition)).sort_by("_offset")
-            self._write(part, partition)
+        partitions, idle = rows["_partition"], _is_idle(rows)
+        both = pc.any(idle).as_py()
+        for partition in sorted(partitions.unique().to_pylist()):
+            mine = pc.equal(partitions, partition)
+            for kind in (False, True) if both else (False,):
+                wanted = pc.and_(mine, pc.equal(idle, kind)) if both else mine
+                part = rows if pc.all(wanted).as_py() else rows.filter(wanted)
+                if part.num_rows:
+                    offsets = part["_offset"].to_numpy()
+                    self._write(
+                        part if (offsets[1:] > offsets[:-1]).all() else part.sort_by("_offset"), partition, kind
+                    )
 
-    def logged(self, partition: int, from_offset: int) -> dict[int, int]:
-        """offset -> first `_visible_at` (microseconds) of the rows from an offset on: what a restart must repeat."""
-        out: dict[int, int] = {}
-        for file in self.files(partition):
-            if file.last < from_offset:
+    def logged(self, partition: int, from_offset: int) -> Logged:
+        """The events' rows from an offset on, as they became visible first: what a restart must repeat."""
+        tables = [
+            self._read(f, ["_offset", "_visible_at", "_watermark"])
+            for f in self.files(partition)
+            if f.last >= from_offset
+        ]
+        if not tables:
+            return Logged.none()
+        rows = pa.concat_tables(tables)
+        rows = rows.filter(pc.greater_equal(rows["_offset"], from_offset))
+        rows = rows.sort_by([("_offset", "ascending"), ("_visible_at", "ascending")])
+        offsets = rows["_offset"].to_numpy()
+        first = np.append(True, offsets[1:] != offsets[:-1])[: len(offsets)]
+        visible, watermarks = (_micros(rows[c]) for c in ("_visible_at", "_watermark"))
+        return Logged(offsets[first], visible[first], watermarks[first])
+
+    def newest(self, partition: int, before_offset: int, timestamp: str) -> tuple[int, int] | None:
+        """(`_watermark` or NEVER, event time) of the event row with the greatest offset below one, in microseconds."""
+        for file in reversed(self.files(partition)):
+            if file.first >= before_offset:
                 continue
-            table = self._read(file, ["_offset", "_visible_at"])
-            times = pc.cast(table["_visible_at"], pa.int64()).to_pylist()
-            for offset, time in zip(table["_offset"].to_pylist(), times):
-                if offset >= from_offset:
-                    out[offset] = min(time, out.get(offset, time))
-        return out
+            rows = self._read(file, ["_offset", "_watermark", timestamp])
+            rows = rows.filter(pc.less(rows["_offset"], before_offset))
+            if rows.num_rows:
+                at = int(np.argmax(rows["_offset"].to_numpy()))
+                return int(_micros(rows["_watermark"])[at]), int(_micros(rows[timestamp])[at])
+        return None
+
+    def idle(self, partition: int) -> list[tuple[int, int]]:
+        """(offset, watermark in microseconds) of the partition's idle rows, oldest first."""
+        rows = [self._read(f, ["_offset", "_watermark"]) for f in self.files(partition, idle=True)]
+        return sorted({p for r in rows for p in zip(r["_offset"].to_pylist(), _micros(r["_watermark"]).tolist())})
 
     def topic_id(self) -> str | None:
         """The `_topic_id` of the newest file that has one; None for an empty log."""
@@ -101,26 +144,31 @@ class EventLog:
         return None
 
     def read(self, columns: list[str] | None = None) -> pa.Table | None:
-        """All rows, each (partition, offset) once, by partition and offset; None for an empty log.
+        """All rows, each event and each idle row once, by partition, offset and time; None for an empty log.
 
         `columns`: of these, with `_partition`, `_offset` and `_visible_at` among them; default all.
         """
-        tables = [self._read(f, columns) for f in self.files()]
-        return _once(pa.concat_tables(tables, promote_options="default")) if tables else None
+        wanted = None if columns is None else list(dict.fromkeys([*columns, "_dropped"]))
+        tables = [self._read(f, wanted) for f in [*self.files(), *self.files(idle=True)]]
+        if not tables:
+            return None
+        rows = _once(pa.concat_tables(tables, promote_options="default"))
+        return rows if columns is None else rows.select(columns)
 
     def compact(self, partition: int, at_least: int = 64) -> None:
         """Merges small files into one; what it replaces stays until the next call, for readers that listed it before.
 
         Does nothing under `at_least` small files. Safe to kill and repeat.
         """
-        files = self.files(partition)
-        for old in files:
-            if any(old.within(f) for f in files):
-                old.path.unlink(missing_ok=True)
-        small = [f for f in self.files(partition) if f.path.stat().st_size < _SMALL_BYTES]
-        if len(small) >= at_least:
-            tables = [self._read(f, None) for f in small]
-            self._write(_once(pa.concat_tables(tables, promote_options="default")), partition)
+        for idle in (False, True):
+            files = self.files(partition, idle=idle)
+            for old in files:
+                if any(old.within(f) for f in files):
+                    old.path.unlink(missing_ok=True)
+            small = [f for f in self.files(partition, idle=idle) if f.path.stat().st_size < _SMALL_BYTES]
+            if len(small) >= at_least:
+                tables = [self._read(f, None) for f in small]
+                self._write(_once(pa.concat_tables(tables, promote_options="default")), partition, idle)
 
     def rewind(self, known_by_us: int, topic_id: str = "") -> int:
         """Forgets the rows that `split` finds; the number of rows forgotten. Stop sync first."""
@@ -130,26 +178,30 @@ class EventLog:
         keep, _ = split(rows, known_by_us, topic_id)
         forgotten = rows.num_rows - keep.num_rows
         if forgotten:
-            old = self.files()
+            old = [*self.files(), *self.files(idle=True)]
+            fresh = set()
             if keep.num_rows:
                 self.append(keep)
-            fresh = (
-                set() if not keep.num_rows else {self._path_of(keep, p) for p in set(keep["_partition"].to_pylist())}
-            )
+                idle = _is_idle(keep)
+                for partition in set(keep["_partition"].to_pylist()):
+                    for kind in (False, True):
+                        mine = pc.and_(pc.equal(keep["_partition"], partition), pc.equal(idle, kind))
+                        if pc.any(mine).as_py():
+                            fresh.add(self._path_of(keep.filter(mine), partition, kind))
             for file in old:
                 if file.path not in fresh:
                     file.path.unlink(missing_ok=True)
             self._sync_directory()
         return forgotten
 
-    def _path_of(self, rows: pa.Table, partition: int) -> Path:
-        offsets = rows.filter(pc.equal(rows["_partition"], partition))["_offset"]
-        ends = pc.min_max(offsets).as_py()
-        return self.directory / f"{self.topic}-{partition}-{ends['min']:019d}-{ends['max']:019d}.parquet"
+    def _path_of(self, rows: pa.Table, partition: int, idle: bool) -> Path:
+        ends = pc.min_max(rows["_visible_at"].cast(pa.int64()) if idle else rows["_offset"]).as_py()
+        kind = f"{IDLE}-" if idle else ""
+        return self.directory / f"{self.topic}-{partition}-{kind}{ends['min']:019d}-{ends['max']:019d}.parquet"
 
-    def _write(self, rows: pa.Table, partition: int) -> None:
+    def _write(self, rows: pa.Table, partition: int, idle: bool) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)
-        path = self._path_of(rows, partition)
+        path = self._path_of(rows, partition, idle)
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
             with temporary.open("wb") as f:
@@ -184,13 +236,25 @@ class EventLog:
 
 
 def _once(rows: pa.Table) -> pa.Table:
-    """The first visible of each (partition, offset), in their order."""
-    rows = rows.sort_by([("_partition", "ascending"), ("_offset", "ascending"), ("_visible_at", "ascending")])
-    if rows.num_rows < 2:
-        return rows
-    partitions, offsets = rows["_partition"].combine_chunks(), rows["_offset"].combine_chunks()
-    same = pc.and_(pc.equal(partitions[1:], partitions[:-1]), pc.equal(offsets[1:], offsets[:-1]))
-    return rows.filter(pa.concat_arrays([pa.array([True]), pc.invert(same)]))
+    """The first visible of each event, and each idle row, in their order."""
+    idle = _is_idle(rows)
+    rows = rows.append_column("_idle", idle)
+    order = [(c, "ascending") for c in ("_partition", "_offset", "_idle", "_visible_at")]
+    rows = rows.sort_by(order)
+    if rows.num_rows > 1:
+        p, o, i, t = (rows[c].to_numpy(zero_copy_only=False) for c in ("_partition", "_offset", "_idle", "_visible_at"))
+        same = (p[1:] == p[:-1]) & (o[1:] == o[:-1]) & (i[1:] == i[:-1]) & (~i[1:] | (t[1:] == t[:-1]))
+        rows = rows.filter(pa.array(np.append(True, ~same)))
+    return rows.drop_columns(["_idle"])
+
+
+def _is_idle(rows: pa.Table) -> pa.ChunkedArray:
+    return pc.fill_null(pc.equal(rows["_dropped"].cast(pa.string()), IDLE), False)
+
+
+def _micros(times: pa.ChunkedArray) -> Ints:
+    """Microseconds since the epoch, NEVER for null."""
+    return np.asarray(pc.fill_null(times.cast(pa.int64()), NEVER).to_numpy())
 
 
 def split(rows: pa.Table, known_by_us: int, topic_id: str) -> tuple[pa.Table, pa.Table]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ KEY = "k:"
 _NUMBERS = {"BYTES": 1, "STRING": 2, "INT32": 3, "INT64": 4, "UNIX_TIMESTAMP": 8}
 _HEAD = struct.Struct("<II")
 _FIXED = {"INT32": (pa.int32(), "<i4"), "INT64": (pa.int64(), "<i8"), "UNIX_TIMESTAMP": (pa.int64(), "<i8")}
+_ARROW = {kind: arrow for kind, (arrow, _) in _FIXED.items()} | {"STRING": pa.string(), "BYTES": pa.binary()}
 _PROTO: dict[str | None, tuple[int, Callable[[Any], bytes]]] = {
     "string_val": (2, str.encode),
     "bytes_val": (1, bytes),
@@ -63,15 +65,20 @@ class KeyColumns:
 
     def encode(self, table: pa.Table) -> pa.Array:
         """The keys, in order, of `checked` columns named KEY + join key."""
-        rows = table.num_rows
+        columns = {}
+        for name in self.names:
+            column = table.column(KEY + name).combine_chunks()
+            columns[name] = column.chunk(0) if isinstance(column, pa.ChunkedArray) else column
+        return self._joined(table.num_rows, columns)
+
+    def _joined(self, rows: int, columns: Mapping[str, pa.Array]) -> pa.Array:
         pieces: list[Piece] = [self._layout.prefix]
         for part in self._layout.parts:
             number = _NUMBERS[part.type]
             if part.requested is None:
                 pieces.append(_HEAD.pack(number, 0))
                 continue
-            column = table.column(KEY + part.stored).combine_chunks()
-            array: pa.Array = column.chunk(0) if isinstance(column, pa.ChunkedArray) else column
+            array = columns[part.stored]
             if part.type in _FIXED:
                 layout = _FIXED[part.type][1]
                 data = array.to_numpy(zero_copy_only=False).astype(layout)[:, None].view(np.uint8).reshape(rows, -1)
@@ -95,6 +102,28 @@ class KeyColumns:
     def shown(self, table: pa.Table, row: int) -> str:
         """The row's join keys, for a message."""
         return ", ".join(f"{n}={table.column(KEY + n)[row].as_py()!r}" for n in self.names) or self._view
+
+    def of_protos(self, keys: Sequence[Any]) -> pa.Array | None:
+        """As `of_proto` of many keys, by column; None where that does not go: ask for them one by one."""
+        if not keys or not self.names or sorted(keys[0].join_keys) != self.names:
+            return None
+        order = list(keys[0].join_keys)
+        head = type(keys[0])(join_keys=order).SerializeToString() + b"\x12"  # their values follow
+        if not all(key.SerializeToString().startswith(head) for key in keys):
+            return None
+        values = [key.entity_values for key in keys]
+        if set(map(len, values)) != {len(order)}:
+            return None
+        columns = {}
+        for part in self._layout.parts:
+            i, field = order.index(part.stored), f"{part.type.lower()}_val"
+            column = [value[i] for value in values]
+            plain = list(map(attrgetter(field), column))
+            # What is not set reads as zero or empty.
+            if any(not v and proto.WhichOneof("val") != field for v, proto in zip(plain, column, strict=True)):
+                return None
+            columns[part.stored] = pa.array(plain, _ARROW[part.type])
+        return self._joined(len(keys), columns)
 
     def of_proto(self, key: Any) -> bytes | None:
         """The Redis key of one of Feast's EntityKey protos, whose order of join keys may be any; None: it has none.

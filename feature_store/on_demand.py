@@ -177,37 +177,44 @@ class OnDemandPlan:
                 columns[name] = [float(v) if type(v) is int else v for v in columns[name]]
         for view, i, feature, name in self._columns:
             columns[name] = [python_value(feature, row[id(view)].cells[i])[1] for row in answers]
-        try:
-            out = self._transform(columns)
-        except Exception as e:  # the function is the user's: whatever it raises is told under the view's name
-            raise DataError(
-                f"on-demand feature view {self.view} failed ({type(e).__name__}: {e})",
-                next_step="its inputs can be null: let the function take that",
-            ) from e
-        cells = []
-        for feature, value_type in zip(self.features, self._types):
-            values = out.get(feature.name)
-            if values is None or len(values) != len(entities):
-                raise DataError(
-                    f"on-demand feature view {self.view} gives no value per row for a declared feature",
-                    value=feature.name,
-                    valid=out,
-                )
-            cells.append(_cells(values, value_type))
+        found = computed(self._view, columns, len(entities), [f.name for f in self.features])
+        cells = [_cells(values, kind) for values, kind in zip(found, self._types, strict=True)]
         return [ViewRow(None, None, None, [column[i] for column in cells]) for i in range(len(entities))]
 
-    def _transform(self, columns: dict[str, list[Any]]) -> dict[str, list[Any]]:
-        view = self._view
-        if view.mode == "python":
-            if not view.singleton:
-                return {name: list(values) for name, values in view.transform_dict(columns).items()}
-            count = len(next(iter(columns.values())))
-            rows = [view.transform_dict({k: [v[i]] for k, v in columns.items()}) for i in range(count)]
-            return {name: [row[name] for row in rows] for name in rows[0]}
-        import pyarrow as pa
 
-        table = view.transform_arrow(pa.Table.from_pydict(columns), False)
-        return {name: table.column(name).to_pylist() for name in table.column_names}
+def computed(view: OnDemandFeatureView, columns: Mapping[str, Any], rows: int, names: Sequence[str]) -> list[list[Any]]:
+    """The values of the features `names`, for all rows at once. `columns`: lists, or Arrow's for a view of mode pandas.
+
+    DataError when the function fails or does not give what it declares.
+    """
+    try:
+        out = _transformed(view, columns)
+    except Exception as e:  # the function is the user's: whatever it raises is told under the view's name
+        raise DataError(
+            f"on-demand feature view {view.name} failed ({type(e).__name__}: {e})",
+            next_step="its inputs can be null: let the function take that",
+        ) from e
+    for name in names:
+        if out.get(name) is None or len(out[name]) != rows:
+            raise DataError(
+                f"on-demand feature view {view.name} gives no value per row for a declared feature",
+                value=name,
+                valid=out,
+            )
+    return [out[name] for name in names]
+
+
+def _transformed(view: OnDemandFeatureView, columns: Mapping[str, Any]) -> dict[str, list[Any]]:
+    if view.mode == "python":
+        if not view.singleton:
+            return {name: list(values) for name, values in view.transform_dict(dict(columns)).items()}
+        count = len(next(iter(columns.values())))
+        rows = [view.transform_dict({k: [v[i]] for k, v in columns.items()}) for i in range(count)]
+        return {name: [row[name] for row in rows] for name in rows[0]}
+    import pyarrow as pa
+
+    table = view.transform_arrow(pa.Table.from_pydict(dict(columns)), False)
+    return {name: table.column(name).to_pylist() for name in table.column_names}
 
 
 def _cells(values: list[Any], kind: Any) -> list[Any]:

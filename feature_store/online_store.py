@@ -27,16 +27,18 @@ from feature_store.apply_hook import guard_apply, record_apply_of_store
 from feature_store.clock import CLOCK_MODES, WallClock, replay_clock_key
 from feature_store.config_check import require_expanded, with_defaults
 from feature_store.errors import DataError, UsageError
+from feature_store.online_reader import OnlineReader
 from feature_store.online_write import OnlineWriter
-from feature_store.read_plan import OnlineReader, ReadPlan
+from feature_store.read_plan import ReadPlan
 from feature_store.redis_connection import answering, connect, connect_async, connection_options
-from feature_store.redis_layout import feature_field, join_keys_of, pair_field, timestamp_field
+from feature_store.redis_delete import DROP_VIEW, Command, keys_of, run_script, scan
+from feature_store.redis_layout import feature_field, pair_field, timestamp_field
 from feature_store.redis_socket import RedisSocket
 from feature_store.redis_stream import RedisStream
 from feature_store.redis_wire import Address, address_from
-from feature_store.redis_writer import DROP_VIEW, Command, run_script
 from feature_store.view_plan import UnsupportedOnDemandError
 from feature_store.windows.definition import STATE_FIELD
+from feature_store.write_layout import shape_of
 
 if TYPE_CHECKING:
     from feast import Entity, FeatureService, FeatureView, RepoConfig
@@ -99,6 +101,7 @@ class PredictFlowOnlineStore(RedisOnlineStore):
     def __init__(self) -> None:
         self._client_loop: AbstractEventLoop | None = None
         self._plans: dict[Any, tuple[Any, ReadPlan]] = {}
+        self._writers: dict[str, tuple[RepoConfig, object, OnlineWriter]] = {}
         self._sockets: dict[str, RedisSocket | None] = {}
         self._streams: dict[str, RedisStream | None] = {}
 
@@ -121,6 +124,14 @@ class PredictFlowOnlineStore(RedisOnlineStore):
 
     # --- writes -------------------------------------------------------------------------------------------------------
 
+    def writer(self, config: RepoConfig, view: FeatureView) -> OnlineWriter:
+        """A writer of `view`, kept for as long as its definition stands: Feast makes the view anew for every call."""
+        shape = shape_of(view)
+        kept = self._writers.get(view.name)
+        if kept is None or kept[0] is not config or kept[1] != shape:
+            kept = self._writers[view.name] = config, shape, OnlineWriter(self, config, view)
+        return kept[2]
+
     def online_write_batch(
         self, config: RepoConfig, table: FeatureView, data: list[Row], progress: Callable[[int], Any] | None
     ) -> None:
@@ -132,13 +143,13 @@ class PredictFlowOnlineStore(RedisOnlineStore):
         earlier batches are then written).
         """
         # Feast passes no time: a direct write happens now.
-        OnlineWriter(self, config, table).write_rows(data, wall=WallClock(), progress=progress)
+        self.writer(config, table).write_rows(data, wall=WallClock(), progress=progress)
 
     async def online_write_batch_async(
         self, config: RepoConfig, table: FeatureView, data: list[Row], progress: Callable[[int], Any] | None
     ) -> None:
         """As `online_write_batch`."""
-        await OnlineWriter(self, config, table).awrite_rows(data, wall=WallClock(), progress=progress)
+        await self.writer(config, table).awrite_rows(data, wall=WallClock(), progress=progress)
 
     # --- reads --------------------------------------------------------------------------------------------------------
 
@@ -342,11 +353,11 @@ class PredictFlowOnlineStore(RedisOnlineStore):
 
     def delete_table(self, config: RepoConfig, table: FeatureView) -> None:
         """Removes one view from every entity of this project. Safe to repeat and beside writers of other views."""
-        stored = _stored_name(config, table)
+        stored = compute_versioned_name(table, config.registry.enable_online_feature_view_versioning)
         names = dict.fromkeys([*(f.name for f in table.features), STATE_FIELD])
         fields = [timestamp_field(stored), pair_field(stored), *(feature_field(stored, n) for n in names)]
         client = self._get_client(config.online_store)
-        keys = self._keys_of(client, config.project, table.join_keys)
+        keys = keys_of(client, config.project, table.join_keys or [DUMMY_ENTITY_ID])
         for _ in run_script(client, DROP_VIEW, (Command(key, fields) for key in keys)):
             pass
 
@@ -354,21 +365,12 @@ class PredictFlowOnlineStore(RedisOnlineStore):
         """Removes every view of every entity with these join keys, of this project only. Safe to repeat."""
         client = self._get_client(config.online_store)
         with answering(client):
-            for key in self._keys_of(client, config.project, join_keys):
+            for key in keys_of(client, config.project, join_keys or [DUMMY_ENTITY_ID]):
                 client.unlink(key)
-
-    def _keys_of(self, client: Any, project: str, join_keys: Sequence[str]) -> Iterator[bytes]:
-        # Feast matches by a glob of prefix and suffix alone: bytes of a key can be wildcards, and a project's name can
-        # end in another's, so each key is parsed.
-        wanted = sorted(join_keys) or [DUMMY_ENTITY_ID]
-        with answering(client):
-            for key in self.scan(client, project):
-                if join_keys_of(key, project) == wanted:
-                    yield key
 
     def scan(self, client: Any, project: str) -> Iterator[bytes]:
         """Every key whose bytes end in `project`, on all primaries of a Cluster too; a key may come twice."""
-        yield from client.scan_iter(match=b"*" + _literal(project.encode()), count=1000)
+        return scan(client, project)
 
 
 def _key(config: RepoConfig, table: FeatureView, entity_key: EntityKey) -> bytes:
@@ -387,13 +389,3 @@ def _plan_of_keys(
     plan = ReadPlan.of_views(config, config.project, [(table, names or [f.name for f in table.features])])
     (view,) = plan.view_plans
     return plan, [(_key(config, table, key), view.fields) for key in entity_keys]
-
-
-def _stored_name(config: RepoConfig, table: FeatureView) -> str:
-    name: str = compute_versioned_name(table, config.registry.enable_online_feature_view_versioning)
-    return name
-
-
-def _literal(text: bytes) -> bytes:
-    """`text` for a glob that matches it alone."""
-    return b"".join(b"\\" + bytes([c]) if c in b"\\*?[]^-" else bytes([c]) for c in text)

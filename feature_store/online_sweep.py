@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 from feature_store.clock import MICROSECOND, from_micros, to_micros
 from feature_store.errors import NotFoundError
 from feature_store.redis_connection import answering
+from feature_store.redis_delete import DROP_VIEW, Command, run_script
 from feature_store.redis_layout import decode_timestamp, feature_field, join_keys_of, pair_field, timestamp_field
-from feature_store.redis_writer import DROP_VIEW, Command, run_script
 from feature_store.windows.definition import STATE_FIELD, definition_of
 
 if TYPE_CHECKING:

@@ -7,46 +7,19 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
-from feature_store.clock import ClockMode, WallClock, from_micros, replay_clock_key, to_micros
-from feature_store.errors import UnavailableError, UsageError
+from feature_store.clock import from_micros
+from feature_store.errors import UsageError
 from feature_store.on_demand import OnDemandPlan, source_view, with_function
-from feature_store.redis_connection import answering
+from feature_store.read_command import Hmget, Replies, Reply
 from feature_store.redis_layout import KeyLayout, KeyPart, datetime_of
-from feature_store.redis_socket import RedisSocket
-from feature_store.redis_stream import Done, RedisStream
-from feature_store.redis_wire import command, hmget_parts
 from feature_store.view_plan import OnDemandViewError, ViewPlan, ViewRow, python_value, resolve
-from feature_store.window_write import parse_watermarks, watermarks_key
 from feature_store.windows.state import NEVER
 
 if TYPE_CHECKING:
-    import redis
-    import redis.asyncio
     from feast import FeatureService, FeatureStore, FeatureView, RepoConfig
     from feast.infra.registry.base_registry import BaseRegistry
 
 Entity = Mapping[str, object]
-Reply = Sequence[bytes | None]
-Requests = Sequence[tuple[bytes, list[bytes]]]
-_STRING_KEY = (2).to_bytes(4, "little")
-
-
-class AtNotAllowedError(UsageError):
-    """A read at a chosen time under the wall clock, where the time of a read is the clock's."""
-
-    code = "at_not_allowed"
-
-
-class AtTooEarlyError(UsageError):
-    """A read at a time before the newest applied event: what was known then can no longer be told online."""
-
-    code = "at_too_early"
-
-
-class ClockNotSetError(UnavailableError):
-    """`replay` before anything set the clock."""
-
-    code = "clock_not_set"
 
 
 @dataclass(slots=True)
@@ -88,28 +61,6 @@ def _is_on_demand(view: Any) -> bool:
     return isinstance(view, OnDemandFeatureView)
 
 
-class Replies(list[Reply]):
-    """The replies to a plan's HMGETs. `watermarks`: stored name of each view that closes windows -> what its hash of
-    watermarks held before the states were read (see `parse_watermarks`)."""
-
-    watermarks: dict[str, tuple[dict[int, int], int | None]]
-
-
-class _Hmget:
-    """The bytes of one HMGET around its key; `name` is the join key where that is a single string."""
-
-    def __init__(self, layout: KeyLayout, head: bytes, tail: bytes) -> None:
-        self.layout = layout
-        self.head = head
-        self.tail = tail
-        self.name: str | None = None
-        if len(layout.parts) == 1 and layout.parts[0].type == "STRING":
-            self.name = layout.parts[0].requested
-        self.prefix = layout.prefix + _STRING_KEY
-        self.bare = len(self.prefix) + 4 + len(layout.suffix)
-        self.suffix = layout.suffix + tail
-
-
 class ReadPlan:
     """Immutable; no I/O after `compile`, which reads the registry (cached).
 
@@ -134,9 +85,7 @@ class ReadPlan:
         # Views of one key share one hash, so one HMGET reads them all.
         self._groups = [(KeyLayout(project, parts), members) for parts, members in groups.items()]
         self._fields = [[f for v in members for f in v.fields] for _, members in self._groups]
-        self._commands = [
-            _Hmget(layout, *hmget_parts(fields)) for (layout, _), fields in zip(self._groups, self._fields)
-        ]
+        self._commands = [Hmget(layout, fields) for (layout, _), fields in zip(self._groups, self._fields)]
         self.width = len(self._groups)
         self.windowed = any(v.definition is not None for v in read)
         self.closing = list(dict.fromkeys(v.stored for v in read if v.closes_windows))
@@ -329,143 +278,3 @@ class ReadPlan:
                 row.statuses[feature.result], row.values[feature.result] = python_value(feature, cell)
                 row.event_timestamps[feature.result] = time
         return row
-
-
-class OnlineReader:
-    """Plan + Redis + clock: one round trip per read. Safe to share between threads, as its Redis client is.
-
-    `redis`: `read` needs a RedisSocket or a blocking client that returns bytes, `aread` a RedisStream or an asyncio one.
-    """
-
-    def __init__(
-        self,
-        plan: ReadPlan,
-        redis: RedisSocket | RedisStream | redis.Redis | redis.asyncio.Redis,
-        project: str,
-        clock: ClockMode,
-    ) -> None:
-        self.plan = plan
-        self._redis: Any = redis
-        self._direct = isinstance(redis, RedisSocket | RedisStream)
-        self._clock = clock
-        self._clock_key = replay_clock_key(project)
-        # Before the states: what the clock and the watermarks say was applied is in them.
-        self._before = [("GET", self._clock_key.encode())] if clock == "replay" else []
-        self._before += [("HGETALL", watermarks_key(project, stored).encode()) for stored in plan.closing]
-        self._first = b"".join([command(name.encode(), key) for name, key in self._before])
-        self._extra = len(self._before)
-
-    def read(self, entities: Sequence[Entity], at: datetime | None = None) -> OnlineRows:
-        """Values and statuses of `entities` at the clock, or at `at` (replay only, not before the clock).
-
-        UsageError for wrong entities or `at`; UnavailableError when Redis does not answer. Changes nothing.
-        """
-        replies, t_us = self.fetch(entities, at)
-        return self.plan.decode(entities, replies, t_us)
-
-    async def aread(self, entities: Sequence[Entity], at: datetime | None = None) -> OnlineRows:
-        """As `read`, on an asyncio client."""
-        replies, t_us = await self.afetch(entities, at)
-        return self.plan.decode(entities, replies, t_us)
-
-    def fetch(self, entities: Sequence[Entity], at: datetime | None = None) -> tuple[list[Reply], int]:
-        """The raw replies and the time to read them at, in microseconds: what `ReadPlan.at` and `decode` take."""
-        if not self._direct:
-            return self.fetch_keys(self.plan.requests(entities), at)
-        self._check(at)
-        payload = self._first + self.plan.payload(entities)
-        return self._answer(self._redis.ask(payload, self._extra + len(entities) * self.plan.width), at)
-
-    async def afetch(self, entities: Sequence[Entity], at: datetime | None = None) -> tuple[list[Reply], int]:
-        """As `fetch`, on an asyncio client."""
-        if not self._direct:
-            return await self.afetch_keys(self.plan.requests(entities), at)
-        self._check(at)
-        payload = self._first + self.plan.payload(entities)
-        return self._answer(await self._redis.ask(payload, self._extra + len(entities) * self.plan.width), at)
-
-    def start(self, entities: Sequence[Entity], done: Done) -> bool:
-        """As `afetch` at the clock, without a task: `done` is called with the replies that `replied` takes.
-
-        False, and nothing is sent: this reader has no RedisStream. UsageError as `fetch`.
-        """
-        if not isinstance(self._redis, RedisStream):
-            return False
-        payload = self._first + self.plan.payload(entities)
-        self._redis.send(payload, self._extra + len(entities) * self.plan.width, done)
-        return True
-
-    def replied(self, replies: list[Any]) -> tuple[list[Reply], int]:
-        """What `afetch` gives, from what `start` called back with. ClockNotSetError under an unset replay clock."""
-        return self._answer(replies, None)
-
-    def fetch_keys(self, requests: Requests, at: datetime | None = None) -> tuple[list[Reply], int]:
-        """As `fetch`, for requests whose keys the caller made."""
-        self._check(at)
-        if self._direct:
-            return self._answer(self._redis.ask(*self._commands(requests)), at)
-        pipe = self._pipeline(requests)
-        with answering(self._redis):
-            return self._answer(pipe.execute() if len(pipe) else [], at)
-
-    async def afetch_keys(self, requests: Requests, at: datetime | None = None) -> tuple[list[Reply], int]:
-        """As `fetch_keys`, on an asyncio client."""
-        self._check(at)
-        if self._direct:
-            return self._answer(await self._redis.ask(*self._commands(requests)), at)
-        pipe = self._pipeline(requests)
-        with answering(self._redis):
-            return self._answer(await pipe.execute() if len(pipe) else [], at)
-
-    def _check(self, at: datetime | None) -> None:
-        if at is not None and self._clock != "replay":
-            raise AtNotAllowedError(
-                "`at` needs the replay clock",
-                value=at.isoformat(),
-                next_step="leave it out, or PREDICTFLOW_CLOCK=replay",
-            )
-
-    def _commands(self, requests: Requests) -> tuple[bytes, int]:
-        made = b"".join([command(b"HMGET", key, *fields) for key, fields in requests])
-        return self._first + made, self._extra + len(requests)
-
-    def _pipeline(self, requests: Requests) -> Any:
-        pipe = self._redis.pipeline(transaction=False)
-        for name, before in self._before:
-            pipe.execute_command(name, before)
-        for key, fields in requests:
-            pipe.execute_command("HMGET", key, *fields)
-        return pipe
-
-    def _answer(self, replies: list[Any], at: datetime | None) -> tuple[list[Reply], int]:
-        if self.plan.closing:
-            start = self._extra - len(self.plan.closing)
-            held = Replies(replies[:start] + replies[self._extra :])
-            read = map(parse_watermarks, replies[start : self._extra])
-            held.watermarks = dict(zip(self.plan.closing, read))
-            t_us = self._time(held, at)
-            if start:
-                del held[0]
-            return held, t_us
-        t_us = self._time(replies, at)
-        return replies[1:] if self._clock == "replay" else replies, t_us
-
-    def _time(self, replies: list[Any], at: datetime | None) -> int:
-        if self._clock != "replay":
-            return to_micros(WallClock().now())
-        clock = None if replies[0] is None else int(replies[0])
-        if at is not None:
-            t_us = to_micros(at)
-            if clock is not None and t_us < clock:
-                raise AtTooEarlyError(
-                    "`at` is before the newest applied event",
-                    value=at.isoformat(),
-                    next_step=f"read at {from_micros(clock).isoformat()} or later",
-                )
-            return t_us
-        if clock is None:
-            raise ClockNotSetError(
-                f"the replay clock of project {self.plan.project} is not set",
-                next_step="`predictflow windows bootstrap --known-by TIME` sets it; PREDICTFLOW_CLOCK=wall uses the machine's",
-            )
-        return clock

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from feature_store.redis_connection import answering
+from feature_store.without_functions import message
 
 if TYPE_CHECKING:
     from feast import FeatureStore
@@ -66,10 +67,12 @@ def advice_on(settings: Mapping[str, str], widest: int) -> list[str]:
 
 def widest_hash(store: FeatureStore) -> int:
     """Fields of the widest entity: all views of one set of join keys share a hash."""
+    stored = message(store.registry, store.project)  # Feast's list of views would restore their functions
     widths: dict[tuple[str, ...], int] = {}
-    for view in [*store.list_feature_views(), *store.list_stream_feature_views()]:
-        keys = tuple(sorted(view.join_keys))
-        widths[keys] = widths.get(keys, 0) + len(view.features) + 2
+    for view in [*stored.feature_views, *stored.stream_feature_views, *stored.label_views]:
+        if view.spec.project == store.project:
+            keys = tuple(sorted(c.name for c in view.spec.entity_columns))
+            widths[keys] = widths.get(keys, 0) + len(view.spec.features) + 2
     return max(widths.values(), default=0)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from hiredis import HiredisError
 
-from feature_store.redis_wire import Address, reader, refused, unavailable
+from feature_store.redis_wire import Address, keep_alive, reader, refused, unavailable
 
 Replies = list[Any]
 _CHUNK = 1 << 18
@@ -26,6 +26,7 @@ class _Connection:
         else:
             raw = socket.create_connection((address.host, address.port), address.connect_timeout)
             raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            keep_alive(raw, address.timeout)
         try:
             if address.tls is not None:
                 raw = address.tls.wrap_socket(raw, server_hostname=address.host)

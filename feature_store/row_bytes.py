@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from feature_store.redis_layout import pair_field, timestamp_field
+from feature_store.redis_layout import encode_pair, encode_timestamp, pair_field, timestamp_field
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -51,6 +51,17 @@ class Times:
         if self.known is not None and not self.known[row]:
             return None
         return int(self.seconds[row]) * 1_000_000_000 + int(self.nanos[row])
+
+    def tolist(self) -> list[int | None]:
+        """Nanoseconds since the epoch; None: unknown."""
+        seconds, nanos = self.seconds.tolist(), self.nanos.tolist()
+        times: list[int | None] = [s * 1_000_000_000 + n for s, n in zip(seconds, nanos, strict=True)]
+        return times if self.known is None else [t if k else None for t, k in zip(times, self.known, strict=True)]
+
+    def slice(self, start: int, end: int) -> Times:
+        return Times(
+            self.seconds[start:end], self.nanos[start:end], None if self.known is None else self.known[start:end]
+        )
 
     def take(self, rows: Ints) -> Times:
         return Times(self.seconds[rows], self.nanos[rows], None if self.known is None else self.known[rows])
@@ -101,9 +112,18 @@ def constant(rows: int, data: bytes) -> Bytes:
     return np.broadcast_to(np.frombuffer(data, np.uint8), (rows, len(data)))
 
 
-def by_length(lengths: Ints, head: Callable[[int], bytes]) -> pa.Array:
+def by_length(lengths: Ints, head: Callable[[int], bytes]) -> Piece:
     """`head(length)` of every row, computed once per distinct length (-1: null)."""
-    distinct, where = np.unique(lengths, return_inverse=True)
+    low, high = (int(lengths.min()), int(lengths.max())) if len(lengths) else (0, 0)
+    if low == high:
+        return head(low)
+    if high < 1 << 16:  # without the sort of np.unique
+        distinct = np.flatnonzero(np.bincount(lengths + 1)) - 1
+        places = np.zeros(high + 2, np.int64)
+        places[distinct + 1] = np.arange(len(distinct))
+        where = places[lengths + 1]
+    else:
+        distinct, where = np.unique(lengths, return_inverse=True)
     return pa.array([head(int(n)) for n in distinct], pa.binary()).take(pa.array(where))
 
 
@@ -120,7 +140,7 @@ def varints(values: Ints) -> tuple[Bytes, Ints]:
     width = int(lengths.max(initial=1))
     data = ((unsigned[:, None] >> _SHIFTS[:width]) & np.uint64(0x7F)).astype(np.uint8)
     if width > 1:
-        data[np.arange(width) < (lengths - 1)[:, None]] |= 0x80
+        data |= (np.arange(width) < (lengths - 1)[:, None]).view(np.uint8) << 7
     return data, lengths
 
 
@@ -137,10 +157,13 @@ def varint(value: int) -> bytes:
 # --- MessagePack strings ----------------------------------------------------------------------------------------------
 
 
+_SHORT = [bytes([0xA0 | n]) for n in range(32)]
+
+
 def string_head(length: int) -> bytes:
     """What stands before a MessagePack string of `length` bytes."""
     if length < 32:
-        return bytes([0xA0 | length])
+        return _SHORT[length]
     if length < 1 << 8:
         return bytes([0xD9, length])
     if length < 1 << 16:
@@ -202,10 +225,32 @@ class RowPacker:
 
     def pack_one(self, pair: bytes, timestamp: bytes, values: Sequence[bytes]) -> list[bytes]:
         """One row: the parts. `values` are `Value` protos, zero bytes for null."""
-        cells = [prefix + packed(value) for prefix, value in zip(self.prefixes, values, strict=True)]
-        groups = [cells[i : i + _FIELDS_PER_PART] for i in range(0, len(cells), _FIELDS_PER_PART)] or [[]]
-        head = self._pf + packed(pair) + self._ts + packed(timestamp)
-        return [(b"" if i else head) + b"".join(group) for i, group in enumerate(groups)]
+        cells = [[prefix + packed(value)] for prefix, value in zip(self.prefixes, values, strict=True)]
+        return [part for (part,) in self.pack_few([self.head(pair, timestamp)], cells)]
+
+    def pack_few(self, heads: Sequence[bytes], cells: Sequence[Sequence[bytes]]) -> list[list[bytes]]:
+        """As `pack`, without numpy: `heads` of all rows, and each feature's cells (prefix and packed value)."""
+        groups = [cells[i : i + _FIELDS_PER_PART] for i in range(0, len(cells), _FIELDS_PER_PART)]
+        if not groups:
+            return [list(heads)]
+        first, *others = ([b"".join(row) for row in zip(*group, strict=True)] for group in groups)
+        return [[head + row for head, row in zip(heads, first, strict=True)], *others]
+
+    def heads(self, event: Times, created: Times | None) -> list[bytes]:
+        """What a row begins with, of all rows."""
+        known: dict[Any, bytes] = {}
+        out = []
+        for at in zip(
+            event.tolist(), [None] * len(event.seconds) if created is None else created.tolist(), strict=True
+        ):
+            if at not in known:
+                known[at] = self.head(encode_pair(at[0] or 0, at[1]), encode_timestamp(at[0] or 0))
+            out.append(known[at])
+        return out
+
+    def head(self, pair: bytes, timestamp: bytes) -> bytes:
+        """What a row begins with: its times."""
+        return self._pf + packed(pair) + self._ts + packed(timestamp)
 
     def _times(self, event: Times, created: Times | None) -> list[Piece]:
         rows = len(event.seconds)
@@ -216,20 +261,28 @@ class RowPacker:
             _big_endian(pair, 12, created)
             if created.known is not None:
                 lengths = np.where(created.known, 24, 12)
-        seconds, seconds_length = varints(event.seconds)
-        nanos, nanos_length = varints(event.nanos)
-        there, fraction = event.seconds != 0, event.nanos != 0  # proto3 leaves zeros out
-        stamp = np.hstack([constant(rows, b"\x08"), seconds, constant(rows, b"\x10"), nanos])
-        keep = np.hstack(
-            [
-                there[:, None],
-                (np.arange(seconds.shape[1]) < seconds_length[:, None]) & there[:, None],
-                fraction[:, None],
-                (np.arange(nanos.shape[1]) < nanos_length[:, None]) & fraction[:, None],
-            ]
+        fields = [f for f in (_field(0x08, event.seconds), _field(0x10, event.nanos)) if f is not None]
+        size = sum(
+            (f.data.shape[1] if f.keep is None else f.keep.sum(axis=1) for f in fields), np.zeros(rows, np.int64)
         )
-        head = np.hstack([constant(rows, self._ts), (0xA0 | keep.sum(axis=1)).astype(np.uint8)[:, None]])
-        return [short_cells(self._pf, pair, lengths), Narrow(head, None), Narrow(stamp, keep)]
+        head = np.empty((rows, len(self._ts) + 1), np.uint8)
+        head[:, :-1] = np.frombuffer(self._ts, np.uint8)
+        head[:, -1] = 0xA0 | size
+        return [short_cells(self._pf, pair, lengths), Narrow(head, None), *fields]
+
+
+def _field(tag: int, values: Ints) -> Narrow | None:
+    """A number of a proto3 message, which leaves zeros out; None: all are zero."""
+    there = values != 0
+    if not there.any():
+        return None
+    data, lengths = varints(values)
+    rows, width = data.shape
+    cell = np.empty((rows, width + 1), np.uint8)
+    cell[:, 0] = tag
+    cell[:, 1:] = data
+    sizes = np.where(there, lengths + 1, 0)
+    return Narrow(cell, None if sizes.min() > width else np.arange(width + 1) < sizes[:, None])
 
 
 def _big_endian(out: Bytes, at: int, times: Times) -> None:

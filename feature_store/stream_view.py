@@ -1,98 +1,129 @@
 """One windowed view fed by a topic: a micro-batch of messages becomes log rows, states and online values. No Kafka.
 
 Order within a batch: the log is on disk before the states change, so that whatever was served can be recomputed, and an
-event that is delivered again keeps the time at which it first became visible.
+event that is delivered again keeps the time at which it first became visible, and the watermark that stood before it.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
-from feature_store.clock import MAX_SKEW, MICROSECOND, ClockMode, from_micros
-from feature_store.erasure_list import ErasureList, digest_of
-from feature_store.errors import DefinitionError, UsageError
-from feature_store.event_log import LOG_FIELDS, STREAM, UTC_MICROS, EventLog
-from feature_store.events import BadMessageError, Message, parse_message
-from feature_store.window_store import Key, WindowStore
+from feature_store.batch_columns import entities_of, int64_of, valid_of
+from feature_store.batch_result import BatchResult, PartitionResult
+from feature_store.clock import ClockMode
+from feature_store.erased_rows import ErasedRows
+from feature_store.errors import UsageError
+from feature_store.event_decode import ARROW, UTC_MICROS, Decoder, RawBatch
+from feature_store.event_log import IDLE, LOG_FIELDS, STREAM, EventLog
+from feature_store.event_numbers import EventNumbers, Numbers
+from feature_store.events import CREATED, MessageSchema
+from feature_store.logged import NEVER, Bools, Ints, Logged, LoggedTails
+from feature_store.topic_record import read_record
+from feature_store.visibility import ahead, too_far_ahead, visible_times
+from feature_store.watermarks import Watermarks
+from feature_store.window_store import WindowStore
 from feature_store.windows.definition import WindowedView
-from feature_store.windows.state import Event
+from feature_store.windows.state import APPLIED, DUPLICATE, LATE, REPLAYED, Events
 
 if TYPE_CHECKING:
     from feast import FeatureStore, FeatureView
 
-_TYPES = {"string": pa.string(), "int64": pa.int64()}
-_KEY_TYPES = {"STRING": pa.string(), "INT64": pa.int64()}
-_SKEW_US = MAX_SKEW // MICROSECOND
+_REASONS = {LATE: "late", DUPLICATE: "duplicate"}
 
 
-@dataclass(frozen=True, slots=True)
-class Raw:
-    """A message as it came."""
+@dataclass(frozen=True)
+class GoodEvents:
+    """Good events of a batch, by column; `entity` numbers the `keys`."""
 
-    partition: int
-    offset: int
-    key: bytes | None
-    value: bytes | None
+    rows: pa.Table
+    place: Ints
+    partition: Ints
+    offset: Ints
+    time: Ints
+    numbers: Numbers
 
+    def __len__(self) -> int:
+        return len(self.place)
 
-@dataclass
-class BatchResult:
-    """What became of a batch. `clock_us`: the newest `_visible_at` given, 0 if none; `refused`: with the reason.
-
-    `erased`: of entities on the erasure list, which go nowhere, not even to the dead letters.
-    """
-
-    applied: int = 0
-    erased: int = 0
-    duplicates: int = 0
-    replayed: int = 0
-    late: int = 0
-    without_value: int = 0
-    clock_us: int = 0
-    refused: list[tuple[Raw, str]] = field(default_factory=list)
+    def where(self, keep: Bools) -> GoodEvents:
+        if keep.all():
+            return self
+        numbers = {name: column[keep] for name, column in self.numbers.items()}
+        rows = self.rows.filter(pa.array(keep))
+        return GoodEvents(rows, self.place[keep], self.partition[keep], self.offset[keep], self.time[keep], numbers)
 
 
 class StreamView:
-    """Applies messages of one topic to one view. One instance per process; a partition belongs to one process at a time.
-
-    `late` counts events older than the newest of their partition that this instance has applied.
-    """
+    """Applies messages of one topic to one view. One instance per process; a partition belongs to one process at a time."""
 
     def __init__(
-        self, store: FeatureStore, view: FeatureView, offline_path: str, topic_id: str, clock: ClockMode
+        self,
+        store: FeatureStore,
+        view: FeatureView,
+        offline_path: str,
+        topic_id: str,
+        clock: ClockMode,
+        *,
+        schema_registry: str | None = None,
     ) -> None:
         self.online = WindowStore(store, view)
         self.definition = self.online.definition
         self.name = view.name
         self.log = EventLog(log_directory(offline_path, view), self.definition.topic)
-        self._schema = log_schema(self.definition, view)
-        self._integer_keys = {k for k in self.definition.entity_key if self._schema.field(k).type == pa.int64()}
+        schema = MessageSchema.of_windowed(self.definition)
+        self._decoder = Decoder(schema, schema.codec(schema_registry))
+        self._numbers = EventNumbers(self.definition)
+        self._schema = log_schema(self.definition)
         self._topic_id = topic_id
         self._clock = clock
-        self._logged: dict[int, dict[int, int]] = {}
+        self._logged = LoggedTails()
+        self._watermarks = Watermarks(self.definition.source.allowed_lateness_us)
         self._visible_us = 0
-        self._newest: dict[int, int] = {}
-        self._erasures = ErasureList(offline_path)
-        self._erasures_read: tuple[int, ...] | None = None
-        self._erased: list[tuple[int, str, frozenset[str]]] = []  # place in the key, join key, digests
+        self._newest: dict[int, int] = {}  # partition -> its greatest event time here: where idle advances end
+        self._heard: dict[int, int] = {}  # partition -> the machine's clock at its last message
+        self._erased = ErasedRows(offline_path, self.definition.entity_key)
 
-    def start_partition(self, partition: int, from_offset: int) -> None:
+    # Partitions
+
+    def start_partition(self, partition: int, from_offset: int, wall_us: int = 0) -> None:
         """Call when a partition is assigned: rows logged beyond its committed offset will be delivered again."""
         self.log.compact(partition)
-        self._logged[partition] = self.log.logged(partition, from_offset)
-        self._newest.pop(partition, None)
+        logged = self.log.logged(partition, from_offset)
+        record = read_record(self.log)
+        history = NEVER if record is None or record.history_watermark_us is None else record.history_watermark_us
+        self._logged.start(partition, logged)
+        self._watermarks.start(self.log, self.definition.source.timestamp, partition, from_offset, logged, history)
+        self._heard[partition] = wall_us
 
     def stop_partition(self, partition: int) -> None:
         """Call when a partition was taken away."""
-        self._logged.pop(partition, None)
+        self._logged.stop(partition)
+        self._watermarks.stop(partition)
+        self._heard.pop(partition, None)
+        self._newest.pop(partition, None)
 
-    def apply(self, batch: Sequence[Raw], now_us: int, wall_us: int) -> BatchResult:
+    def committed(self, partition: int, next_offset: int) -> None:
+        """Call when offsets are committed: what was logged before `next_offset` will not be delivered again."""
+        self._logged.committed(partition, next_offset)
+
+    def compact(self, partition: int) -> None:
+        """Merges the partition's small log files."""
+        self.log.compact(partition)
+
+    def close(self) -> None:
+        """Call when no batch will follow."""
+        self._numbers.close()
+
+    # Batches
+
+    def apply(self, batch: RawBatch, now_us: int, wall_us: int) -> BatchResult:
         """Logs and applies messages (offsets ascending per partition). `now_us`: the clock, wall or replay; `wall_us`: the
         machine's, beyond which nothing can have happened or been known yet, whatever the clock.
 
@@ -100,133 +131,216 @@ class StreamView:
         DataError: an erasure list that cannot be read.
         """
         result = BatchResult()
-        parsed: list[tuple[Raw, Message]] = []
-        self._read_erasures()
-        for raw in batch:
-            try:
-                message = parse_message(self.definition, raw.key, raw.value, self._integer_keys)
-            except BadMessageError as e:
-                result.refused.append((raw, e.message))
-                continue
-            if self._is_erased(message):
-                result.erased += 1
-            else:
-                parsed.append((raw, message))
-        states = self.online.load(sorted({m.key for _, m in parsed}, key=str))
+        for p in set(batch.partitions):
+            self._heard[p] = wall_us
+            result.partitions[p] = PartitionResult()
+        events = self._good(batch, wall_us, result)
+        keys, entity = entities_of(events.rows, self.definition.entity_key)
+        states = self.online.load(keys)
+        logged, first_visible, first_watermark = self._logged.find(events.partition, events.offset)
         # Strictly after everything that a reader may have been told at the present clock.
         floor = max([now_us if self._clock == "replay" else now_us - 1, self._visible_us, 0])
         if self._clock == "wall":
-            floor = max([floor, *(s.visible_at for s in states.values())])
-        accepted = self._admit(parsed, floor, wall_us, result)
-        result.refused.sort(key=lambda refused: (refused[0].partition, refused[0].offset))
-
-        by_key: dict[Key, list[Event]] = defaultdict(list)
-        for message, event in accepted:
-            by_key[message.key].append(event)
-        changed, dropped = {}, {}
-        for key, events in by_key.items():
-            for applied in states[key].apply(self.definition, events):
-                place = (applied.event.partition, applied.event.offset)
-                if applied.outcome == "replayed":
-                    result.replayed += 1
-                    continue
-                changed[key] = states[key]
-                dropped[place] = applied.outcome if applied.outcome == "duplicate" else None
-                result.duplicates += applied.outcome == "duplicate"
-                result.applied += applied.outcome == "applied"
-        self._append(accepted, dropped)
-        result.without_value = self.online.write(changed)
-        for _, event in accepted:
-            result.clock_us = max(result.clock_us, event.visible_at)
-            newest = self._newest.get(event.partition, event.timestamp)
-            result.late += event.timestamp < newest
-            self._newest[event.partition] = max(newest, event.timestamp)
+            floor = max(floor, int(np.max(states.visible_at, initial=0)), int(np.max(first_visible, initial=0)))
+        visible, early = visible_times(events.time, self._known(events), logged, first_visible, floor, self._clock)
+        if early.any():
+            self._refuse_early(batch, events, visible, early, result)
+            keep = ~early
+            events, visible, logged, first_watermark = (
+                events.where(keep),
+                visible[keep],
+                logged[keep],
+                first_watermark[keep],
+            )
+            keys, entity = entities_of(events.rows, self.definition.entity_key)
+            states = self.online.load(keys)
+        result.refused.sort(key=lambda refused: refused[0][:2])
+        before, after = self._watermarks.before(events.partition, events.offset, events.time, first_watermark)
+        outcome = states.apply(
+            Events(
+                entity=entity,
+                time=events.time,
+                partition=events.partition,
+                offset=events.offset,
+                visible_at=visible,
+                watermark=before,
+                mask=events.numbers["_mask"],
+                id=events.numbers["_id"],
+                values=[events.numbers[name] for name in self._numbers.values],
+            )
+        )
+        self._append(events, visible, before, outcome, logged)
+        self._watermarks.advance(after, _next_offsets(events))
+        if len(events) and not (outcome == REPLAYED).all():
+            written = self.online.write(keys, states, self._known_watermarks(events, visible, after))
+            result.without_value, result.fenced = written.without_values, written.fenced
+        self._count(events, before, outcome, after, result)
+        result.clock_us = int(np.max(visible, initial=0))
         self._visible_us = max(self._visible_us, result.clock_us)
         return result
 
-    def committed(self, partition: int, next_offset: int) -> None:
-        """Call when a batch is done: what was logged before `next_offset` will not be delivered again."""
-        logged = self._logged.get(partition)
-        if logged:
-            self._logged[partition] = {o: t for o, t in logged.items() if o >= next_offset}
+    def advance_idle(self, read_to: Mapping[int, int], wall_us: int) -> int:
+        """Moves the watermark of partitions that were silent for the source's idle timeout; how many rows that logged.
 
-    def _read_erasures(self) -> None:
-        now = self._erasures.changed()
-        if now == self._erasures_read:
-            return
-        listed = [(i, k, self._erasures.digests_of(k)) for i, k in enumerate(self.definition.entity_key)]
-        self._erased = [of_key for of_key in listed if of_key[2]]
-        self._erasures_read = now
+        `read_to`: the next offset of each partition that has been read to its end. Only where windows close, and only under
+        the wall clock. A silent partition stands at the clock less timeout and allowed lateness, until no window of its
+        events is open. Errors as `apply`; safe to repeat.
+        """
+        timeout = self.definition.source.idle_timeout_us
+        if timeout is None or self._clock != "wall" or not self.definition.closes_windows:
+            return 0
+        watermark = wall_us - timeout - self.definition.source.allowed_lateness_us
+        silent = []
+        for p, offset in read_to.items():
+            now = self._watermarks.of(p)
+            end = self._newest.get(p, now) + 2 * self.definition.longest_window_us
+            if (
+                offset > 0
+                and now != NEVER
+                and wall_us - self._heard.get(p, wall_us) >= timeout
+                and now < min(watermark, end)
+            ):
+                silent.append(p)
+        if not silent:
+            return 0
+        visible = max(wall_us, self._visible_us + 1)
+        n = len(silent)
+        columns = {f.name: pa.nulls(n, f.type) for f in self._schema}
+        columns["_topic_id"] = pa.array([self._topic_id] * n, pa.string())
+        columns["_partition"] = pa.array(silent, pa.int32())
+        columns["_offset"] = pa.array([read_to[p] - 1 for p in silent], pa.int64())
+        columns["_visible_at"] = pa.array([visible] * n, UTC_MICROS)
+        columns["_watermark"] = pa.array([watermark] * n, UTC_MICROS)
+        columns["_dropped"] = pa.array([IDLE] * n, pa.string())
+        self.log.append(pa.table(columns, schema=self._schema))
+        self._visible_us = visible
+        for p in silent:
+            self._watermarks.idle(p, watermark)
+            self._heard[p] = wall_us
+        self.online.write([], self.online.load([]), dict.fromkeys(silent, (watermark, visible)))
+        return n
 
-    def _is_erased(self, message: Message) -> bool:
-        return any(digest_of(join_key, message.key[i]) in digests for i, join_key, digests in self._erased)
+    # The steps of a batch
 
-    def _admit(
-        self, parsed: Sequence[tuple[Raw, Message]], floor: int, wall_us: int, result: BatchResult
-    ) -> list[tuple[Message, Event]]:
-        """Gives every message the time at which it becomes visible; refuses those dated too far ahead of it."""
-        accepted = []
-        for raw, m in parsed:
-            visible = self._logged.get(raw.partition, {}).get(raw.offset)
-            if visible is None:
-                known = m.created if m.created is not None else m.timestamp
-                visible = max(floor + 1, known) if self._clock == "replay" else floor + 1
-                reason = self._too_far_ahead(m, visible, wall_us)
-                if reason is not None:
-                    result.refused.append((raw, reason))
-                    continue
-            floor = max(floor, visible)
-            accepted.append((m, Event(m.timestamp, raw.partition, raw.offset, visible, m.values, m.event_id)))
-        return accepted
+    def _good(self, batch: RawBatch, wall_us: int, result: BatchResult) -> GoodEvents:
+        """The events that can be applied, but for those ahead of the clock; the others go into `result`."""
+        decoded = self._decoder.decode(batch)
+        for at, reason in decoded.refused:
+            result.refused.append((batch[at], reason))
+        rows, place = decoded.rows, decoded.places
+        erased = self._erased.of(rows)
+        if erased.any():
+            for i in place[erased].tolist():
+                result.partitions[batch.partitions[i]].erased += 1
+            rows, place = rows.filter(pa.array(~erased)), place[~erased]
+        numbers, failed = self._numbers.of(rows)
+        time = int64_of(rows[self.definition.source.timestamp])
+        partition = np.asarray(batch.partitions, np.int64)[place]
+        offset = np.asarray(batch.offsets, np.int64)[place]
+        events = GoodEvents(rows, place, partition, offset, time, numbers)
+        bad = np.zeros(len(events), bool)
+        for i, reason in failed:
+            bad[i] = True
+            result.refused.append((batch[int(place[i])], reason))
+        created = rows[CREATED]
+        late = (
+            (CREATED, np.where(valid_of(created), int64_of(created), NEVER)),
+            (self.definition.source.timestamp, time),
+        )
+        for name, times in late:
+            beyond = too_far_ahead(times, wall_us) & ~bad
+            for i in np.flatnonzero(beyond):
+                reason = ahead(name, int(times[i]), "the machine's clock", wall_us)
+                result.refused.append((batch[int(place[i])], reason))
+            bad |= beyond
+        return events.where(~bad)
 
-    def _too_far_ahead(self, m: Message, visible: int, wall_us: int) -> str | None:
-        """Why a message is refused. One from the future would move the replay clock there, and it never goes back."""
-        for name, time, clock, limit in (
-            ("created", m.created, "the machine's clock", wall_us),
-            (self.definition.timestamp, m.timestamp, "the machine's clock", wall_us),
-            (self.definition.timestamp, m.timestamp, "the clock", visible),
-        ):
-            if time is not None and time > limit + _SKEW_US:
-                return (
-                    f"{name} {from_micros(time).isoformat()} is more than {MAX_SKEW.total_seconds():g} s ahead of "
-                    f"{clock}, {from_micros(limit).isoformat()}"
-                )
-        return None
+    def _known(self, events: GoodEvents) -> Ints:
+        """When the source knew each event."""
+        created = events.rows[CREATED]
+        return np.where(valid_of(created), int64_of(created), events.time)
 
-    def _append(self, accepted: Sequence[tuple[Message, Event]], dropped: Mapping[tuple[int, int], str | None]) -> None:
+    def _refuse_early(
+        self, batch: RawBatch, events: GoodEvents, visible: Ints, early: Bools, result: BatchResult
+    ) -> None:
+        for i in np.flatnonzero(early):
+            reason = ahead(self.definition.source.timestamp, int(events.time[i]), "the clock", int(visible[i]))
+            result.refused.append((batch[int(events.place[i])], reason))
+
+    def _append(
+        self, events: GoodEvents, visible: Ints, before: Ints, outcome: np.ndarray[Any, Any], logged: Bools
+    ) -> None:
         """Logs the rows that are not in the log yet, also those that only a lost log would lack."""
-        rows = [(m, e) for m, e in accepted if e.offset not in self._logged.get(e.partition, {})]
-        if not rows:
+        new = ~logged
+        if not new.any():
             return
-        d = self.definition
-        columns: dict[str, list[object]] = {k: [m.key[i] for m, _ in rows] for i, k in enumerate(d.entity_key)}
-        if d.event_id is not None:
-            columns[d.event_id] = [m.event_id for m, _ in rows]
-        for name in d.columns:
-            columns[name] = [m.values[name] for m, _ in rows]
-        columns[d.timestamp] = [m.timestamp for m, _ in rows]
-        columns["created"] = [e.visible_at if m.created is None else m.created for m, e in rows]
-        columns["_topic_id"] = [self._topic_id] * len(rows)
-        columns["_partition"] = [e.partition for _, e in rows]
-        columns["_offset"] = [e.offset for _, e in rows]
-        columns["_visible_at"] = [e.visible_at for _, e in rows]
-        columns["_watermark"] = [None] * len(rows)
-        columns["_dropped"] = [dropped.get((e.partition, e.offset)) for _, e in rows]
-        self.log.append(pa.table({f.name: pa.array(columns[f.name], f.type) for f in self._schema}))
-        for _, e in rows:
-            self._logged.setdefault(e.partition, {})[e.offset] = e.visible_at
+        rows, every = events.rows, bool(new.all())
+        if not every:
+            rows, visible, before, outcome = rows.filter(pa.array(new)), visible[new], before[new], outcome[new]
+        partition = events.partition if every else events.partition[new]
+        offset = events.offset if every else events.offset[new]
+        seen = pa.array(visible).cast(UTC_MICROS)
+        columns = {name: rows[name] for name in rows.column_names}
+        columns[CREATED] = pc.coalesce(rows[CREATED], seen)
+        columns["_topic_id"] = pa.repeat(pa.scalar(self._topic_id), len(visible))
+        columns["_partition"] = pa.array(partition.astype(np.int32))
+        columns["_offset"] = pa.array(offset)
+        columns["_visible_at"] = seen
+        columns["_watermark"] = pa.array(before, mask=before == NEVER).cast(UTC_MICROS)
+        columns["_dropped"] = _dropped(outcome)
+        self.log.append(pa.table(columns, schema=self._schema))
+        for p in np.unique(partition).tolist():
+            mine = partition == p
+            self._logged.add(p, Logged(offset[mine], visible[mine], before[mine]))
+
+    def _known_watermarks(
+        self, events: GoodEvents, visible: Ints, after: Mapping[int, int]
+    ) -> dict[int, tuple[int, int]]:
+        """What readers of closed windows need: each partition's watermark, and from when on it is known."""
+        if not self.definition.closes_windows:
+            return {}
+        return {p: (w, int(visible[events.partition == p].max())) for p, w in after.items() if w != NEVER}
+
+    def _count(
+        self,
+        events: GoodEvents,
+        before: Ints,
+        outcome: np.ndarray[Any, Any],
+        after: Mapping[int, int],
+        result: BatchResult,
+    ) -> None:
+        lateness = self.definition.source.allowed_lateness_us
+        late = (before != NEVER) & (events.time < before + lateness)
+        for p, watermark in after.items():
+            mine = events.partition == p
+            of = outcome[mine]
+            counts = np.bincount(of, minlength=4)
+            found = result.partitions[p]
+            found.applied, found.duplicates = int(counts[APPLIED]), int(counts[DUPLICATE])
+            found.replayed, found.dropped = int(counts[REPLAYED]), int(counts[LATE])
+            found.late = int((late[mine] & (of != REPLAYED)).sum())
+            found.watermark_us = watermark
+            self._newest[p] = max(self._newest.get(p, NEVER), int(events.time[mine].max()))
 
 
-def log_schema(definition: WindowedView, view: FeatureView) -> pa.Schema:
-    """The columns of a view's event log. DefinitionError for an entity key that is neither text nor integer."""
-    fields = [] if definition.event_id is None else [pa.field(definition.event_id, pa.string())]
-    for column in view.entity_columns:
-        kind = column.dtype.to_value_type().name
-        if kind not in _KEY_TYPES:
-            raise DefinitionError(f"{view.name}: entity key {column.name} of this type", value=kind, valid=_KEY_TYPES)
-        fields.append(pa.field(column.name, _KEY_TYPES[kind]))
-    fields += [pa.field(definition.timestamp, UTC_MICROS), pa.field("created", UTC_MICROS)]
-    fields += [pa.field(name, _TYPES[kind]) for name, kind in definition.columns.items()]
+def _next_offsets(events: GoodEvents) -> dict[int, int]:
+    return {p: int(events.offset[events.partition == p].max()) + 1 for p in np.unique(events.partition).tolist()}
+
+
+def _dropped(outcome: np.ndarray[Any, Any]) -> pa.Array:
+    counted = ~np.isin(outcome, list(_REASONS))
+    if counted.all():
+        return pa.nulls(len(outcome), pa.string())
+    return pa.array([_REASONS.get(o) for o in outcome.tolist()], pa.string())
+
+
+def log_schema(definition: WindowedView) -> pa.Schema:
+    """The columns of a view's event log."""
+    s = definition.source
+    fields = [] if s.event_id is None else [pa.field(s.event_id, pa.string())]
+    fields += [pa.field(k, ARROW[t]) for k, t in zip(definition.entity_key, definition.key_types, strict=True)]
+    fields += [pa.field(s.timestamp, UTC_MICROS), pa.field(CREATED, UTC_MICROS)]
+    fields += [pa.field(name, ARROW[kind]) for name, kind in s.columns.items()]
     return pa.schema(fields + LOG_FIELDS)
 
 

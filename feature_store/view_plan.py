@@ -300,7 +300,7 @@ def resolve(
 def _view(registry: BaseRegistry, project: str, name: str, version: int | None) -> Any:
     from feast.errors import FeatureViewNotFoundException
 
-    from feature_store.without_functions import view_named, view_names
+    from feature_store.without_functions import view_named, view_names, view_version
 
     try:
         if version is None:
@@ -314,7 +314,7 @@ def _view(registry: BaseRegistry, project: str, name: str, version: int | None) 
                 next_step="set enable_online_feature_view_versioning: true under registry: in feature_store.yaml",
             )
         else:
-            view = registry.get_feature_view_by_version(name, project, version, allow_cache=True)
+            view = view_version(registry, project, name, version)
             view.projection.version_tag = version
     except FeatureViewNotFoundException as e:
         valid = view_names(registry, project)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
-from feature_store.redis_writer import Batch
+from feature_store.redis_batch import Batch
 from feature_store.windows.blob import FENCE_AT
 
 # ARGV: the state's field, two unused, parts per row, then the rows: format, definition and fence as in the state, and what

@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from feature_store.errors import NotFoundError, UsageError
+
 
 def message(registry: Any, project: str, *, fresh: bool = False) -> Any:
     """The registry's cached message, read anew when `fresh`: its Python objects would come with their functions."""
@@ -29,6 +31,32 @@ def view_named(registry: Any, project: str, name: str, *, fresh: bool = False) -
         if view.spec.name == name:
             return _made(kind, view)
     return None
+
+
+def view_version(registry: Any, project: str, name: str, number: int) -> Any:
+    """This version of a view. NotFoundError where there is none; UsageError for a registry whose versions only Feast can
+    read: it would restore their functions. Asks the registry."""
+    if hasattr(registry, "_get_version_snapshot"):  # Feast's SQL registry
+        found = registry._get_version_snapshot(name, project, number)
+    elif hasattr(registry, "_get_version_record"):  # its file registry
+        record = registry._get_version_record(name, project, number)
+        found = None if record is None else (record.feature_view_type, record.feature_view_proto)
+    else:
+        raise UsageError(
+            "versions cannot be read from this registry without restoring the functions that it holds",
+            value=type(registry).__name__,
+            next_step="leave the version out, or use a SQL registry",
+        )
+    if found is None:
+        raise NotFoundError(
+            "no such version of a feature view",
+            value=f"{name}@v{number}",
+            next_step="leave the version out for the current one",
+        )
+    kind, stored = found
+    view = _made(f"{kind}s", registry._proto_class_for_type(kind)[0].FromString(stored))
+    view.current_version_number = number
+    return view
 
 
 def view_names(registry: Any, project: str) -> list[str]:

@@ -23,7 +23,7 @@ MODULES = {
     "erase": "cli_offline",
     "windows": "cli_stream",
     "sync": "cli_stream",
-    "dlq": "cli_stream",
+    "dlq": "cli_dlq",
     "online": "cli_online",
     "dataset": "cli_training",
     "train": "cli_training",

@@ -1,8 +1,7 @@
-"""Commands of the stream: `sync`, `windows` and `dlq`."""
+"""Commands of the stream: `sync` and `windows`."""
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 from collections.abc import Mapping
@@ -17,18 +16,37 @@ from predictflow.times import parse_time
 
 if TYPE_CHECKING:
     from feature_store.bootstrap_plan import BootstrapPlan
+    from feature_store.sync import SyncOptions
     from predictflow.settings import Settings
 
 
 @click.command()
 @click.option("--group", default=None, help="Consumer group; default: predictflow-sync-PROJECT.")
-@click.option("--topic", default=None, help="Event topic; default: the one of the registry's windowed views.")
-@click.option("--max-batch", type=click.IntRange(min=1), default=500, show_default=True, help="Messages per batch.")
+@click.option("--topic", default=None, help="Event topic; default: the only one that feeds the registry's views.")
+@click.option(
+    "--max-batch", type=click.IntRange(min=1), default=20_000, show_default=True, help="Messages at once, under load."
+)
+@click.option(
+    "--commit-delay",
+    type=click.FloatRange(min=0),
+    default=0.0,
+    show_default=True,
+    help="Seconds by which committed offsets stay behind: what a failing-over Redis lost is read again.",
+)
+@click.option("--from-log", is_flag=True, help="First rebuild the online state from history and event log.")
 @click.option("--metrics-port", type=click.IntRange(1, 65535), default=None, help="Serve Prometheus metrics here.")
-def sync(group: str | None, topic: str | None, max_batch: int, metrics_port: int | None) -> None:
-    """Keep windowed features current from Kafka, until SIGTERM or Ctrl-C."""
+def sync(
+    group: str | None,
+    topic: str | None,
+    max_batch: int,
+    commit_delay: float,
+    from_log: bool,
+    metrics_port: int | None,
+) -> None:
+    """Keep the features that a topic feeds current from Kafka, until SIGTERM or Ctrl-C."""
     from feature_store.stream_metrics import StreamMetrics
     from feature_store.sync import Sync, SyncOptions
+    from feature_store.topic import default_group
     from predictflow.settings import Settings
     from predictflow.wiring import feast_store, feature_registry
 
@@ -40,6 +58,8 @@ def sync(group: str | None, topic: str | None, max_batch: int, metrics_port: int
         group=group,
         topic=topic,
         max_batch=max_batch,
+        commit_delay=commit_delay,
+        schema_registry=settings.schema_registry_url,
     )
     metrics = StreamMetrics()
     if metrics_port is not None:
@@ -47,10 +67,35 @@ def sync(group: str | None, topic: str | None, max_batch: int, metrics_port: int
             metrics.serve(metrics_port)
         except OSError as e:
             raise UsageError(f"metrics port cannot be used ({e.strerror})", value=metrics_port) from e
-    consumer = Sync(feast_store(settings), options, registry=feature_registry(settings), metrics=metrics)
+    store = feast_store(settings)
+    if from_log:
+        _rebuild(store, options, options.group or default_group(store.project))
+    consumer = Sync(store, options, registry=feature_registry(settings), metrics=metrics)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: consumer.stop())
     consumer.run()
+
+
+def _rebuild(store: Any, options: SyncOptions, group: str) -> None:
+    from feature_store.bootstrap_plan import StreamPlace
+    from feature_store.from_log import rebuild_from_log
+    from predictflow.progress import progress
+
+    with progress("rebuild", unit="entities") as advance:
+        done = rebuild_from_log(
+            store,
+            options.offline_path,
+            clock=options.clock,
+            stream=StreamPlace(options.bootstrap_servers, group),
+            now=datetime.now(UTC),
+            topic=options.topic,
+            advance=advance,
+        )
+    for b in done:
+        click.echo(
+            f"{b.view}: {b.entities:,} entities rebuilt from {b.events:,} events known by {b.known_by.isoformat()}; "
+            f"group {group} goes on at offsets {_offsets(b.starts)}"
+        )
 
 
 @click.group()
@@ -151,65 +196,22 @@ def _offsets(starts: Mapping[int, int]) -> str:
 
 @windows.command()
 @click.argument("view")
-def explain(view: str) -> None:
-    """Show a windowed view's definition, the state it keeps, and the SQL of its history."""
+@click.option(
+    "--events-per-day",
+    type=click.FloatRange(min=0),
+    default=10.0,
+    show_default=True,
+    help="Of one entity, for the size of its state.",
+)
+def explain(view: str, events_per_day: float) -> None:
+    """Show a windowed view's plan, the state it keeps, and the DuckDB, Flink and Spark SQL it compiles to."""
     from feature_store.window_store import windowed_views
-    from feature_store.windows.history import history_sql
-    from feature_store.windows.state import RETENTION_SLACK, summed_columns
+    from feature_store.windows.explain import explain as explained
     from predictflow.settings import Settings
     from predictflow.wiring import feast_store
 
-    ((_, d),) = windowed_views(feast_store(Settings.from_environ(os.environ)), [view])
-    click.echo(f"{d.name}: topic {d.topic}, key {', '.join(d.entity_key)}, ttl {d.ttl}, definition {d.hash}")
-    for a in d.aggregates:
-        where = f" where {a.where.column} in {', '.join(a.where.values)}" if a.where else ""
-        click.echo(f"  {a.name}: {a.function}({a.column or '*'}){where}, t - {a.window} <= event time <= t")
-    width = 8 * (1 + (d.event_id is not None) + len(summed_columns(d))) + 1
-    click.echo(
-        f"state: the events of {d.longest_window + RETENTION_SLACK}, about {width} bytes each, "
-        f"at most {d.max_events_per_entity:,} per entity"
-    )
-    click.echo(history_sql(d, "entities", "events"))
+    ((_, definition),) = windowed_views(feast_store(Settings.from_environ(os.environ)), [view])
+    click.echo(explained(definition, events_per_day=events_per_day))
 
 
-@click.group()
-def dlq() -> None:
-    """Messages that the stream refused."""
-
-
-@dlq.command("list")
-@click.option("--topic", default=None, help="Event topic; default: the one of the registry's windowed views.")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object per line.")
-def list_letters(topic: str | None, as_json: bool) -> None:
-    """Show the dead letters of a topic, oldest first: where from, why, and the message."""
-    from feature_store.dead_letters import read_dead_letters
-    from feature_store.topic import client_config
-    from feature_store.window_store import windowed_views
-    from predictflow.settings import Settings
-    from predictflow.wiring import feast_store
-
-    settings = Settings.from_environ(os.environ)
-    config = client_config(settings.need("kafka_bootstrap_servers"))
-    topics = [topic] if topic else sorted({d.topic for _, d in windowed_views(feast_store(settings))})
-    count = 0
-    for name in topics:
-        for letter in read_dead_letters(config, name):
-            count += 1
-            key, value = _shown(letter.key), _shown(letter.value)
-            if as_json:
-                place: dict[str, Any] = {"topic": letter.topic, "partition": letter.partition, "offset": letter.offset}
-                click.echo(
-                    json.dumps({**place, "reason": letter.reason, "view": letter.view, "key": key, "value": value})
-                )
-            else:
-                click.echo(f"{letter.topic}/{letter.partition}/{letter.offset} {letter.view}: {letter.reason}")
-                click.echo(f"  key {key!r} value {(value or '')[:200]!r}")
-    if not as_json:
-        click.echo(f"{count} dead letter(s) of {', '.join(topics)}")
-
-
-def _shown(data: bytes | None) -> str | None:
-    return None if data is None else data.decode("utf-8", "backslashreplace")
-
-
-COMMANDS = [sync, windows, dlq]
+COMMANDS = [sync, windows]

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from starlette.types import ASGIApp
 
     from serving.grpc_push import Push
-    from serving.grpc_server import Gate
+    from serving.limits import Gate
     from serving.metrics import Metrics
     from serving.models import Models
     from serving.online import OnlineService

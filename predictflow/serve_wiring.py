@@ -6,6 +6,7 @@ import os
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -53,20 +54,23 @@ def build_app(settings: Settings, options: ServeOptions) -> ASGIApp:
     from concurrent.futures import ThreadPoolExecutor
     from importlib.metadata import version
 
-    from feature_store.read_plan import OnlineReader, ReadPlan
+    from feature_store.online_reader import OnlineReader
+    from feature_store.read_plan import ReadPlan
     from feature_store.redis_connection import answering
+    from feature_store.redis_settings import warn_of_settings
     from predictflow.serve_grpc import with_grpc
     from predictflow.wiring import feast_store
     from serving.access import Keys, scope_of
     from serving.app import Dependencies, create_app
     from serving.catalogue import FeatureCatalogue
     from serving.historical import Historical, HistoricalLimits
-    from serving.hot import PATH, HotRoutes
+    from serving.hot import PATH, PREDICT_PATH, HotRoutes
     from serving.jobs import Jobs
     from serving.limits import Admission, Gate, RequestLimits
     from serving.logs import use_json
     from serving.metrics import Metrics
-    from serving.online import Limits, OnlineService
+    from serving.online import OnlineService
+    from serving.online_types import Limits
     from serving.plans import Plans
     from serving.push import Pusher
 
@@ -99,7 +103,7 @@ def build_app(settings: Settings, options: ServeOptions) -> ASGIApp:
         await redis.aclose()
 
     gate = Gate(keys, options.max_concurrent)
-    pusher = Pusher(store, _clock(settings, store))
+    pusher = Pusher(store, _clock(settings, store), gate=gate)
     app = create_app(
         Dependencies(
             online=online,
@@ -117,11 +121,13 @@ def build_app(settings: Settings, options: ServeOptions) -> ASGIApp:
             gate=gate,
             request_limits=RequestLimits(options.max_concurrent, options.seconds, limits.body_bytes),
             version=version("predictflow"),
+            check_settings=partial(warn_of_settings, store),
             registry_seconds=options.registry_seconds,
             model_seconds=options.model_seconds,
         )
     )
-    hot = HotRoutes(app, online, metrics, limits, Admission(gate, scope_of(PATH)), options.seconds)
+    guards = [Admission(gate, scope_of(path)) for path in (PATH, PREDICT_PATH)]
+    hot = HotRoutes(app, online, metrics, limits, guards[0], options.seconds, guards[1])
     return with_grpc(
         hot,
         options.grpc,
@@ -177,7 +183,7 @@ def _clock(settings: Settings, store: FeatureStore) -> Callable[[], datetime]:
     if settings.clock == "wall":
         return lambda: datetime.now(UTC)
     from feature_store.clock import from_micros, replay_clock_key
-    from feature_store.read_plan import ClockNotSetError
+    from feature_store.online_reader import ClockNotSetError
     from feature_store.redis_connection import answering, connect
 
     redis = connect(settings.need("redis_url"), *_redis_kind(store))

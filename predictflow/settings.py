@@ -14,6 +14,7 @@ VARIABLES = {
     "POSTGRES_URL": "Feast's SQL registry and the predictflow schema: postgresql+psycopg2://user@host:port/database",
     "REDIS_URL": "the online store: redis://host:port/db",
     "KAFKA_BOOTSTRAP_SERVERS": "the event stream: host:port[,host:port]",
+    "SCHEMA_REGISTRY_URL": "schema registry of Avro topics whose source declares no schema: http://host:port",
     "MLFLOW_TRACKING_URI": "MLflow's tracking store",
     "PREDICTFLOW_OFFLINE": "directory of the offline store; relative source paths are below it",
     "PREDICTFLOW_CLOCK": "wall (default) or replay",
@@ -49,6 +50,7 @@ class Settings:
     postgres_url: str | None = None
     redis_url: str | None = None
     kafka_bootstrap_servers: str | None = None
+    schema_registry_url: str | None = None
     mlflow_tracking_uri: str | None = None
     offline_path: str | None = None
     allow_pickled_functions: bool = False
@@ -69,6 +71,7 @@ class Settings:
             postgres_url=env.get("POSTGRES_URL"),
             redis_url=env.get("REDIS_URL"),
             kafka_bootstrap_servers=env.get("KAFKA_BOOTSTRAP_SERVERS"),
+            schema_registry_url=env.get("SCHEMA_REGISTRY_URL"),
             mlflow_tracking_uri=env.get("MLFLOW_TRACKING_URI"),
             offline_path=env.get("PREDICTFLOW_OFFLINE"),
             allow_pickled_functions=env.get("PREDICTFLOW_ALLOW_PICKLED_FUNCTIONS") == "1",

@@ -1,4 +1,4 @@
-"""Access-log lines of the hot routes: the JSON of `serving.logs`, written some at a time instead of one by one.
+"""Access-log lines of the hot routes and of gRPC: the JSON of `serving.logs`, written some at a time instead of one by one.
 
 A line that goes through `logging` costs as much as the whole answer to a small read. A crash loses the lines of the last
 `FLUSH_SECONDS`; a shutdown none.
@@ -24,14 +24,14 @@ class AccessLines:
     """Of one event loop. Where no JSON handler is installed, lines go through `logging` as any other."""
 
     def __init__(self) -> None:
-        self._lines: list[tuple[float, str, str, str, int, float, str | None, str | None]] = []
+        self._lines: list[tuple[float, str, str, str, int | str, float, str | None, str | None]] = []
 
     def add(
         self,
         request_id: str,
         method: str,
         path: str,
-        status: int,
+        status: int | str,
         seconds: float,
         client: str | None,
         key: str | None = None,
@@ -70,7 +70,7 @@ def _line(
     request_id: str,
     method: str,
     path: str,
-    status: int,
+    status: int | str,
     ms: float,
     client: str | None,
     key: str | None,

@@ -58,6 +58,8 @@ class Dependencies:
     gate: Gate = field(default_factory=Gate)
     request_limits: RequestLimits = field(default_factory=RequestLimits)
     version: str = "0"
+    check_settings: Callable[[], object] = lambda: None
+    """Looked at once, when what it looks at answers; UnavailableError: not yet."""
     registry_seconds: float = 10.0
     model_seconds: float = 3.0
 
@@ -74,6 +76,7 @@ def create_app(deps: Dependencies) -> FastAPI:
             asyncio.create_task(_repeat("registry", deps.plans.refresh, deps.registry_seconds, deps.metrics)),
             asyncio.create_task(_warm_then_repeat(deps)),
             asyncio.create_task(_repeat("served log", deps.served_log.poll, 1.0, deps.metrics)),
+            asyncio.create_task(_once("settings", deps.check_settings, deps.registry_seconds, deps.metrics)),
             asyncio.create_task(_repeat("jobs", deps.jobs.sweep, SWEEP_SECONDS, deps.metrics)),
             *([asyncio.create_task(_repeat("keys", keys.refresh, KEYS_SECONDS, deps.metrics))] if keys else []),
         ]
@@ -220,16 +223,23 @@ async def _redis_check(ping: Callable[[], Awaitable[None]]) -> tuple[bool, str]:
     return True, "answers"
 
 
-async def _attempt(what: str, step: Callable[[], object], metrics: Metrics) -> None:
-    """Runs one refresh in a thread; a failure is counted and logged, and tried again at the next turn."""
+async def _attempt(what: str, step: Callable[[], object], metrics: Metrics) -> bool:
+    """Runs one refresh in a thread; a failure is counted and logged, and tried again at the next turn. True: it ran."""
     try:
         await asyncio.to_thread(step)
+        return True
     except PredictFlowError as e:
         metrics.refresh_failures.labels(what).inc()
         log.warning("%s: %s", what, e.format_message())
     except Exception:  # the loop that keeps a server current must outlive any one failure
         metrics.refresh_failures.labels(what).inc()
         log.exception("%s: refresh failed", what)
+    return False
+
+
+async def _once(what: str, step: Callable[[], object], seconds: float, metrics: Metrics) -> None:
+    while not await _attempt(what, step, metrics):
+        await asyncio.sleep(seconds)
 
 
 async def _repeat(what: str, step: Callable[[], object], seconds: float, metrics: Metrics) -> None:

@@ -12,14 +12,14 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from feature_store.errors import PredictFlowError, UnavailableError, UsageError
+from feature_store.errors import PredictFlowError, UnavailableError
 from serving import client_calls as calls
 from serving import schemas
 from serving.client_calls import Call, Columns, Failure, To
+from serving.client_http import DEFAULT_URL, transport
 from serving.client_types import FeatureRow, HistoricalJob, OnlineFeatures, Prediction, Predictions, Pushed
 
 if TYPE_CHECKING:
-    import httpx
     import pyarrow as pa
 
     from serving.client_log import FeatureLog
@@ -36,8 +36,6 @@ __all__ = [
 ]
 
 T = TypeVar("T")
-DEFAULT_URL = "http://127.0.0.1:9094"
-_GRPC_SCHEMES = {"grpc": False, "grpcs": True}
 POLL_SECONDS = (0.2, 2.0)
 """First and longest pause between looks at a historical job."""
 
@@ -65,7 +63,7 @@ class FeatureClient:
         feature_log: FeatureLog | None = None,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
-        self._transport = _transport(base_url, timeout, api_key, ca_file, asynchronous=False)
+        self._transport = transport(base_url, timeout, api_key, ca_file, asynchronous=False)
         self._retries = retries
         self._log = feature_log
         self._sleep = sleep
@@ -171,7 +169,7 @@ class AsyncFeatureClient:
         feature_log: FeatureLog | None = None,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
-        self._transport = _transport(base_url, timeout, api_key, ca_file, asynchronous=True)
+        self._transport = transport(base_url, timeout, api_key, ca_file, asynchronous=True)
         self._retries = retries
         self._log = feature_log
         self._sleep = sleep
@@ -255,76 +253,6 @@ class AsyncFeatureClient:
         if self._log is not None:
             self._log.write(answer, request_id)
         return answer
-
-
-class _Http:
-    """REST over httpx, blocking or for the event loop."""
-
-    def __init__(
-        self, base_url: str, timeout: float, api_key: str | None, ca_file: str | Path | None, asynchronous: bool
-    ) -> None:
-        import ssl
-
-        import httpx
-
-        verify: Any = ssl.create_default_context(cafile=str(ca_file)) if ca_file else True
-        self._base = base_url.rstrip("/")
-        headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-        kind: Any = httpx.AsyncClient if asynchronous else httpx.Client
-        self._client: Any = kind(timeout=timeout, verify=verify, headers=headers)
-
-    def send(self, call: Call[T]) -> T | Failure:
-        import httpx
-
-        try:
-            response = self._client.request(call.method, self._base + call.path, **_request(call))
-        except httpx.HTTPError as e:
-            return self._failed(e, call)
-        except httpx.InvalidURL as e:
-            raise UsageError("not a URL", value=self._base, next_step=f"for example {DEFAULT_URL}") from e
-        return call.parse(response) if response.status_code < 400 else calls.refusal(response)
-
-    async def asend(self, call: Call[T]) -> T | Failure:
-        import httpx
-
-        try:
-            response = await self._client.request(call.method, self._base + call.path, **_request(call))
-        except httpx.HTTPError as e:
-            return self._failed(e, call)
-        except httpx.InvalidURL as e:
-            raise UsageError("not a URL", value=self._base, next_step=f"for example {DEFAULT_URL}") from e
-        return call.parse(response) if response.status_code < 400 else calls.refusal(response)
-
-    def close(self) -> Any:
-        """Closes it; to be awaited on the event loop."""
-        return self._client.aclose() if hasattr(self._client, "aclose") else self._client.close()
-
-    def _failed(self, error: httpx.HTTPError, call: Call[Any]) -> Failure:
-        import httpx
-
-        if isinstance(error, httpx.UnsupportedProtocol):
-            raise UsageError(f"the request cannot be sent ({error})", value=self._base) from error
-        if call.starts_work and isinstance(error, httpx.ReadTimeout):
-            return calls.too_late(self._base)
-        return calls.no_answer(self._base, error)
-
-
-def _request(call: Call[Any]) -> dict[str, Any]:
-    return {"content": call.content, "headers": dict(call.headers), "params": dict(call.params) or None}
-
-
-def _transport(
-    base_url: str, timeout: float, api_key: str | None, ca_file: str | Path | None, asynchronous: bool
-) -> Any:
-    scheme, separator, target = base_url.partition("://")
-    if not separator or scheme not in ("http", "https", *_GRPC_SCHEMES):
-        schemes = ("http", "https", *_GRPC_SCHEMES)
-        raise UsageError("not a server's URL", value=base_url, valid=[f"{s}://host:port" for s in schemes])
-    if scheme in _GRPC_SCHEMES:
-        from serving.client_grpc import Channel
-
-        return Channel(target.rstrip("/"), timeout, api_key, ca_file, _GRPC_SCHEMES[scheme], asynchronous)
-    return _Http(base_url, timeout, api_key, ca_file, asynchronous)
 
 
 def _pauses(seconds: float, job: HistoricalJob) -> Any:

@@ -7,7 +7,8 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Protocol
 
 from feature_store.errors import DataError, UsageError
-from serving.push import column_names, column_types, require_row_view, view_named, views_of_source
+from serving.push import require_row_view, view_named, views_of_source
+from serving.push_columns import column_names, column_types
 
 if TYPE_CHECKING:
     from feast import FeatureStore, FeatureView

@@ -1,6 +1,6 @@
 """Feast's GetOnlineFeaturesResponse, written as bytes: stored `Value` protos go into it as they stand, never parsed.
 
-What does not change from request to request (names, versions) is encoded once per plan.
+`encode` takes cells; `wire_plan.py` goes from Redis' replies by whole columns. What does not change from request to request (names, versions) is encoded once per plan.
 """
 
 from __future__ import annotations
@@ -14,14 +14,16 @@ from feature_store.view_plan import python_value
 
 if TYPE_CHECKING:
     from feature_store.read_plan import ReadPlan
-    from feature_store.view_plan import Cell, Feature, ViewRow
-    from serving.online import CellRead
+    from feature_store.view_plan import Cell, Feature
+    from serving.online_types import CellRead
 
 STATUS = {"INVALID": 0, "PRESENT": 1, "NULL_VALUE": 2, "NOT_FOUND": 3, "OUTSIDE_MAX_AGE": 4}
 """FieldStatus by name; `tests/unit/test_grpc_wire.py` holds it against Feast's enum."""
 _PRESENT = STATUS["PRESENT"]
+_NULL_VALUE = STATUS["NULL_VALUE"]
 _NO_VALUE = b"\x0a\x00"
-_NO_TIME = b"\x1a\x00"
+NO_TIME = b"\x1a\x00"
+"""A row without an event time."""
 _NULL_TAG = 0x98  # first byte of a Value that holds null_val (field 19)
 
 
@@ -35,7 +37,7 @@ def varint(number: int) -> bytes:
     return bytes(out)
 
 
-_VALUE = [b"\x0a" + varint(n) for n in range(1024)]
+VALUE_HEADS = [b"\x0a" + varint(n) for n in range(1024)]
 """Tag and length of one Value in a FeatureVector, by its length."""
 
 
@@ -74,52 +76,48 @@ def encode(read: CellRead, heads: Heads, entities: Mapping[str, Any], with_versi
     """
     plan = read.plan.reader.plan
     entities = {name: values for name, values in entities.items() if name in plan.key_types}
-    n = len(read.rows)
     out = [heads.of(plan, tuple(entities), with_versions)]
-    # FeatureVector.values and RepeatedValue.val have the same field number, so the request's own bytes are the answer's.
-    rest = b"\x12" + varint(n) + bytes([_PRESENT]) * n + _NO_TIME * n
-    for values in entities.values():
-        _vector(out, values.SerializeToString(), rest)
+    request_vectors(out, entities, len(read.rows))
     for v, view in enumerate(plan.view_plans):
         answers = [row[v] for row in read.rows]
-        times = b"".join([_time(a) for a in answers])
-        # What nearly every feature of a row view gives: all rows present.
-        present = b"\x12" + varint(n) + bytes([_PRESENT]) * n + times
-        for feature, cells in zip(view.features, zip(*[a.cells for a in answers])):
-            statuses, stored = zip(*cells)
-            values = _plain(stored) if statuses.count("PRESENT") == n else None
-            if values is not None:
-                _vector(out, values, present)
-            else:
-                _vector(out, *_values(feature, cells, times))
+        times = b"".join([NO_TIME if a.event_ns is None else time_field(a.event_ns) for a in answers])
+        view_vectors(out, view.features, list(zip(*[a.cells for a in answers])), times)
     return b"".join(out)
 
 
-def _plain(stored: Sequence[object]) -> bytes | None:
-    """Field `values` of stored scalars that are no null and not large, else None."""
-    try:
-        if not {v[0] for v in stored} <= _NEVER_NULL:  # type: ignore[index]  # a TypeError tells what is no bytes
-            return None
-        return b"".join([_VALUE[len(v)] + v for v in stored])  # type: ignore[arg-type,operator]  # as above
-    except (TypeError, IndexError):
-        return None
+def request_vectors(out: list[bytes], entities: Mapping[str, Any], n: int) -> None:
+    """One vector of `n` rows per entity column."""
+    # FeatureVector.values and RepeatedValue.val have the same field number, so the request's own bytes are the answer's.
+    rest = b"\x12" + varint(n) + bytes([_PRESENT]) * n + NO_TIME * n
+    for values in entities.values():
+        vector(out, values.SerializeToString(), rest)
 
 
-def _vector(out: list[bytes], values: bytes, rest: bytes) -> None:
+def view_vectors(out: list[bytes], features: Sequence[Feature], columns: Sequence[Sequence[Cell]], times: bytes) -> int:
+    """One vector per feature and its cells; how many of them are null."""
+    nulls = 0
+    for feature, cells in zip(features, columns):
+        values, statuses = _values(feature, cells)
+        vector(out, values, b"\x12" + varint(len(statuses)) + bytes(statuses) + times)
+        nulls += statuses.count(_NULL_VALUE)
+    return nulls
+
+
+def vector(out: list[bytes], values: bytes, rest: bytes) -> None:
+    """One FeatureVector of `results`: its field `values`, then its statuses and times."""
     out.append(b"\x12" + varint(len(values) + len(rest)))
     out.append(values)
     out.append(rest)
 
 
-def _time(answer: ViewRow) -> bytes:
-    if answer.event_ns is None:
-        return _NO_TIME
-    data = encode_timestamp(answer.event_ns)
+def time_field(event_ns: int) -> bytes:
+    """One time of a FeatureVector's `event_timestamps`."""
+    data = encode_timestamp(event_ns)
     return b"\x1a" + bytes([len(data)]) + data
 
 
-def _values(feature: Feature, cells: Sequence[Cell], times: bytes) -> tuple[bytes, bytes]:
-    """Field `values`, and what follows it: `statuses` and `event_timestamps`."""
+def _values(feature: Feature, cells: Sequence[Cell]) -> tuple[bytes, bytearray]:
+    """Field `values`, and the statuses."""
     values = []
     statuses = bytearray()
     for status, value in cells:
@@ -131,20 +129,20 @@ def _values(feature: Feature, cells: Sequence[Cell], times: bytes) -> tuple[byte
             value = b"\x20" + varint(value & 0xFFFFFFFFFFFFFFFF)
         elif _may_be_null(value) and python_value(feature, (status, value))[1] is None:
             values.append(_NO_VALUE)
-            statuses.append(STATUS["NULL_VALUE"])
+            statuses.append(_NULL_VALUE)
             continue
         length = len(value)
-        values.append(_VALUE[length] if length < 1024 else b"\x0a" + varint(length))
+        values.append(VALUE_HEADS[length] if length < len(VALUE_HEADS) else b"\x0a" + varint(length))
         values.append(value)
         statuses.append(STATUS[status])
-    return b"".join(values), b"\x12" + varint(len(statuses)) + bytes(statuses) + times
+    return b"".join(values), statuses
 
 
 def _may_be_null(value: bytes) -> bool:
     """Whether `python_value` must look: a scalar with something in it is no null."""
     first = value[0] if value else _NULL_TAG
-    return first not in _NEVER_NULL
+    return first not in NEVER_NULL
 
 
-_NEVER_NULL = frozenset({0x0A, 0x12, 0x18, 0x20, 0x29, 0x35, 0x38})
+NEVER_NULL = frozenset({0x0A, 0x12, 0x18, 0x20, 0x29, 0x35, 0x38})
 """First bytes of Values that hold bytes, string, int32, int64, double, float, bool."""

@@ -1,7 +1,7 @@
 """Point-in-time features for entity rows that a client sends: at once, or as a job when there are many.
 
-The rows are data, never SQL text or a path. On-demand features are refused: their functions run at online reads only, and
-Feast would take them out of the registry. Blocking: run it in threads of their own.
+The rows are data, never SQL text or a path. On-demand features are computed as at online reads, by the functions of the
+checkout. Blocking: run it in threads of their own.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from serving.plans import Asked
 if TYPE_CHECKING:
     import pyarrow as pa
     from feast import FeatureService, FeatureStore, FeatureView
+
+    from feature_store.on_demand_history import OnDemandHistory
 
 TIME = "event_timestamp"
 SLICE_ROWS = 50_000
@@ -44,6 +46,7 @@ class Wanted:
     entities: pa.Table
     as_known: bool
     full_names: bool
+    on_demand: OnDemandHistory | None = None
 
     @property
     def rows(self) -> int:
@@ -65,10 +68,11 @@ class Historical:
         full_names: bool,
     ) -> Wanted:
         """Checks names, columns and types. UsageError, NotFoundError or TooManyError, OnDemandViewError for an on-demand
-        view; nothing is read but the registry.
+        view whose function may not run here; nothing is read but the registry and, for such a view, the checkout.
         """
         from feast import OnDemandFeatureView
 
+        from feature_store.on_demand_history import OnDemandHistory
         from feature_store.view_plan import OnDemandViewError, resolve
 
         if not isinstance(asked, str) and len(asked) > self.limits.features:
@@ -78,48 +82,60 @@ class Historical:
             raise TooManyError("rows", rows, self.limits.rows)
         features = self._service(asked) if isinstance(asked, str) else list(asked)
         views = resolve(self._store.registry, self._store.project, features, full_names)
-        for view, _ in views:
-            if isinstance(view, OnDemandFeatureView):
-                raise OnDemandViewError(
-                    "on-demand features are not computed for historical rows over the network",
-                    value=view.name,
-                    next_step="ask for the features it reads, or use get_historical_features of the SDK in the checkout",
-                )
-        names = [
-            f"{view.projection.name_to_use()}__{name}" if full_names else name
-            for view, wanted in views
-            for name in wanted
-        ]
-        keys: dict[str, str] = {}
-        for view, _ in views:
-            for column in view.entity_columns:
-                name = view.projection.join_key_map.get(column.name, column.name)
-                keys[name] = column.dtype.to_value_type().name
+        computed = [view.name for view, _ in views if isinstance(view, OnDemandFeatureView)]
+        on_demand = None
+        if computed and not self._ours:
+            raise OnDemandViewError(
+                "on-demand features of historical rows are computed over PredictFlow's offline store only",
+                value=computed[0],
+                next_step="ask for the features it reads, or use get_historical_features of the SDK in the checkout",
+            )
+        if computed:
+            store = self._store
+            on_demand = OnDemandHistory(store.config, store.registry, store.project, views, full_names)
+            names, read = on_demand.feature_names, on_demand.read_names
+            keys = on_demand.request | on_demand.join_keys
+        else:
+            names, read, keys = _names_of(views, full_names), [], {}
+            for view, _ in views:
+                for column in view.entity_columns:
+                    name = view.projection.join_key_map.get(column.name, column.name)
+                    keys[name] = column.dtype.to_value_type().name
         table = _of_columns(entities, keys) if isinstance(entities, Mapping) else _of_table(entities, keys)
-        for name in names:
+        for name in [*names, *read]:
             if name in table.column_names:
                 raise UsageError(
                     "an entity column has the name of a feature", value=name, next_step="rename the column"
                 )
         service = asked if isinstance(asked, str) else None
-        return Wanted(features, views, service, names, table, as_known, full_names)
+        return Wanted(features, views, service, names, table, as_known, full_names, on_demand)
+
+    @property
+    def _ours(self) -> bool:
+        return bool(self._store.config.offline_store.type.endswith("PredictFlowOfflineStore"))
 
     def tables(self, wanted: Wanted, slice_rows: int | None) -> Iterator[pa.Table]:
         """The entity rows, in order, with their features, in tables of `slice_rows` (None: one table)."""
         from feature_store.point_in_time.job import ALL_ROWS, PredictFlowRetrievalJob
 
         store = self._store
+        if wanted.on_demand is not None and not wanted.on_demand.reads:  # computed from the request alone
+            for start in range(0, wanted.rows, slice_rows or ALL_ROWS):
+                yield wanted.on_demand.answer(wanted.entities.slice(start, slice_rows or ALL_ROWS))
+            return
         job: Any
-        if store.config.offline_store.type.endswith("PredictFlowOfflineStore"):
+        if self._ours:
+            plan = wanted.on_demand
+            views = wanted.views if plan is None else plan.reads
             # Not by way of the store: it looks the views up again, with their functions.
             job = store._get_provider().get_historical_features(
                 config=store.config,
-                feature_views=[view for view, _ in wanted.views],
-                feature_refs=[f"{view.projection.name_to_use()}:{n}" for view, names in wanted.views for n in names],
+                feature_views=[view for view, _ in views],
+                feature_refs=[f"{view.projection.name_to_use()}:{n}" for view, names in views for n in names],
                 entity_df=wanted.entities,  # ours takes Arrow
                 registry=store.registry,
                 project=store.project,
-                full_feature_names=wanted.full_names,
+                full_feature_names=wanted.full_names or plan is not None,
                 filter_by_created_timestamp=wanted.as_known,
             )
         else:
@@ -131,7 +147,8 @@ class Historical:
                 filter_by_created_timestamp=wanted.as_known,
             )
         if isinstance(job, PredictFlowRetrievalJob):
-            yield from job.tables(slice_rows or ALL_ROWS)
+            for table in job.tables(slice_rows or ALL_ROWS):
+                yield table if wanted.on_demand is None else wanted.on_demand.answer(table)
         else:
             yield job.to_arrow()
 
@@ -149,6 +166,12 @@ class Historical:
         except FeatureServiceNotFoundException as e:
             valid = [s.name for s in self._store.registry.list_feature_services(self._store.project, allow_cache=True)]
             raise NotFoundError("unknown feature service", value=name, valid=valid, next_step="feast apply") from e
+
+
+def _names_of(views: Sequence[tuple[FeatureView, list[str]]], full_names: bool) -> list[str]:
+    return [
+        f"{view.projection.name_to_use()}__{name}" if full_names else name for view, names in views for name in names
+    ]
 
 
 def _of_columns(columns: Mapping[str, Sequence[object]], keys: Mapping[str, str]) -> pa.Table:

@@ -1,4 +1,5 @@
-"""The common request, answered before the web framework sees it: `POST /api/v1/features/online` without `at`.
+"""The common requests, answered before the web framework sees them: `POST /api/v1/features/online` and
+`POST /api/v1/predict/{model}`, both without `at`.
 
 `HotRoutes` wraps the application. It answers only what it fully understands; every other request (another route, an
 unusual header, a body that is not exactly as documented, a plan that is not compiled yet) goes to the application
@@ -10,32 +11,34 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
+import re
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
 
-import orjson
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from feature_store.errors import PredictFlowError
 from serving.access_lines import AccessLines
 from serving.errors import error_response, response_of
-from serving.limits import Admitted
-from serving.middleware import _REQUEST_ID as WELL_FORMED_ID
+from serving.hot_body import online_body, predict_body
+from serving.limits import Admitted, TimeBudgetError
+from serving.middleware import request_id_of
 
 if TYPE_CHECKING:
     from serving.metrics import Metrics
-    from serving.online import Limits, OnlineService
-    from serving.plans import Asked
+    from serving.online import OnlineService
+    from serving.online_types import Done, Limits
 
 log = logging.getLogger(__name__)
 
 PATH = "/api/v1/features/online"
+PREDICT_PATH = "/api/v1/predict/"
+_MODEL = re.compile(r"[A-Za-z0-9._~-]+")
+"""Names that look the same in a URL; the application decodes the others."""
 _JSON = b"application/json"
 _UNUSUAL = frozenset((b"expect", b"content-encoding", b"transfer-encoding", b"upgrade"))
-_FIELDS = frozenset(("feature_service", "features", "entities", "at", "full_feature_names"))
-_INT64 = 2**63
 
 Headers = Sequence[tuple[bytes, bytes]]
 Answer = Callable[[int, bytes, str, Headers], None]
@@ -62,6 +65,16 @@ class _Open:
         pass
 
 
+@dataclass(frozen=True, slots=True)
+class Hot:
+    """A hot request's way: its path, the route it counts as, the model it names (None: features), who guards it."""
+
+    path: str
+    template: str
+    model: str | None
+    guard: Guard
+
+
 class HotRoutes:
     """ASGI application around `app`."""
 
@@ -73,13 +86,15 @@ class HotRoutes:
         limits: Limits,
         guard: Guard | None = None,
         seconds: float = 30.0,
+        predict_guard: Guard | None = None,
     ) -> None:
-        """`seconds`: how long a body may take to arrive."""
+        """`seconds`: how long a body may take to arrive, and a model to answer. The guards are of the two routes."""
         self.app = app
         self._online = online
         self._metrics = metrics
         self._limits = limits
-        self._guard = guard or _Open()
+        self._features = Hot(PATH, PATH, None, guard or _Open())
+        self._predict_guard = predict_guard or guard or _Open()
         self.seconds = seconds
         self._lines = AccessLines()
 
@@ -88,18 +103,19 @@ class HotRoutes:
         return self._limits.body_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"] != PATH or scope["method"] != "POST":
+        hot = self.route(scope["path"]) if scope["type"] == "http" and scope["method"] == "POST" else None
+        if hot is None:
             await self.app(scope, receive, send)
             if scope["type"] == "lifespan":
                 self._lines.flush()
             return
-        admitted = self._guard.admit(scope["headers"])
-        message = None if admitted is None else await self._first(receive)
+        admitted = hot.guard.admit(scope["headers"])
+        message = None if admitted is None else await self._first(hot, receive)
         if message is None:  # the application says what was wrong, or goes on waiting
             await self.app(scope, receive, send)
             return
         if message["type"] != "http.request" or message.get("more_body"):
-            self._guard.release()
+            hot.guard.release()
         else:
             answered: asyncio.Future[tuple[int, bytes, str, Headers]] = asyncio.get_running_loop().create_future()
 
@@ -108,7 +124,7 @@ class HotRoutes:
                     answered.set_result((status, body, request_id, more))
 
             client = scope["client"][0] if scope.get("client") else None
-            if self.begin(scope["headers"], message.get("body", b""), client, answer, admitted):
+            if self.begin(hot, scope["headers"], message.get("body", b""), client, answer, admitted):
                 status, body, request_id, more = await answered
                 headers = [
                     (b"content-type", _JSON),
@@ -121,7 +137,7 @@ class HotRoutes:
                 return
         await self.app(scope, _replayed(message, receive), send)
 
-    async def _first(self, receive: Receive) -> Message | None:
+    async def _first(self, hot: Hot, receive: Receive) -> Message | None:
         """The first message of an admitted request; None, and its slot is free again, when it takes too long."""
         message = None
         try:
@@ -131,39 +147,54 @@ class HotRoutes:
             pass
         finally:
             if message is None:
-                self._guard.release()
+                hot.guard.release()
         return message
 
-    def admit(self, headers: Headers) -> Admitted | None:
-        """Takes a slot for a request whose body has yet to come: give it to `begin`, or `release` it."""
-        return self._guard.admit(headers)
-
-    def release(self) -> None:
-        """Gives such a slot back."""
-        self._guard.release()
+    def route(self, path: str) -> Hot | None:
+        """The way of a POST to this path, as the URL has it; None where it is the application's."""
+        if path == PATH:
+            return self._features
+        if path.startswith(PREDICT_PATH):
+            name = path[len(PREDICT_PATH) :]
+            if _MODEL.fullmatch(name):
+                return Hot(path, PREDICT_PATH + "{model}", name, self._predict_guard)
+        return None
 
     def begin(
-        self, headers: Headers, body: bytes, client: str | None, answer: Answer, admitted: Admitted | None = None
+        self,
+        hot: Hot,
+        headers: Headers,
+        body: bytes,
+        client: str | None,
+        answer: Answer,
+        admitted: Admitted | None = None,
     ) -> bool:
-        """Starts to answer a request for `PATH` whose body is complete. False: nothing was done, the application must.
+        """Starts to answer a request whose body is complete. False: nothing was done, the application must.
 
         `headers`: names in lower case, as ASGI gives them. `answer` is called on the event loop, perhaps at once.
-        `admitted`: the slot that `admit` took; it is given back here, whatever happens.
+        `admitted`: the slot that `hot.guard` gave; it is given back here, whatever happens.
         """
         started = time.perf_counter()
-        admitted = admitted or self._guard.admit(headers)
+        admitted = admitted or hot.guard.admit(headers)
         if admitted is None:
             return False
         begun = False
         try:
-            begun = self._begin(headers, body, client, answer, admitted.key, started)
+            begun = self._begin(hot, headers, body, client, answer, admitted.key, started)
         finally:
             if not begun:
-                self._guard.release()
+                hot.guard.release()
         return begun
 
     def _begin(
-        self, headers: Headers, body: bytes, client: str | None, answer: Answer, key: str | None, started: float
+        self,
+        hot: Hot,
+        headers: Headers,
+        body: bytes,
+        client: str | None,
+        answer: Answer,
+        key: str | None,
+        started: float,
     ) -> bool:
         given: bytes | None = None
         is_json = False
@@ -176,31 +207,48 @@ class HotRoutes:
                 return False
         if not is_json or len(body) > self._limits.body_bytes:
             return False
-        asked = _parse(body, self._limits.rows)
-        if asked is None:
-            return False
-        if given is not None and WELL_FORMED_ID.fullmatch(given):
-            request_id = given.decode()
-        else:
-            request_id = os.urandom(16).hex()
-        in_flight, guard = self._metrics.in_flight, self._guard
+        request_id = request_id_of(given)
+        in_flight = self._metrics.in_flight
+        told = False
+        budget: asyncio.TimerHandle | None = None
 
-        def done(content: bytes | None, error: Exception | None) -> None:
+        def tell(content: bytes | None, error: Exception | None) -> None:
+            nonlocal told
+            told = True
             status, more = 200, _NONE
             if content is None:
                 status, content, more = _failure(error, request_id)
             in_flight.dec()
-            guard.release()
             answer(status, content, request_id, more)
             seconds = time.perf_counter() - started
-            self._metrics.observe("POST", PATH, status, seconds)
-            self._lines.add(request_id, "POST", PATH, status, seconds, client, key)
+            self._metrics.observe("POST", hot.template, status, seconds)
+            self._lines.add(request_id, "POST", hot.path, status, seconds, client, key)
+
+        def done(content: bytes | None, error: Exception | None) -> None:
+            hot.guard.release()  # not before a model has ended that took too long: its thread is what the slot is for
+            if budget is not None:
+                budget.cancel()
+            if not told:
+                tell(content, error)
+
+        def too_late() -> None:
+            if not told:
+                tell(None, TimeBudgetError.after(self.seconds))
 
         in_flight.inc()
-        if self._online.begin(asked[0], asked[1], asked[2], request_id, done):
+        if self._start(hot, body, request_id, done):
+            if hot.model is not None and not told:  # reads have a time limit of their own
+                budget = asyncio.get_running_loop().call_later(self.seconds, too_late)
             return True
         in_flight.dec()
         return False
+
+    def _start(self, hot: Hot, body: bytes, request_id: str, done: Done) -> bool:
+        if hot.model is not None:
+            rows = predict_body(body, self._limits.rows)
+            return rows is not None and self._online.begin_predict(hot.model, rows, request_id, done)
+        asked = online_body(body, self._limits.rows)
+        return asked is not None and self._online.begin(*asked, request_id, done)
 
 
 _NONE: Headers = ()
@@ -214,43 +262,6 @@ def _failure(error: Exception | None, request_id: str) -> tuple[int, bytes, Head
         response = error_response(500, "internal", f"unexpected error; request id {request_id}")
     more = [(k, v) for k, v in response.raw_headers if k not in (b"content-type", b"content-length")]
     return response.status_code, bytes(response.body), more
-
-
-def _parse(body: bytes, max_rows: int) -> tuple[list[dict[str, object]], Asked, bool] | None:
-    """(entity rows, feature service or references, full names) of a body that is exactly as documented; else None."""
-    try:
-        request = orjson.loads(body)
-    except orjson.JSONDecodeError:
-        return None
-    if type(request) is not dict or not request.keys() <= _FIELDS or request.get("at") is not None:
-        return None
-    service, references = request.get("feature_service"), request.get("features")
-    entities, full_names = request.get("entities"), request.get("full_feature_names", False)
-    asked: Asked
-    if type(service) is str and references is None:
-        asked = service
-    elif service is None and type(references) is list and all(type(r) is str for r in references):
-        asked = tuple(references)
-    else:
-        return None
-    if type(entities) is not dict or not entities or type(full_names) is not bool:
-        return None
-    n = -1
-    for values in entities.values():
-        if type(values) is not list or not values or len(values) > max_rows or n not in (-1, len(values)):
-            return None
-        n = len(values)
-        for value in values:
-            if type(value) is str or value is None or type(value) is bool:
-                continue
-            if type(value) is not int or not -_INT64 <= value < _INT64:
-                return None
-    if len(entities) == 1:
-        ((key, values),) = entities.items()
-        rows: list[dict[str, Any]] = [{key: v} for v in values]
-    else:
-        rows = [dict(zip(entities, row)) for row in zip(*entities.values())]
-    return rows, asked, full_names
 
 
 def _replayed(first: Message, receive: Receive) -> Receive:

@@ -1,6 +1,6 @@
 """uvicorn's HTTP protocol with a short cut: a hot request is answered without an ASGI scope, a task and their messages.
 
-uvicorn parses as ever (httptools). A POST to the hot route is kept until its body is complete and offered to
+uvicorn parses as ever (httptools). A POST to a hot route is kept until its body is complete and offered to
 `HotRoutes.begin`; what that declines goes on as if nothing had been looked at. Order of pipelined requests, keep-alive,
 back-pressure and graceful shutdown stay uvicorn's, through a stand-in for its request cycle. A body that has yet to come
 is waited for as in the application: its request was let in, its length is known, and its time is limited.
@@ -13,10 +13,9 @@ from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
-from serving.hot import PATH, Headers, HotRoutes
+from serving.hot import Guard, Headers, Hot, HotRoutes
 from serving.limits import Admitted
 
-_PATH = PATH.encode()
 _KEPT = 64
 """A body in more pieces than this goes on to the application as it arrives."""
 _HEAD = b"%bcontent-type: application/json\r\ncontent-length: %d\r\nx-request-id: %b\r\n%b\r\n"
@@ -51,8 +50,9 @@ class HotProtocol(HttpToolsProtocol):
             app = app.app
         usable = isinstance(app, HotRoutes) and not self.root_path and self.limit_concurrency is None
         self._hot: HotRoutes | None = app if usable else None
-        self._kept: tuple[_HotCycle, list[bytes]] | None = None
+        self._kept: tuple[_HotCycle, Hot, list[bytes]] | None = None
         self._admitted: Admitted | None = None
+        self._guard: Guard | None = None
         self._budget: asyncio.TimerHandle | None = None
 
     def data_received(self, data: bytes) -> None:
@@ -66,20 +66,22 @@ class HotProtocol(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def on_headers_complete(self) -> None:
+        hot = self._hot
+        way = None if hot is None else hot.route(self.url.decode("latin-1"))
         if (
-            self.url == _PATH
-            and self._hot is not None
+            hot is not None
+            and way is not None
             and (self.cycle is None or self.cycle.response_complete)
             and not self.flow.write_paused  # uvicorn waits for a client that does not read
             and self.parser.get_method() == b"POST"
             and self.parser.get_http_version() == "1.1"
             and not self.parser.should_upgrade()
             and _ENDS_HERE.isdisjoint([name for name, _ in self.headers])
-            and self._fits(self._hot.max_body)
+            and self._fits(hot.max_body)
         ):
             cycle = _HotCycle(self.parser.should_keep_alive())
             self.cycle = cycle  # type: ignore[assignment]  # see _HotCycle
-            self._kept = cycle, []
+            self._kept = cycle, way, []
         else:
             super().on_headers_complete()
 
@@ -87,15 +89,15 @@ class HotProtocol(HttpToolsProtocol):
         if self._kept is None:
             super().on_body(body)
             return
-        self._kept[1].append(body)
-        if len(self._kept[1]) > _KEPT:
+        self._kept[2].append(body)
+        if len(self._kept[2]) > _KEPT:
             self._decline()
 
     def on_message_complete(self) -> None:
         if self._kept is None or self._hot is None:
             super().on_message_complete()
             return
-        cycle, parts = self._kept
+        cycle, way, parts = self._kept
         body = parts[0] if len(parts) == 1 else b"".join(parts)
 
         def answer(status: int, content: bytes, request_id: str, more: Headers) -> None:
@@ -103,7 +105,7 @@ class HotProtocol(HttpToolsProtocol):
 
         admitted, self._admitted = self._admitted, None  # `begin` gives it back
         self._settle()
-        if self._hot.begin(self.headers, body, self.client[0] if self.client else None, answer, admitted):
+        if self._hot.begin(way, self.headers, body, self.client[0] if self.client else None, answer, admitted):
             self._kept = None
         else:
             self._decline()
@@ -118,9 +120,10 @@ class HotProtocol(HttpToolsProtocol):
 
     def _await_body(self) -> None:
         """Part of the body is still to come: only who may ask is waited for, in a slot and for a limited time."""
-        if self._hot is None or self.transport.is_closing():
+        if self._hot is None or self._kept is None or self.transport.is_closing():
             return
-        self._admitted = self._hot.admit(self.headers)
+        self._guard = self._kept[1].guard
+        self._admitted = self._guard.admit(self.headers)
         if self._admitted is None:
             self._decline()  # the application says why
         else:
@@ -131,15 +134,15 @@ class HotProtocol(HttpToolsProtocol):
         if self._budget is not None:
             self._budget.cancel()
             self._budget = None
-        if self._admitted is not None and self._hot is not None:
+        if self._admitted is not None and self._guard is not None:
             self._admitted = None
-            self._hot.release()
+            self._guard.release()
 
     def _decline(self) -> None:
         """Goes on as uvicorn would have at the end of the headers."""
         if self._kept is None:
             return
-        (cycle, parts), self._kept = self._kept, None
+        (cycle, _, parts), self._kept = self._kept, None
         self._settle()
         cycle.response_complete = True  # so that the next one begins at once
         super().on_headers_complete()

@@ -5,12 +5,17 @@ The gate knows no framework: the middleware of the application and any faster pa
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 from feature_store.errors import PredictFlowError, UnavailableError
 from serving.access import ApiKey, ForbiddenError, Keys, UnauthorizedError, token_of
 
+T = TypeVar("T")
 MIB = 1024 * 1024
 HISTORICAL_PATH = "/api/v1/features/historical"
 
@@ -25,6 +30,11 @@ class TimeBudgetError(PredictFlowError):
     """A request took longer than the server gives one: HTTP 504."""
 
     code = "timeout"
+
+    @classmethod
+    def after(cls, seconds: float) -> TimeBudgetError:
+        """Of a request that was given so long."""
+        return cls(f"no answer within {seconds:g} s", next_step="ask for less, or try again later")
 
 
 @dataclass(frozen=True)
@@ -98,6 +108,31 @@ class Gate:
     def release(self) -> None:
         """Gives a slot back."""
         self.busy -= 1
+
+    def hold_until(self, work: Future[Any]) -> None:
+        """Keeps one more slot until `work` has ended, for a thread that goes on after its request was answered."""
+        if work.done():
+            return
+        loop = asyncio.get_running_loop()
+        self.busy += 1
+
+        def ended(_: object) -> None:
+            with suppress(RuntimeError):  # the loop, and the server with it, is gone
+                loop.call_soon_threadsafe(self.release)
+
+        work.add_done_callback(ended)
+
+
+async def in_thread(gate: Gate | None, threads: ThreadPoolExecutor, work: Callable[..., T], *args: Any) -> T:
+    """Runs `work` in a thread. When the caller gives up, work that waits for a thread is not begun; work that runs keeps a
+    slot of `gate` until it ends, so that there are no more threads at work than the gate lets in."""
+    running = threads.submit(work, *args)
+    try:
+        return await asyncio.wrap_future(running)
+    except asyncio.CancelledError:
+        if gate is not None:
+            gate.hold_until(running)
+        raise
 
 
 @dataclass(frozen=True, slots=True)

@@ -65,7 +65,7 @@ class Metrics:
 
         self._status: dict[tuple[str, str], Counter] = {}
         self._rows: dict[str, Counter] = {}
-        self._seconds: dict[tuple[str, str, int], Histogram] = {}
+        self._seconds: dict[tuple[str, str, int | str], Histogram] = {}
 
     # Looking a child up by its labels costs more than counting in it, so each is looked up once.
 
@@ -83,7 +83,7 @@ class Metrics:
             child = self._rows[service] = self.rows.labels(service)
         child.inc(n)
 
-    def observe(self, method: str, route: str, status: int, seconds: float) -> None:
+    def observe(self, method: str, route: str, status: int | str, seconds: float) -> None:
         """One answered request."""
         child = self._seconds.get((method, route, status))
         if child is None:

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import re
 import time
-import uuid
 from typing import TYPE_CHECKING, Any
 
 from starlette.exceptions import HTTPException
@@ -76,8 +76,7 @@ class RequestScope:
             except Exception as error:  # nothing may leave a client without an answer in the documented shape
                 waiting = False
                 if isinstance(error, TimeoutError) and budget.expired():
-                    what = f"no answer within {self._limits.seconds:g} s"
-                    await refuse(TimeBudgetError(what, next_step="ask for less, or try again later"))
+                    await refuse(TimeBudgetError.after(self._limits.seconds))
                 else:
                     log.exception("request failed", extra={"request_id": request_id})
                     if status == 0:
@@ -159,7 +158,7 @@ def request_id_of(given: bytes | None) -> str:
     """The id of a request: the one it came with when that is well formed, else a new one."""
     if given is not None and _REQUEST_ID.fullmatch(given):
         return given.decode()
-    return uuid.uuid4().hex
+    return os.urandom(16).hex()
 
 
 def _declared_length(headers: dict[bytes, bytes]) -> int:

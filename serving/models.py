@@ -13,8 +13,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from feature_store.errors import DataError, NotFoundError, PredictFlowError, UnavailableError
+from serving.model_runs import ModelInput
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from serving.metrics import Metrics
     from serving.plans import Column
 
@@ -48,23 +51,18 @@ class Model:
                 next_step="predictflow train, or apply the feature service again",
             )
 
-    def predict(self, columns: Sequence[Column], rows: Sequence[dict[str, Any]]) -> list[float]:
-        """The probability of the positive class for each row of values by feature name; None is missing: NaN for a number."""
-        import numpy as np
-        import pandas as pd
-
+    def input(self, columns: Sequence[Column]) -> ModelInput:
+        """How rows of these columns become the frames it takes; DataError as `check`."""
         self.check(columns)
-        by_name = {c.name: c for c in columns}
-        wanted = self.features if self.features is not None else tuple(by_name)
-        data: dict[str, Any] = {}
-        for name in wanted:
-            values = [row[name] for row in rows]
-            if by_name[name].numeric:
-                data[name] = np.array([np.nan if v is None else v for v in values], dtype=np.float64)
-            else:
-                data[name] = np.array(values, dtype=object)  # text stays None, as in training
-        frame = pd.DataFrame(data, columns=list(wanted), copy=False)
+        return ModelInput(self.features if self.features is not None else [c.name for c in columns], columns)
+
+    def run(self, frame: pd.DataFrame) -> list[float]:
+        """The probability of the positive class for each row of a frame of its features."""
         return [float(p) for p in self.pipeline.predict_proba(frame)[:, self.positive]]
+
+    def predict(self, columns: Sequence[Column], rows: Sequence[dict[str, Any]]) -> list[float]:
+        """As `run`, for rows of values by feature name; None is missing: NaN for a number."""
+        return self.run(self.input(columns).frame([[row[c.name] for c in columns] for row in rows]))
 
 
 class Models(Protocol):

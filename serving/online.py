@@ -6,59 +6,23 @@ import asyncio
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from feature_store.errors import PredictFlowError, UsageError
 from serving.encoding import plain
 from serving.errors import TooManyError
+from serving.model_runs import ModelRuns
+from serving.online_types import CellRead, Done, Limits, StoredRead, entity_rows
 from serving.served_log import Served, ServedLog
 
 if TYPE_CHECKING:
     from feature_store.read_plan import OnlineRow, OnlineRows
-    from feature_store.view_plan import ViewRow
     from serving.json_plan import Answered
     from serving.metrics import Metrics
-    from serving.models import Models
+    from serving.models import Model, Models
     from serving.plans import Asked, Plans, ServicePlan
-
-Done = Callable[[bytes | None, Exception | None], None]
-"""Called once, with the body of the answer or with the error."""
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What one request may ask for."""
-
-    rows: int = 1000
-    features: int = 500
-    body_bytes: int = 4 * 1024 * 1024
-
-
-@dataclass(frozen=True)
-class CellRead:
-    """What was read, undecoded: per entity row one `ViewRow` per view of `plan.reader.plan.view_plans`, at `t_us`."""
-
-    plan: ServicePlan
-    entities: list[dict[str, object]]
-    t_us: int
-    rows: list[list[ViewRow]]
-
-
-def entity_rows(entities: Mapping[str, Sequence[object]], max_rows: int) -> list[dict[str, object]]:
-    """Columns of join keys as rows; UsageError when their lengths differ or there are none, TooManyError over the limit."""
-    lengths = {key: len(values) for key, values in entities.items()}
-    n = max(lengths.values(), default=0)
-    if len(set(lengths.values())) != 1 or n == 0:
-        raise UsageError(
-            "entities must hold at least one value, and equally many per join key",
-            value=lengths,
-            next_step='send {"entities": {"<join key>": ["<value>", ...]}}',
-        )
-    if n > max_rows:
-        raise TooManyError("rows", n, max_rows)
-    return [dict(zip(entities, values)) for values in zip(*entities.values())]
 
 
 class OnlineService:
@@ -79,6 +43,7 @@ class OnlineService:
         self._log = served_log
         self._metrics = metrics
         self._threads = threads
+        self._runs = ModelRuns(threads)
         self._wall = wall
         self._limits = limits
 
@@ -119,10 +84,7 @@ class OnlineService:
         request_id: str,
     ) -> CellRead:
         """As `features`, undecoded, for answers in Feast's own formats: a row view's cells are `Value` proto bytes."""
-        if not isinstance(asked, str) and len(asked) > self._limits.features:
-            raise TooManyError("features", len(asked), self._limits.features)
-        rows = entity_rows(entities, self._limits.rows)
-        plan = await self._plan(asked, full_names)
+        plan, rows = await self._asked(entities, asked, full_names)
         compiled = plan.reader.plan
         replies, now_us = await plan.reader.afetch(rows, at)
         if plan.computes:
@@ -137,6 +99,34 @@ class OnlineService:
             self._count(plan, read)
             self._log.write(Served(request_id, self._wall(), self._plans.project), plan, read)
         return CellRead(plan, rows, t_us, answers)
+
+    async def stored(
+        self, entities: Mapping[str, Sequence[object]], asked: Asked, full_names: bool
+    ) -> StoredRead | None:
+        """As `cells` at the clock, as Redis replied; tell `served` what came of it. None for what must be computed with:
+        `cells` does."""
+        plan, rows = await self._asked(entities, asked, full_names)
+        if plan.json is None:
+            return None
+        replies, t_us = await plan.reader.afetch(rows)
+        return StoredRead(plan, rows, t_us, replies)
+
+    def served(self, read: StoredRead, counts: Sequence[tuple[str, str, int]], request_id: str) -> None:
+        """Counts and logs an answer to `stored`. `counts`: (view, status, number of values)."""
+        self._metrics.add_rows(read.plan.name or "", len(read.entities))
+        for count in counts:
+            self._metrics.add_status(*count)
+        if read.plan.json is not None:
+            answered = read.plan.json.later(read.entities, read.replies, read.t_us)
+            self._log.write_read(Served(request_id, self._wall(), self._plans.project), answered)
+
+    async def _asked(
+        self, entities: Mapping[str, Sequence[object]], asked: Asked, full_names: bool
+    ) -> tuple[ServicePlan, list[dict[str, object]]]:
+        if not isinstance(asked, str) and len(asked) > self._limits.features:
+            raise TooManyError("features", len(asked), self._limits.features)
+        rows = entity_rows(entities, self._limits.rows)
+        return await self._plan(asked, full_names), rows
 
     def begin(
         self, rows: Sequence[Mapping[str, object]], asked: Asked, full_names: bool, request_id: str, done: Done
@@ -170,24 +160,64 @@ class OnlineService:
         except UsageError:
             return False
 
-    def _served(self, plan: ServicePlan, read: Answered, request_id: str) -> None:
+    def begin_predict(self, model_name: str, rows: Sequence[Mapping[str, object]], request_id: str, done: Done) -> bool:
+        """As `predict` at the clock, in the way of `begin`. False also for a model that is not loaded yet."""
+        model = self._models.cached(model_name)
+        plan = None if model is None else self._plans.cached(model.feature_service, False)
+        json = None if plan is None else plan.json
+        if model is None or plan is None or json is None:
+            return False
+        reader: Any = plan.reader
+
+        def replied(replies: list[Any] | None, error: PredictFlowError | None) -> None:
+            if replies is None:
+                done(None, error)
+                return
+            try:
+                found, t_us = reader.replied(replies)
+                read = json.answered(rows, found, t_us)
+                values = json.inputs(read)
+                if values is None:
+                    values = _values(plan, reader.plan.decode(rows, found, t_us))
+                self._runs.start(model, plan.columns, values, partial(predicted, read))
+            except Exception as e:  # noqa: BLE001 - as in `begin`
+                done(None, e)
+
+        def predicted(read: Answered, probabilities: list[float] | None, error: Exception | None) -> None:
+            if probabilities is None:
+                done(None, error)
+                return
+            read.probabilities = probabilities
+            try:
+                body = json.predictions(read, probabilities, model.name, model.version)
+            except Exception as e:  # noqa: BLE001 - as in `begin`
+                done(None, e)
+                return
+            done(body, None)
+            self._served(plan, read, request_id, model)
+
+        try:
+            return bool(reader.start(rows, replied))
+        except UsageError:
+            return False
+
+    def _served(self, plan: ServicePlan, read: Answered, request_id: str, model: Model | None = None) -> None:
         self._metrics.add_rows(plan.name or "", len(read))
         read.plan.count(read, self._metrics.add_status)
-        self._log.write_read(Served(request_id, self._wall(), self._plans.project), read)
+        named = (None, None) if model is None else (model.name, model.version)
+        self._log.write_read(Served(request_id, self._wall(), self._plans.project, *named), read)
 
     async def predict(
         self, model_name: str, entities: Mapping[str, Sequence[object]], at: datetime | None, request_id: str
     ) -> dict[str, Any]:
         """The body of a PredictResponse; errors as `features`, and NotFoundError for a model without a champion."""
         rows = entity_rows(entities, self._limits.rows)
-        loop = asyncio.get_running_loop()
         model = self._models.cached(model_name)
         if model is None:
             model = await asyncio.to_thread(self._models.get, model_name)
         plan = await self._plan(model.feature_service, False)
         read = await self._read(plan, rows, at)
-        values = [row.values for row in read.rows]
-        probabilities = await loop.run_in_executor(self._threads, model.predict, plan.columns, values)
+        probabilities = await self._runs.run(model, plan.columns, _values(plan, read))
         self._count(plan, read)
         served = Served(request_id, self._wall(), self._plans.project, model.name, model.version)
         self._log.write(served, plan, read, probabilities)
@@ -215,6 +245,10 @@ class OnlineService:
         self._metrics.add_rows(plan.name or "", len(read.rows))
         counts = Counter((c.view, row.statuses[c.name]) for row in read.rows for c in plan.columns)
         self._metrics.count_statuses(counts.items())
+
+
+def _values(plan: ServicePlan, read: OnlineRows) -> list[list[Any]]:
+    return [[row.values[c.name] for c in plan.columns] for row in read.rows]
 
 
 def _row(row: OnlineRow) -> dict[str, Any]:

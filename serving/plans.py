@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from feast import FeatureService, FeatureStore
 
     from feature_store.read_plan import OnlineRows, ReadPlan
-    from serving.json_plan import Caches, JsonPlan
+    from serving.json_plan import JsonPlan
+    from serving.json_view import Caches
 
 log = logging.getLogger(__name__)
 
@@ -205,7 +206,8 @@ class Plans:
 
     def _compile(self, asked: Asked, full_names: bool, service: FeatureService | None = None) -> ServicePlan:
         from feature_store.read_plan import ReadPlan
-        from serving.json_plan import Caches, JsonPlan
+        from serving.json_plan import JsonPlan
+        from serving.json_view import Caches
 
         if self._caches is None:
             self._caches = Caches()

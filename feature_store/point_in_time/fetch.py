@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from feature_store.errors import DataError
-from feature_store.point_in_time.engine import ident, reading, text
+from feature_store.point_in_time.engine import give_back, ident, reading, text
 from feature_store.point_in_time.layout import FOOTER
 from feature_store.point_in_time.request import Feature
 from feature_store.point_in_time.slots import Ints
@@ -83,6 +83,7 @@ def fetch(con: duckdb.DuckDBPyConnection, source: ParquetSource, places: Ints, c
         numbers.append(number)
         for part, values in zip(parts, piece.columns, strict=True):
             part.append(values)
+    give_back(con)  # before the rows exist twice
     back = np.full(len(distinct), -1, np.int64)
     order = np.concatenate(numbers) + absent
     back[order] = np.arange(len(order))
@@ -173,7 +174,7 @@ def _engine_types(
 ) -> dict[str, str]:
     found = source.columns
     if len(source.files) > 1:
-        with reading(f"{source.label}: {file}"):
+        with scanning(replace(source, files=(file,)), []):
             rows = con.execute(f"DESCRIBE SELECT * FROM {relation([file])}").fetchall()
         found = {str(r[0]): str(r[1]) for r in rows}
     return {n: found[n] for n in names if n in found}

@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 
 from feature_store.clock import to_micros
-from feature_store.point_in_time.engine import ident
+from feature_store.point_in_time.engine import give_back, ident
 from feature_store.point_in_time.fetch import SHIFT, feature_columns, fetch, stored_columns
 from feature_store.point_in_time.narrow import narrow
 from feature_store.point_in_time.request import Feature
@@ -87,6 +87,7 @@ def latest_chunks(
         conditions = [_range(source, pull), *(f"{ident(k)} IS NOT NULL" for k in pull.keys)]
         places = _latest(con, f"{reading_of.sql} WHERE {' AND '.join(conditions)}", len(pull.keys))
     places.sort()
+    give_back(con)
     starts = range(0, max(len(places), 1), rows)
     return len(places), (fetch(con, source, places[i : i + rows], wanted) for i in starts)
 

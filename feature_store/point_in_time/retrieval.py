@@ -16,7 +16,7 @@ from feature_store.point_in_time.fetch import Column, feature_columns, fetch
 from feature_store.point_in_time.join import Strategy, match_view
 from feature_store.point_in_time.request import ViewRequest
 from feature_store.point_in_time.slots import Ints
-from feature_store.point_in_time.source import ParquetSource, open_source
+from feature_store.point_in_time.source import ParquetSource, open_source, scanning_all
 from feature_store.point_in_time.types import ns_per_tick, ticks
 from feature_store.point_in_time.windowed import open_events, window_values
 
@@ -99,11 +99,18 @@ def known_keys(
                 valid=widest,
                 next_step="pass entity_df",
             )
-    selects = [
-        _keys_sql(con, r, widest, start, end, as_known) for r in requests if {k.entity for k in r.keys} == set(widest)
+    asked = [r for r in requests if {k.entity for k in r.keys} == set(widest)]
+    sources = [
+        open_events(con, r) if r.definition is not None else open_source(con, r.label, [r.place], r.next_step)
+        for r in asked
+    ]
+    selects = [_keys_sql(s, r, widest, start, end, as_known) for s, r in zip(sources, asked, strict=True)]
+    scans = [
+        (s, [*(k.source for k in r.keys), r.timestamp, r.created, "_visible_at"])
+        for s, r in zip(sources, asked, strict=True)
     ]
     columns = ", ".join(ident(k) for k in widest)
-    with reading("retrieval without entity rows"):
+    with scanning_all("retrieval without entity rows", scans):
         if widest:
             keys = con.sql(f"SELECT DISTINCT {columns} FROM ({' UNION ALL '.join(selects)}) ORDER BY {columns}")
             table = keys.to_arrow_table()
@@ -114,7 +121,7 @@ def known_keys(
 
 
 def _keys_sql(
-    con: duckdb.DuckDBPyConnection,
+    source: ParquetSource,
     request: ViewRequest,
     keys: Sequence[str],
     start: datetime | None,
@@ -122,9 +129,6 @@ def _keys_sql(
     as_known: bool,
 ) -> str:
     windowed = request.definition is not None
-    source = (
-        open_events(con, request) if windowed else open_source(con, request.label, [request.place], request.next_step)
-    )
     conditions = [f"{ident(k.source)} IS NOT NULL" for k in request.keys]
     created = "_visible_at" if windowed else request.created if as_known else None
     for column, operator, bound in (

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlparse
@@ -103,9 +103,10 @@ def open_source(con: duckdb.DuckDBPyConnection, label: str, places: Sequence[str
     files = tuple(f for place in places for f in read_files(con, place, label))
     if not files:
         raise NotFoundError(f"{label}: no Parquet files", value=places[0], next_step=next_step)
-    with reading(f"{label} ({places[0]})"):
-        rows = con.execute(f"DESCRIBE SELECT * FROM {relation(files)}").fetchall()
-    return ParquetSource(f"{label} ({places[0]})", files, {str(r[0]): str(r[1]) for r in rows})
+    source = ParquetSource(f"{label} ({places[0]})", files, {})
+    with scanning(source, []):
+        rows = con.execute(f"DESCRIBE SELECT * FROM {source.relation}").fetchall()
+    return replace(source, columns={str(r[0]): str(r[1]) for r in rows})
 
 
 def open_parquet(file: str, label: str, metadata: pq.FileMetaData | None = None) -> pq.ParquetFile:
@@ -168,17 +169,25 @@ def arrow_kind(arrow: pa.DataType) -> str:
 @contextmanager
 def scanning(source: ParquetSource, columns: Sequence[str | None]) -> Iterator[None]:
     """`reading` for a scan of these columns: after a failure the damaged file, row group and column are looked for."""
+    with scanning_all(source.label, [(source, columns)]):
+        yield
+
+
+@contextmanager
+def scanning_all(what: str, scans: Sequence[tuple[ParquetSource, Sequence[str | None]]]) -> Iterator[None]:
+    """`scanning` for one query, called `what`, over several sources and their columns."""
     try:
-        with reading(source.label):
+        with reading(what):
             yield
     except DataError as e:
         if isinstance(e.__cause__, duckdb.Error) and not isinstance(e.__cause__, duckdb.OutOfMemoryException):
-            blame(source, [c for c in columns if c])
+            for source, columns in scans:
+                blame(source, [c for c in columns if c])
         raise
 
 
 def blame(source: ParquetSource, columns: Sequence[str]) -> None:
-    """DataError naming the first file, row group and column that cannot be read; returns when all can.
+    """DataError naming the first file, row group and column that cannot be read or hold a time out of range; else returns.
 
     Called after a scan failed: the engine's own message often leaves out where.
     """
@@ -187,8 +196,16 @@ def blame(source: ParquetSource, columns: Sequence[str]) -> None:
         for group in range(opened.metadata.num_row_groups):
             for column in columns:
                 if column in opened.schema_arrow.names:
-                    with reading_file(source.label, f"{file} (row group {group}, column {column})"):
-                        opened.read_row_group(group, columns=[column], use_threads=False)
+                    place = f"{file} (row group {group}, column {column})"
+                    with reading_file(source.label, place):
+                        values = opened.read_row_group(group, columns=[column], use_threads=False).column(0)
+                    if pa.types.is_timestamp(values.type) and values.type.unit in ("s", "ms"):
+                        try:
+                            values.cast(pa.timestamp("us", values.type.tz))  # what the engine compares in
+                        except pa.ArrowInvalid as e:
+                            raise DataError(
+                                f"{source.label}: {place}: a time out of range: {e}", next_step="correct that row"
+                            ) from e
 
 
 def file_path(source: Any) -> str:

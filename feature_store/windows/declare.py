@@ -193,7 +193,7 @@ def _view(
 
 def _text(sql: str | Path, base: Path) -> str:
     if isinstance(sql, str) and not re.fullmatch(r"\S+\.sql", sql.strip(), re.IGNORECASE):
-        return sql.strip("\n")
+        return sql  # as it is, so that errors name the lines of the user's text
     file = base / (sql.strip() if isinstance(sql, str) else sql)
     try:
         return file.read_text(encoding="utf-8")

@@ -1,6 +1,7 @@
 """From the SQL of a windowed definition to `ir.Statement`: whether it makes sense, and what it means.
 
-`sql_tokens` reads words, `sql_syntax` the tree, `sql_expressions` gives types; here stand windows, groups and outputs.
+`sql_tokens` reads words, `sql_syntax` and `sql_reader` the tree, `sql_expressions` gives types, `sql_windows` the windows;
+here stand aggregates and outputs.
 Everything that is not supported is an SqlError with its place, the reason and the nearest supported form.
 """
 
@@ -24,21 +25,19 @@ from feature_store.windows.ir import (
 )
 from feature_store.windows.ir import Function as AggregateFunction
 from feature_store.windows.sql_expressions import SCALARS, Checker, both
-from feature_store.windows.sql_intervals import Interval, interval_sql
-from feature_store.windows.sql_syntax import (
+from feature_store.windows.sql_syntax import selects
+from feature_store.windows.sql_tokens import At, SqlError, Token
+from feature_store.windows.sql_tree import (
     OVER_FORM,
     TABLE_FORM,
     Function,
     Item,
     Name,
     Node,
-    Over,
     Select,
     Star,
-    TableFunction,
-    selects,
 )
-from feature_store.windows.sql_tokens import At, SqlError, Token
+from feature_store.windows.sql_windows import BOUNDS, WINDOW_FUNCTIONS, WindowChecker
 
 AGGREGATES: dict[str, AggregateFunction] = {
     "COUNT": "count",
@@ -53,9 +52,6 @@ AGGREGATES: dict[str, AggregateFunction] = {
     "STDDEV": "stddev",
     "STDDEV_SAMP": "stddev",
 }
-_WINDOW_FUNCTIONS = ("TUMBLE", "HOP", "SESSION")
-_BOUNDS = ("window_start", "window_end")
-_LENGTHS = {"TUMBLE": ("the size",), "HOP": ("the slide", "the size"), "SESSION": ("the gap",)}
 
 
 def parse(
@@ -110,7 +106,8 @@ class _SelectMeaning:
         self._names = outputs
         self._rows = Checker(columns, tree.names, self._no_aggregate)
         self._groups: dict[Window, _Group] = {}
-        self._grouped = self._group_window()
+        self._windows = WindowChecker(tree, source, key)
+        self._grouped = self._windows.of_group()
         self._where = self._rows.condition(tree.where, "WHERE") if tree.where is not None else None
 
     def statements(self) -> list[Statement]:
@@ -121,151 +118,12 @@ class _SelectMeaning:
             raise SqlError(at, "no output, only the key", nearest="an aggregate, like COUNT(*) AS n")
         return [Statement(w, tuple(g.aggregates), tuple(g.outputs)) for w, g in self._groups.items()]
 
-    # The window of a GROUP BY
-
-    def _group_window(self) -> Window | None:
-        tree = self._tree
-        if tree.function is None and tree.group_by is None:
-            if tree.emit is not None:
-                raise SqlError(tree.emit, "an OVER window moves with every event and never closes", nearest=TABLE_FORM)
-            return None
-        if tree.windows:
-            at = next(iter(tree.windows.values())).at
-            raise SqlError(
-                at, "a SELECT has one kind of window", value="WINDOW", nearest="two SELECTs with ; between them"
-            )
-        if tree.function is not None:
-            return self._table_window(tree.function)
-        assert tree.group_by is not None
-        found = None
-        for node in tree.group_by:
-            if isinstance(node, Function) and node.name.upper() in _WINDOW_FUNCTIONS:
-                if found is not None:
-                    raise SqlError(node.at, "two windows in one GROUP BY", nearest="two SELECTs with ; between them")
-                found = self._call_window(node)
-        if found is None:
-            raise SqlError(
-                tree.group_by[0].at,
-                "GROUP BY without a window",
-                nearest=self._group_form("TUMBLE(ts, INTERVAL '1' HOUR)"),
-            )
-        self._check_group([n for n in tree.group_by if not isinstance(n, Function)], tree.group_by, bounds=False)
-        return found
-
-    def _call_window(self, node: Function) -> Window:
-        kind = node.name.upper()
-        if node.distinct or node.filter is not None or node.over is not None:
-            raise SqlError(node.at, "not an aggregate", value=node.name, nearest=self._group_form(f"{kind}(...)"))
-        if not node.arguments or not isinstance(node.arguments[0], Name):
-            raise SqlError(
-                node.at, "the first argument is the time column", value=node.name, valid=[self._source.timestamp]
-            )
-        lengths = []
-        for length in node.arguments[1:]:
-            if not isinstance(length, Interval):
-                raise SqlError(length.at, "expected the length of a window", nearest="INTERVAL '1' HOUR")
-            lengths.append(length)
-        self._check_time(node.arguments[0])
-        return self._window(node.at, kind, lengths)
-
-    def _table_window(self, f: TableFunction) -> Window:
-        self._check_time(f.timestamp)
-        if f.kind == "SESSION":
-            form = f"SESSION(TABLE {self._tree.table.text} PARTITION BY {', '.join(self._key)}, ...)"
-            if f.partition is None:
-                raise SqlError(f.at, "a session belongs to one entity", nearest=form)
-            self._check_key(f.partition, f.at, form)
-        elif f.partition is not None:
-            raise SqlError(
-                f.partition[0].at, f"PARTITION BY stands in SESSION only, not in {f.kind}", nearest=TABLE_FORM
-            )
-        group = self._tree.group_by
-        form = self._group_form("window_start, window_end")
-        if group is None:
-            raise SqlError(self._tree.at, "a window function needs a GROUP BY", nearest=form)
-        for node in group:
-            if isinstance(node, Function) and node.name.upper() in _WINDOW_FUNCTIONS:
-                raise SqlError(node.at, "the window stands in FROM already", value=node.name, nearest=form)
-        self._check_group(list(group), group, bounds=True)
-        return self._window(f.at, f.kind, f.lengths)
-
-    def _window(self, at: At, kind: str, lengths: Sequence[Interval]) -> Window:
-        wanted, on_close = _LENGTHS[kind], self._tree.emit is not None
-        if len(lengths) != len(wanted):
-            raise SqlError(
-                at, f"{kind} takes {len(wanted)} length{'s'[: len(wanted) - 1]} ({', then '.join(wanted)}), not {len(lengths)}",
-                nearest=f"{kind}(..., {', '.join(['INTERVAL ...'] * len(wanted))})",
-            )  # fmt: skip
-        size = lengths[-1].us
-        if kind == "SESSION":
-            return Window("session", size, 0, on_close)
-        slide = lengths[0].us
-        if size % slide:
-            multiple = max(1, round(size / slide)) * slide
-            raise SqlError(
-                lengths[-1].at, "HOP's size (the second length) must be a multiple of its slide (the first)",
-                nearest=f"HOP(..., {interval_sql(slide)}, {interval_sql(multiple)})",
-            )  # fmt: skip
-        return Window("tumble" if kind == "TUMBLE" else "hop", size, slide, on_close)
-
-    def _group_form(self, window: str) -> str:
-        return f"GROUP BY {', '.join([*self._key, window])}"
-
-    def _check_group(self, nodes: Sequence[Node], group: Sequence[Node], *, bounds: bool) -> None:
-        """Exactly the key, and with `bounds` the window's bounds."""
-        wanted = [*self._key, *(_BOUNDS if bounds else ())]
-        form = self._group_form("window_start, window_end" if bounds else "TUMBLE(ts, INTERVAL '1' HOUR)")
-        seen = set()
-        for node in nodes:
-            self._check_table(node)
-            if not isinstance(node, Name) or node.name not in wanted:
-                value = node.name if isinstance(node, Name) else None
-                raise SqlError(
-                    node.at,
-                    "GROUP BY takes exactly the entity's key and the window",
-                    value=value,
-                    valid=wanted,
-                    nearest=form,
-                )
-            if node.name in seen:
-                raise SqlError(node.at, "twice in GROUP BY", value=node.name, nearest=form)
-            seen.add(node.name)
-        missing = [n for n in wanted if n not in seen]
-        if missing:
-            raise SqlError(group[0].at, f"GROUP BY without {', '.join(missing)}", nearest=form)
-        for other in group:
-            if isinstance(other, Function) and other.name.upper() not in _WINDOW_FUNCTIONS:
-                raise SqlError(
-                    other.at, "GROUP BY takes exactly the entity's key and the window", value=other.name, nearest=form
-                )
-
-    def _check_table(self, node: Node) -> None:
-        if isinstance(node, Name) and node.table is not None and node.table not in self._tree.names:
-            raise SqlError(node.at, "unknown table before a column", value=node.table, valid=self._tree.names)
-
-    def _check_time(self, column: Name) -> None:
-        self._check_table(column)
-        if column.name != self._source.timestamp:
-            raise SqlError(
-                column.at, "not the time column of the events", value=column.name, valid=[self._source.timestamp]
-            )
-
-    def _check_key(self, names: Sequence[Name], at: At, form: str) -> None:
-        for name in names:
-            self._check_table(name)
-            if name.name not in self._key:
-                raise SqlError(name.at, "not the entity's key", value=name.name, valid=self._key, nearest=form)
-        if len(names) != len(self._key) or len({n.name for n in names}) != len(names):
-            raise SqlError(at, "PARTITION BY takes each column of the entity's key once", valid=self._key, nearest=form)
-
-    # Outputs
-
     def _item(self, item: Item) -> None:
         node, alias = item.expression, item.alias
         if isinstance(node, Star):
             raise SqlError(node.at, "SELECT *: outputs are aggregates", value="*", nearest="COUNT(*) AS n")
         if isinstance(node, Name) and node.name in self._key:
-            self._check_table(node)
+            self._windows.check_table(node)
             if alias is not None and alias.text != node.name:
                 raise SqlError(alias.at, "the key keeps its name", value=alias.text, nearest=node.name)
             return
@@ -297,7 +155,7 @@ class _SelectMeaning:
                 value=name,
                 nearest="AS another name",
             )
-        if lower in _BOUNDS:
+        if lower in BOUNDS:
             raise SqlError(alias.at, "the name is taken by the window", value=name, nearest="AS another name")
         if lower in self._names:
             also = "" if self._names[lower] == name else f" (DuckDB sees no case: {self._names[lower]})"
@@ -332,12 +190,7 @@ class _SelectMeaning:
                     nearest=f"WINDOW {over.text} AS (...) at the end",
                 )  # fmt: skip
             over = named
-        return self._over_window(over)
-
-    def _over_window(self, over: Over) -> Window:
-        self._check_key(over.partition, over.partition[0].at, f"PARTITION BY {', '.join(self._key)}")
-        self._check_time(over.order)
-        return Window("over", over.size.us)
+        return self._windows.of_over(over)
 
     def _aggregate(self, node: Function) -> Aggregate:
         name = node.name.upper()
@@ -395,7 +248,7 @@ class _SelectMeaning:
                 node.at, "an aggregate within WHERE, FILTER or another aggregate", value=node.name,
                 nearest="it as an output, like SUM(a) / COUNT(*)",
             )  # fmt: skip
-        if name in _WINDOW_FUNCTIONS:
+        if name in WINDOW_FUNCTIONS:
             raise SqlError(
                 node.at, "a window function stands in FROM TABLE(...) or GROUP BY", value=node.name, nearest=TABLE_FORM
             )
@@ -422,7 +275,7 @@ class _OutputReader:
             raise SqlError(
                 node.at, "strings of an output are constants", value=node.name, nearest="the constant itself"
             )
-        if name in _WINDOW_FUNCTIONS:
+        if name in WINDOW_FUNCTIONS:
             raise SqlError(
                 node.at, "a window function stands in FROM TABLE(...) or GROUP BY", value=node.name, nearest=TABLE_FORM
             )
@@ -441,7 +294,7 @@ class _OutputReader:
 
     def _column(self, node: Name) -> SqlError:
         s = self._select
-        if node.name.lower() in (*_BOUNDS, "window_time"):
+        if node.name.lower() in (*BOUNDS, "window_time"):
             return SqlError(
                 node.at, "the bounds of a window are not served: they follow from the time of the read", value=node.name,
                 nearest="MIN(event_timestamp) or MAX(event_timestamp)".replace("event_timestamp", s._source.timestamp),

@@ -12,8 +12,8 @@ from datetime import UTC, datetime, timedelta
 
 from feature_store.windows.ir import Call, Column, Constant, Expression, Operator, Type, walk
 from feature_store.windows.sql_intervals import Interval
-from feature_store.windows.sql_syntax import Function, Literal_, Name, Node, Operation, Star
 from feature_store.windows.sql_tokens import At, SqlError
+from feature_store.windows.sql_tree import Function, Literal_, Name, Node, Operation, Star
 
 MAX_PARTS = 1_000
 """Of one expression, a part that is used twice (as by BETWEEN) counting twice."""
@@ -192,7 +192,9 @@ class Checker:
                 instead = "CAST(x AS BIGINT)"
             elif kinds == ("bool",):
                 instead = "a comparison, like x > 0"
-            raise SqlError(node.at, f"{where} needs {' or '.join(kinds)}, not {found.type}", nearest=instead)
+            raise SqlError(
+                node.at, f"{where} needs {' or '.join(kinds)}, not {found.type}", valid=kinds, nearest=instead
+            )
         return found
 
     def _arithmetic(self, at: At, operator: Operator, left: Node, right: Node) -> Expression:

@@ -66,6 +66,8 @@ def interval_sql(us: int) -> str:
 
 def length_in_words(us: int) -> str:
     """A length for people: `7 days`."""
+    if us == 0:
+        return "0 seconds"
     for name in ("DAY", "HOUR", "MINUTE", "SECOND", "MILLISECOND"):
         if us % _UNITS_US[name] == 0:
             count = us // _UNITS_US[name]

@@ -75,7 +75,7 @@ def expression_sql(expression: Expression, dialect: Dialect, aggregates: Sequenc
         case "hour":
             return f"EXTRACT(HOUR FROM {_utc(parts[0], dialect)})"
         case "isodow":
-            day = {"duckdb": "ISODOW", "flink": "ISODOW", "spark": "DAYOFWEEK_ISO"}[dialect]
+            day = "DAYOFWEEK_ISO" if dialect == "spark" else "ISODOW"
             return f"EXTRACT({day} FROM {_utc(parts[0], dialect)})"
         case name:
             return f"{_FUNCTION[name].get(dialect, name)}({', '.join(parts)})"

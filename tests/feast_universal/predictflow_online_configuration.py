@@ -23,6 +23,7 @@ class PredictFlowOnlineStoreCreator(OnlineStoreCreator):
     """Our store on a Redis of its own.
 
     `expired_values: keep`: some tests write rows older than their view's ttl and expect them back, as stock Feast does.
+    `pickled_functions: run`: the suite applies on-demand views that no feature repository defines.
     """
 
     def create_online_store(self) -> dict[str, Any]:
@@ -38,6 +39,7 @@ class PredictFlowOnlineStoreCreator(OnlineStoreCreator):
             "type": "feature_store.online_store.PredictFlowOnlineStore",
             "connection_string": f"redis://{HOST}:{port}/0",
             "expired_values": "keep",
+            "pickled_functions": "run",
         }
 
     def teardown(self) -> None:

@@ -19,7 +19,7 @@ from feast.types import Float64, String
 
 import feature_store.backfill
 from feature_store.backfill_state import PostgresState
-from feature_store.windows import Aggregate, windowed_feature_view
+from feature_store.windows.declare import event_source, windowed_feature_view
 
 T0 = datetime(2024, 1, 1, tzinfo=UTC)
 MONTHS = 12
@@ -44,13 +44,12 @@ def views() -> list[Any]:
     behaviour = windowed_feature_view(
         name="behaviour",
         entity=customer,
-        topic="events",
+        source=event_source(topic="events", columns={"quantity": "int64"}, event_id="event_id"),
         path="events",
-        columns={"quantity": "int64"},
-        event_id="event_id",
-        sql="SELECT event_id, customer, event_timestamp, created, quantity FROM events",
+        sql="""SELECT customer, COUNT(*) OVER (PARTITION BY customer ORDER BY event_timestamp
+               RANGE BETWEEN INTERVAL '7' DAYS PRECEDING AND CURRENT ROW) AS n_7d FROM events""",
+        history_sql="SELECT event_id, customer, event_timestamp, created, quantity FROM events",
         ttl=timedelta(days=20),
-        aggregates=[Aggregate("n_7d", "count", window=timedelta(days=7))],
     )
     return [account, behaviour]
 

@@ -17,14 +17,15 @@ from feast import Entity, FeatureService, FeatureStore, FeatureView, Field, File
 from feast.data_source import PushSource
 from feast.types import Array, Bool, Float64, Int64, String, UnixTimestamp
 
-from feature_store.read_plan import OnlineReader
+from feature_store.online_reader import OnlineReader
 from feature_store.redis_connection import connect_async
-from feature_store.windows import Aggregate, windowed_feature_view
+from feature_store.windows.declare import event_source, windowed_feature_view
 from serving.grpc_push import StoreWriter
 from serving.grpc_server import GrpcOptions, GrpcServer
 from serving.metrics import Metrics
 from serving.models import NoModels
-from serving.online import Limits, OnlineService
+from serving.online import OnlineService
+from serving.online_types import Limits
 from serving.plans import Plans
 from serving.push import Pusher
 from serving.served_log import NoServedLog
@@ -68,12 +69,11 @@ class Repo:
         self.behavior = windowed_feature_view(
             name="behavior",
             entity=customer,
-            topic="events",
+            source=event_source(topic="events", columns={"amount": "int64"}),
             path=str(home / "behavior"),
-            columns={"amount": "int64"},
-            aggregates=[Aggregate("events_7d", "count", window=7 * DAY)],
+            sql="""SELECT customer_id, COUNT(*) OVER (PARTITION BY customer_id ORDER BY event_timestamp
+                   RANGE BETWEEN INTERVAL '7' DAYS PRECEDING AND CURRENT ROW) AS events_7d FROM events""",
             ttl=30 * DAY,
-            sql="SELECT 1",
         )
         views = [self.account, self.visits, self.behavior]
         self.store = FeatureStore(

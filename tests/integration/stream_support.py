@@ -22,17 +22,29 @@ import pyarrow.parquet as pq
 from feature_store.bootstrap import StreamPlace, bootstrap
 from feature_store.consistency import Consistency, check
 from feature_store.event_log import log_files
-from feature_store.read_plan import OnlineReader, ReadPlan
+from feature_store.online_reader import OnlineReader
+from feature_store.read_plan import ReadPlan
 from feature_store.redis_connection import connect
 from feature_store.sync import Sync, SyncOptions
 from feature_store.topic import default_group
-from feature_store.windows import Aggregate, Where, definition_of, windowed_feature_view
+from feature_store.windows.declare import event_source, windowed_feature_view
+from feature_store.windows.definition import definition_of
 from feature_store.windows.history import history_sql
 
 ROOT = Path(__file__).parents[2]
 T0 = datetime(2024, 3, 1, tzinfo=UTC)
 DAY = timedelta(days=1)
 FEATURES = ["events_7d", "quantity_7d", "spend_cents_30d", "problems_30d"]
+SQL = """
+SELECT customer_id,
+       COUNT(*) OVER w7 AS events_7d,
+       SUM(quantity) OVER w7 AS quantity_7d,
+       SUM(amount_cents) OVER w30 AS spend_cents_30d,
+       COUNT(*) FILTER (WHERE event_type = 'ticket') OVER w30 AS problems_30d
+FROM events
+WINDOW w7 AS (PARTITION BY customer_id ORDER BY event_timestamp RANGE BETWEEN INTERVAL '7' DAYS PRECEDING AND CURRENT ROW),
+       w30 AS (PARTITION BY customer_id ORDER BY event_timestamp RANGE BETWEEN INTERVAL '30' DAYS PRECEDING AND CURRENT ROW)
+"""
 UTC_US = pa.timestamp("us", "UTC")
 EVENT_SCHEMA = pa.schema(
     [
@@ -189,20 +201,19 @@ def make_project(
     for name, value in environ.items():
         monkeypatch.setenv(name, value)
     customer = Entity(name="customer", join_keys=["customer_id"], value_type=ValueType.STRING)
+    source = event_source(
+        topic=topic,
+        columns={"event_type": "string", "quantity": "int64", "amount_cents": "int64"},
+        event_id="event_id",
+        retention=100 * DAY,
+    )
     view = windowed_feature_view(
         name="customer_behavior",
         entity=customer,
-        topic=topic,
+        source=source,
         path="customer_events",
-        columns={"event_type": "string", "quantity": "int64", "amount_cents": "int64"},
-        event_id="event_id",
-        sql="SELECT * FROM events",
-        aggregates=[
-            Aggregate("events_7d", "count", window=7 * DAY),
-            Aggregate("quantity_7d", "sum", "quantity", window=7 * DAY),
-            Aggregate("spend_cents_30d", "sum", "amount_cents", window=30 * DAY),
-            Aggregate("problems_30d", "count", window=30 * DAY, where=Where("event_type", ("ticket",))),
-        ],
+        sql=SQL,
+        history_sql="SELECT * FROM events",
         ttl=60 * DAY,
     )
     store = FeatureStore(repo_path=str(repo))

@@ -11,7 +11,7 @@ import pytest
 
 from feature_store.errors import NotFoundError, UnavailableError, UsageError
 from serving.client import AsyncFeatureClient, FeatureClient
-from serving.grpc_server import OpenGate
+from serving.limits import Gate
 from tests.integration.grpc_support import NOW, Repo, serving
 
 
@@ -89,7 +89,7 @@ def test_errors_are_the_same_kinds_as_over_rest(repo: Repo, url: str) -> None:
             client.predict("m", {"customer_id": ["C1"]})
     assert slept == []
     with (
-        serving(repo, OpenGate(0)) as (address, _),
+        serving(repo, Gate(None, 0)) as (address, _),
         FeatureClient(f"grpc://{address}", retries=1, sleep=slept.append) as client,
         pytest.raises(UnavailableError) as raised,
     ):

@@ -13,7 +13,7 @@ import pytest
 from feature_store.consistency import check, read_served, read_served_file, served_since
 from feature_store.errors import DataError, NotFoundError
 from feature_store.rewound import mark_rewound
-from feature_store.windows import Aggregate, Where, windowed_feature_view
+from feature_store.windows.declare import event_source, windowed_feature_view
 
 T = datetime(2024, 3, 1, tzinfo=UTC)
 DAY = timedelta(days=1)
@@ -35,16 +35,12 @@ def views():
     behaviour = windowed_feature_view(
         name="behaviour",
         entity=customer,
-        topic="events",
+        source=event_source(topic="events", columns={"kind": "string", "n": "int64"}, event_id="event_id"),
         path="events",
-        columns={"kind": "string", "n": "int64"},
-        event_id="event_id",
-        sql="SELECT 1",
-        aggregates=[
-            Aggregate("count_7d", "count", window=7 * DAY),
-            Aggregate("sum_7d", "sum", "n", window=7 * DAY),
-            Aggregate("tickets_7d", "count", window=7 * DAY, where=Where("kind", ("ticket", "it's"))),
-        ],
+        sql="""SELECT customer_id, COUNT(*) OVER w AS count_7d, SUM(n) OVER w AS sum_7d,
+                      COUNT(*) FILTER (WHERE kind IN ('ticket', 'it''s')) OVER w AS tickets_7d
+               FROM events WINDOW w AS (PARTITION BY customer_id ORDER BY event_timestamp
+                                        RANGE BETWEEN INTERVAL '7' DAYS PRECEDING AND CURRENT ROW)""",
         ttl=30 * DAY,
     )
     behaviour.entity_columns = [key]

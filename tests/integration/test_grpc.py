@@ -22,8 +22,10 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from feature_store.errors import PredictFlowError, UsageError
 from serving.access import ApiKey
+from serving.grpc_calls import client_of
 from serving.grpc_push import StoreWriter
-from serving.grpc_server import SPARE_RPCS, OpenGate, client_of
+from serving.grpc_server import SPARE_RPCS
+from serving.limits import Gate
 from tests.integration.grpc_support import NOW, Repo, serving
 
 Code = grpc.StatusCode
@@ -246,10 +248,10 @@ def test_a_request_over_the_byte_limit_is_refused(repo: Repo) -> None:
         assert error.code() == Code.RESOURCE_EXHAUSTED
 
 
-class KeyGate(OpenGate):
+class KeyGate(Gate):
     """Knows one key, which may read."""
 
-    def guard(self, headers: Any, scope_needed: str) -> PredictFlowError | None:
+    def judge(self, caller: Any, headers: Any, scope_needed: str) -> PredictFlowError | None:
         error = UsageError("unknown API key")
         error.code = "unauthorized"
         if headers.get(b"x-api-key") != b"secret":
@@ -265,7 +267,7 @@ def test_keys_and_slots_are_the_gates(repo: Repo) -> None:
         assert stub.GetOnlineFeatures(request("C1"), timeout=10, metadata=key).results
         pushed = server_pb2.PushRequest(features={"a": "b"}, stream_feature_view="account_push", to="online")
         assert refused(stub.Push, pushed, metadata=key).code() == Code.PERMISSION_DENIED
-    with serving(repo, OpenGate(0)) as (address, _), grpc.insecure_channel(address) as channel:
+    with serving(repo, Gate(None, 0)) as (address, _), grpc.insecure_channel(address) as channel:
         error = refused(GrpcFeatureServerStub(channel).GetOnlineFeatures, request("C1"))
         assert error.code() == Code.RESOURCE_EXHAUSTED
         assert dict(error.trailing_metadata())["retry-after"] == "1"
@@ -276,27 +278,28 @@ def slow(server: Any, seconds: float) -> threading.Event:
     import asyncio
 
     began = threading.Event()
-    fast = server._online.cells
+    fast = server._online.stored
 
-    async def cells(*args: Any) -> Any:
+    async def stored(*args: Any) -> Any:
         began.set()
         await asyncio.sleep(seconds)
         return await fast(*args)
 
-    server._online.cells = cells
+    server._online.stored = stored
     return began
 
 
 def test_calls_beyond_the_bound_are_refused_before_the_gate_sees_them(repo: Repo) -> None:
-    gate = OpenGate(8)
-    gate.concurrent = 1 - SPARE_RPCS
+    gate = Gate(None, 8)
+    gate.concurrent = 1 - SPARE_RPCS  # what the server is told at its start
     with serving(repo, gate) as (address, server), grpc.insecure_channel(address) as channel:
+        gate.concurrent = 8
         began = slow(server, 1)
         stub = GrpcFeatureServerStub(channel)
         first = stub.GetOnlineFeatures.future(request("C1"), timeout=20)
         assert began.wait(10)
         error = refused(stub.GetOnlineFeatures, request("C1"))
-        assert (error.code(), gate._free) == (Code.RESOURCE_EXHAUSTED, 7)
+        assert (error.code(), gate.busy) == (Code.RESOURCE_EXHAUSTED, 1)
         assert error.trailing_metadata() == ()
         assert first.result(20).results
 
@@ -305,14 +308,14 @@ def test_the_time_budget_and_the_clients_deadline_end_a_request(repo: Repo) -> N
     with serving(repo, seconds=0.2) as (address, server), grpc.insecure_channel(address) as channel:
         slow(server, 30)
         assert refused(GrpcFeatureServerStub(channel).GetOnlineFeatures, request("C1")).code() == Code.DEADLINE_EXCEEDED
-    gate = OpenGate(1)
+    gate = Gate(None, 1)
     with serving(repo, gate) as (address, server), grpc.insecure_channel(address) as channel:
         slow(server, 30)
         with pytest.raises(grpc.RpcError) as e:
             GrpcFeatureServerStub(channel).GetOnlineFeatures(request("C1"), timeout=0.2)
         assert e.value.code() == Code.DEADLINE_EXCEEDED
         deadline = time.monotonic() + 10
-        while gate._free == 0:  # its slot comes back as soon as nobody waits for the answer any more
+        while gate.busy:  # its slot comes back as soon as nobody waits for the answer any more
             assert time.monotonic() < deadline
             time.sleep(0.02)
 
@@ -365,7 +368,7 @@ def test_a_value_that_no_python_value_stands_for_is_the_requests_fault(channel: 
 
 
 def test_an_access_line_names_client_and_key(repo: Repo, caplog: pytest.LogCaptureFixture) -> None:
-    class Named(OpenGate):
+    class Named(Gate):
         def caller(self, headers: Any) -> ApiKey | None:
             return ApiKey("reader", frozenset({"read"}), b"")
 

@@ -27,7 +27,7 @@ from feature_store.online_sweep import clock_of, orphans, sweep
 from feature_store.online_write import OnlineWriter, Written, online_write, online_write_async
 from feature_store.redis_connection import connect
 from feature_store.redis_settings import advice_on, warn_of_settings
-from feature_store.windows import Aggregate, windowed_feature_view
+from feature_store.windows.declare import event_source, windowed_feature_view
 from tests.value_types import COLUMNS
 
 OURS = "feature_store.online_store.PredictFlowOnlineStore"
@@ -302,12 +302,11 @@ def test_a_sweep_removes_what_is_expired_and_nothing_else(shop: FeatureStore, tm
     windowed = windowed_feature_view(
         name="behavior",
         entity=customer,
-        topic="events",
+        source=event_source(topic="events", columns={"amount": "int64"}, retention=timedelta(0)),
         path=str(tmp_path / "behavior"),
-        columns={"amount": "int64"},
-        aggregates=[Aggregate("events_7d", "count", window=7 * DAY)],
+        sql="""SELECT customer_id, COUNT(*) OVER (PARTITION BY customer_id ORDER BY event_timestamp
+               RANGE BETWEEN INTERVAL '7' DAYS PRECEDING AND CURRENT ROW) AS events_7d FROM events""",
         ttl=DAY,
-        sql="SELECT 1",
     )
     shop.apply([windowed])
     _write(shop, "day", _table([1, 2, 3], [T, T - DAY, T - DAY - timedelta(microseconds=1)]))

@@ -25,10 +25,12 @@ from feature_store.windows.declare import event_source, windowed_feature_view
 
 from feature_store.clock import replay_clock_key, to_micros
 from feature_store.errors import DataError, DefinitionError, UnavailableError, UsageError
-from feature_store.read_plan import AtTooEarlyError, ClockNotSetError, OnlineReader, ReadPlan
+from feature_store.online_reader import AtTooEarlyError, ClockNotSetError, OnlineReader
+from feature_store.read_plan import ReadPlan
+from feature_store.redis_batch import Batch
 from feature_store.redis_connection import connect, connect_async, connection_options
 from feature_store.redis_layout import KeyLayout, KeyPart, encode_pair, encode_timestamp, feature_field
-from feature_store.redis_writer import Batch, write
+from feature_store.redis_writer import write
 from feature_store.row_bytes import RowPacker
 from feature_store.windows.definition import STATE_FIELD, definition_of
 from feature_store.windows.state import States

@@ -18,7 +18,8 @@ from feast.types import Bool, Bytes, Float64, Int64, UnixTimestamp
 
 from feature_store.clock import from_micros
 from feature_store.errors import DefinitionError
-from feature_store.read_plan import OnlineReader, ReadPlan
+from feature_store.online_reader import OnlineReader
+from feature_store.read_plan import ReadPlan
 from feature_store.window_store import StateLostError, WindowStore
 from feature_store.window_write import watermarks_key
 from feature_store.windows import definition as definitions

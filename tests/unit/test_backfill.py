@@ -67,23 +67,21 @@ def account_view(sql: str | None = "SELECT customer, event_timestamp, created, c
 
 
 def behaviour_view() -> Any:
-    from feature_store.windows import Aggregate, Where, windowed_feature_view
+    from feature_store.windows.declare import event_source, windowed_feature_view
 
-    week = timedelta(days=7)
+    window = "(PARTITION BY customer ORDER BY event_timestamp RANGE INTERVAL '{}' DAYS PRECEDING)"
     return windowed_feature_view(
         name="behaviour",
         entity=customer(),
-        topic="events",
+        source=event_source(topic="events", columns={"kind": "string", "quantity": "int64"}, event_id="event_id"),
         path="events",
-        columns={"kind": "string", "quantity": "int64"},
-        event_id="event_id",
-        sql=EVENT_SQL,
+        sql=f"""
+            SELECT COUNT(*) OVER w7 AS n_7d, SUM(quantity) OVER w7 AS quantity_7d,
+                   COUNT(*) FILTER (WHERE kind = 'bad') OVER w2 AS bad_2d
+            FROM events WINDOW w7 AS {window.format(7)}, w2 AS {window.format(2)}
+        """,
+        history_sql=EVENT_SQL,
         ttl=timedelta(days=20),
-        aggregates=[
-            Aggregate("n_7d", "count", window=week),
-            Aggregate("quantity_7d", "sum", "quantity", window=week),
-            Aggregate("bad_2d", "count", window=timedelta(days=2), where=Where("kind", ("bad",))),
-        ],
     )
 
 

@@ -9,7 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from feature_store.errors import DataError
-from feature_store.event_log import LOG_FIELDS, EventLog, log_files
+from feature_store.event_log import LOG_FIELDS, UTC_MICROS, EventLog, log_files
+from feature_store.logged import NEVER
 
 SCHEMA = pa.schema([pa.field("customer_id", pa.string()), *LOG_FIELDS])
 
@@ -42,6 +43,16 @@ def offsets(log: EventLog) -> list[tuple[int, int]]:
     return [] if table is None else list(zip(table["_partition"].to_pylist(), table["_offset"].to_pylist()))
 
 
+def logged(log: EventLog, partition: int, offset: int) -> dict[int, int]:
+    found = log.logged(partition, offset)
+    return dict(zip(found.offsets.tolist(), found.visible_at.tolist(), strict=True))
+
+
+def idle_row(offset, visible, watermark, partition=0):
+    row = dict.fromkeys(SCHEMA.names) | {"_topic_id": "id", "_partition": partition, "_offset": offset}
+    return pa.Table.from_pylist([row | {"_visible_at": visible, "_watermark": watermark, "_dropped": "idle"}], SCHEMA)
+
+
 def test_rows_come_back_in_order_one_file_per_partition(log):
     log.append(pa.concat_tables([rows([5, 3], 1), rows([0, 2])]))
     assert [f.path.name for f in log.files()] == [
@@ -61,9 +72,9 @@ def test_the_same_batch_again_changes_nothing(log):
 def test_of_an_event_in_two_files_the_first_visible_counts(log):
     log.append(rows([0, 1], visible=10))
     log.append(rows([1, 2], visible=20))
-    assert log.logged(0, 0) == {0: 10, 1: 10, 2: 20}
-    assert log.logged(0, 2) == {2: 20}
-    assert log.logged(1, 0) == {}
+    assert logged(log, 0, 0) == {0: 10, 1: 10, 2: 20}
+    assert logged(log, 0, 2) == {2: 20}
+    assert logged(log, 1, 0) == {}
     assert offsets(log) == [(0, 0), (0, 1), (0, 2)]
 
 
@@ -98,7 +109,7 @@ def test_compaction_merges_and_leaves_replaced_files_to_readers_for_one_round(lo
     log.compact(0, at_least=5)
     assert len(log.files(0)) == 1
     assert offsets(log) == [*((0, i) for i in range(10)), (1, 0)]
-    assert log.logged(0, 8) == {8: 8, 9: 9}
+    assert logged(log, 0, 8) == {8: 8, 9: 9}
 
 
 def test_rewinding_forgets_what_became_visible_later(log):
@@ -133,3 +144,41 @@ def test_files_are_plain_parquet_with_the_columns_of_the_contract(log):
     (file,) = log.files()
     schema = pq.read_schema(file.path)
     assert [schema.field(f.name).type for f in LOG_FIELDS] == [f.type for f in LOG_FIELDS]
+
+
+def test_idle_rows_stand_beside_the_event_of_their_offset(log):
+    log.append(rows([0, 1]))
+    log.append(idle_row(1, 50, 40))
+    log.append(idle_row(1, 60, 50))
+    log.append(idle_row(1, 60, 50))
+    log.append(rows([2]))
+    assert offsets(log) == [(0, 0), (0, 1), (0, 1), (0, 1), (0, 2)]
+    assert log.read()["_dropped"].to_pylist() == [None, None, "idle", "idle", None]
+    assert log.read(["_partition", "_offset", "_visible_at"]).num_columns == 3
+    assert logged(log, 0, 1) == {1: 1, 2: 2}
+    assert log.idle(0) == [(1, 40), (1, 50)]
+    assert log.idle(1) == []
+    log.compact(0, at_least=2)
+    log.compact(0, at_least=2)
+    assert [len(log.files(0)), len(log.files(0, idle=True))] == [1, 1]
+    assert offsets(log) == [(0, 0), (0, 1), (0, 1), (0, 1), (0, 2)]
+    assert log.idle(0) == [(1, 40), (1, 50)]
+
+
+def test_rewinding_forgets_idle_rows_too(log):
+    log.append(rows([0, 1]))
+    log.append(idle_row(1, 50, 40))
+    log.append(idle_row(1, 60, 50))
+    assert log.rewind(55) == 1
+    assert log.idle(0) == [(1, 40)]
+    assert log.rewind(10) == 1
+    assert (log.idle(0), offsets(log)) == ([], [(0, 0), (0, 1)])
+
+
+def test_the_newest_row_before_an_offset(log):
+    times = SCHEMA.append(pa.field("at", UTC_MICROS))
+    log.append(pa.Table.from_pylist([r | {"at": 100 - r["_offset"]} for r in rows([0, 1, 2]).to_pylist()], times))
+    assert log.newest(0, 0, "at") is None
+    assert log.newest(0, 2, "at") == (NEVER, 99)
+    assert log.newest(0, 9, "at") == (NEVER, 98)
+    assert log.newest(1, 9, "at") is None

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from typing import Any
 
+import numpy as np
 import pytest
 import uvicorn
 from fastapi import FastAPI, Request
@@ -18,13 +20,16 @@ from pydantic import ValidationError
 from starlette.responses import PlainTextResponse
 
 from feature_store.errors import PredictFlowError, UnavailableError
-from serving.hot import PATH, Headers, HotRoutes, _parse
+from serving.hot import PATH, PREDICT_PATH, Headers, HotRoutes
+from serving.hot_body import online_body, predict_body
 from serving.hot_protocol import HotProtocol
 from serving.limits import Admitted
 from serving.metrics import Metrics
-from serving.online import Limits, OnlineService, entity_rows
-from serving.plans import ServicePlan
-from serving.schemas import OnlineRequest
+from serving.models import Model
+from serving.online import OnlineService
+from serving.online_types import Limits, entity_rows
+from serving.plans import Column, ServicePlan
+from serving.schemas import OnlineRequest, PredictRequest
 from serving.served_log import NoServedLog
 
 T = datetime(2026, 1, 1, tzinfo=UTC)
@@ -65,11 +70,19 @@ class Json:
     def body(self, read: Read) -> bytes:
         return json.dumps({"hot": read.rows}).encode()
 
+    def inputs(self, read: Read) -> list[list[Any]]:
+        return [[len(row["id"])] for row in read.rows]
+
+    def predictions(self, read: Read, probabilities: Sequence[float], model: str, version: str) -> bytes:
+        return json.dumps({"hot": [model, version, *probabilities]}).encode()
+
     def count(self, read: Read, add: Callable[[str, str, int], None]) -> None:
         add("v", "PRESENT", len(read))
 
 
 class Read:
+    probabilities: Sequence[float] | None = None
+
     def __init__(self, plan: Any, rows: list[Any]) -> None:
         self.plan, self.rows = plan, rows
 
@@ -81,10 +94,36 @@ class Plans:
     project = "p"
 
     def __init__(self, reader: Reader) -> None:
-        self._plan = ServicePlan("s", (), ("id",), reader, Json())  # type: ignore[arg-type]  # stand-ins
+        columns = (Column("length", "v", "length", True),)
+        self._plan = ServicePlan("s", columns, ("id",), reader, Json())  # type: ignore[arg-type]  # stand-ins
 
     def cached(self, asked: Any, full_names: bool) -> ServicePlan | None:
         return self._plan if asked == "s" else None
+
+
+class Pipeline:
+    """Runs once `go` is set; predicts the feature's value, and fails for 13."""
+
+    def __init__(self) -> None:
+        self.go = threading.Event()
+        self.go.set()
+        self.calls: list[list[float]] = []
+
+    def predict_proba(self, frame: Any) -> Any:
+        given = frame["length"].to_numpy()
+        self.calls.append(given.tolist())
+        assert self.go.wait(20)
+        if 13 in given:
+            raise ValueError("unlucky")
+        return np.column_stack([-given, given])
+
+
+class Models:
+    def __init__(self, pipeline: Pipeline) -> None:
+        self._model = Model("m", "7", "s", pipeline, 1, ("length",))
+
+    def cached(self, name: str) -> Model | None:
+        return self._model if name == "m" else None
 
 
 class Guard:
@@ -105,11 +144,11 @@ class Server:
 
     def __init__(self, http: Any, seconds: float = 30.0) -> None:
         self.seen = 0
-        self.reader, self.guard, self.metrics = Reader(), Guard(), Metrics()
+        self.reader, self.guard, self.metrics, self.pipeline = Reader(), Guard(), Metrics(), Pipeline()
         limits = Limits(rows=3, body_bytes=5_000)
         online = OnlineService(
             Plans(self.reader),  # type: ignore[arg-type]
-            None,  # type: ignore[arg-type]  # no predictions here
+            Models(self.pipeline),  # type: ignore[arg-type]
             NoServedLog(),
             self.metrics,
             ThreadPoolExecutor(1),
@@ -121,6 +160,10 @@ class Server:
         @app.post(PATH)
         async def slow(request: Request) -> PlainTextResponse:
             return PlainTextResponse("slow " + (await request.body()).decode())
+
+        @app.post(PREDICT_PATH + "{model}")
+        async def slow_prediction(model: str, request: Request) -> PlainTextResponse:
+            return PlainTextResponse(f"slow {model} " + (await request.body()).decode())
 
         async def counted(scope: Any, receive: Any, send: Any) -> None:
             self.seen += 1
@@ -385,7 +428,7 @@ bodies = st.fixed_dictionaries(
 @given(body=bodies)
 def test_what_is_taken_is_valid_and_means_the_same_to_the_application(body: dict[str, Any]) -> None:
     data = json.dumps(body).encode()
-    taken = _parse(data, 3)
+    taken = online_body(data, 3)
     try:
         model = OnlineRequest.model_validate(json.loads(data))
     except ValidationError:
@@ -399,3 +442,81 @@ def test_what_is_taken_is_valid_and_means_the_same_to_the_application(body: dict
     assert (model.feature_service is None) != (model.features is None)
     assert rows == entity_rows(model.entities, 3)
     assert full_names == model.full_feature_names
+
+
+@settings(max_examples=200, deadline=None)
+@given(body=bodies)
+def test_so_is_what_is_taken_of_predictions(body: dict[str, Any]) -> None:
+    data = json.dumps(body).encode()
+    rows = predict_body(data, 3)
+    try:
+        model = PredictRequest.model_validate(json.loads(data))
+    except ValidationError:
+        assert rows is None
+        return
+    if rows is not None:
+        assert model.at is None
+        assert rows == entity_rows(model.entities, 3)
+
+
+def ask_for(*ids: str, model: str = "m", **more: Any) -> bytes:
+    return request({"entities": {"id": list(ids)}, **more}, path=PREDICT_PATH + model)
+
+
+def test_a_prediction_is_answered_hot_and_what_is_unusual_by_the_application(http: Any) -> None:
+    async def run() -> None:
+        async with Server(http) as server:
+            assert await talk(server.port, ask_for("a", "bcd"), count=1) == [(200, b'{"hot": ["m", "7", 1.0, 3.0]}')]
+            assert server.seen == 0
+            unusual = [
+                ask_for("a", model="other"),
+                ask_for("a", model="%6d%20"),
+                ask_for("a", at="2026-01-01T00:00:00Z"),
+                ask_for("a", "b", "c", "d"),
+                ask_for("a", typo=1),
+            ]
+            for n, body in enumerate(unusual, 1):
+                assert (await talk(server.port, body, count=1))[0][1].startswith(b"slow")
+                assert server.seen == n
+            assert server.guard.inside == 0
+            counted = server.metrics.expose().decode()
+            route = 'method="POST",route="/api/v1/predict/{model}",status="200"'
+            assert f"predictflow_request_seconds_count{{{route}}} 1.0" in counted
+
+    asyncio.run(run())
+
+
+def test_predictions_that_wait_for_a_model_share_its_next_call_and_not_their_faults(http: Any) -> None:
+    async def run() -> None:
+        async with Server(http) as server:
+            server.pipeline.go.clear()
+            asked = [asyncio.create_task(talk(server.port, ask_for("a"), count=1))]
+            await until(lambda: server.pipeline.calls == [[1.0]])
+            for name in ("bb", "x" * 13, "cccc"):
+                asked.append(asyncio.create_task(talk(server.port, ask_for(name), count=1)))
+            await until(lambda: server.guard.inside == 4)
+            await asyncio.sleep(0.05)
+            server.pipeline.go.set()
+            answered = [found[0] for found in await asyncio.gather(*asked)]
+            assert [status for status, _ in answered] == [200, 200, 500, 200]
+            assert json.loads(answered[3][1]) == {"hot": ["m", "7", 4.0]}
+            assert json.loads(answered[2][1])["error"]["code"] == "internal"
+            assert sorted(server.pipeline.calls[1]) == [2.0, 4.0, 13.0]
+            assert len(server.pipeline.calls) == 5  # the one that failed, and each alone
+            assert server.guard.inside == 0
+
+    asyncio.run(run())
+
+
+def test_a_model_that_takes_too_long_is_answered_and_keeps_its_slot_until_it_ends(http: Any) -> None:
+    async def run() -> None:
+        async with Server(http, seconds=0.3) as server:
+            server.pipeline.go.clear()
+            ((status, body),) = await talk(server.port, ask_for("a"), count=1)
+            assert (status, json.loads(body)["error"]["code"]) == (504, "timeout")
+            assert server.guard.inside == 1
+            server.pipeline.go.set()
+            await until(lambda: server.guard.inside == 0)
+            assert (await talk(server.port, ask_for("a"), count=1))[0][0] == 200
+
+    asyncio.run(run())

@@ -6,25 +6,29 @@ import json
 import math
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from feast import Entity, FeatureStore, FeatureView, Field, FileSource, RepoConfig, ValueType
-from feast.protos.feast.types.Value_pb2 import DoubleList, Value
+from feast.protos.feast.types.Value_pb2 import DoubleList, RepeatedValue, Value
 from feast.types import Array, Bool, Bytes, Float32, Float64, Int64, String, UnixTimestamp
-from feature_store.windows.declare import event_source, windowed_feature_view
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from feature_store.clock import to_micros
 from feature_store.read_plan import ReadPlan
-from feature_store.redis_layout import encode_pair, encode_timestamp, nanos_of
+from feature_store.redis_layout import decode_value, encode_pair, encode_timestamp, nanos_of
+from feature_store.windows.declare import event_source, windowed_feature_view
 from feature_store.windows.definition import definition_of
 from serving.encoding import dumps
-from serving.json_plan import Caches, JsonPlan, _value
+from serving.grpc_wire import Heads, encode
+from serving.json_plan import JsonPlan
+from serving.json_view import Caches, _value
 from serving.online import _row
 from serving.plans import Column, ServicePlan
 from serving.served_log import Served, message_key, records
+from serving.wire_plan import WirePlan, spliced
 from tests.window_states import states_of
 
 T = datetime(2026, 1, 10, 12, 0, 0, 250_000, tzinfo=UTC)
@@ -151,6 +155,25 @@ def test_fragments_make_the_documents_of_python_values(plan: ReadPlan, rows: lis
     wanted = [(message_key(r["entity"]), json.loads(dumps(r))) for r in records(served, service, slow, None)]
     assert [(key, json.loads(record)) for key, record in made.records(served, fast)] == wanted
 
+    probabilities = [i / 7 for i in range(len(rows))]
+    fast.probabilities = probabilities
+    predicted = Served("r", T, "p", "m", "3")
+    wanted = [
+        (message_key(r["entity"]), json.loads(dumps(r))) for r in records(predicted, service, slow, probabilities)
+    ]
+    assert [(key, json.loads(record)) for key, record in made.records(predicted, fast)] == wanted
+    prediction = {
+        "model": "m",
+        "version": "3",
+        "feature_service": "s",
+        "t": slow.t,
+        "predictions": [{**_row(row), "probability": p} for row, p in zip(slow.rows, probabilities)],
+    }
+    assert json.loads(made.predictions(fast, probabilities, "m", "3")) == json.loads(dumps(prediction))
+    inputs = made.inputs(fast)
+    if inputs is not None:
+        assert inputs == [[row.values[name] for name in plan.feature_names] for row in slow.rows]
+
     counts: dict[tuple[str, str], int] = {}
     made.count(fast, lambda view, status, n: counts.update({(view, status): counts.get((view, status), 0) + n}))
     assert sum(counts.values()) == len(columns) * len(rows)
@@ -198,3 +221,31 @@ def test_plans_share_what_they_decoded(plan: ReadPlan) -> None:
         JsonPlan(plan, name, caches).answered([{"customer_id": "a"}], [row], to_micros(T))
     assert list(caches.times) == [stamp]
     assert caches.values[Value(int64_val=7).SerializeToString()] == 7
+
+
+@settings(max_examples=100, deadline=None)
+@given(rows=st.lists(replies(), min_size=1, max_size=6))
+def test_the_wire_plan_writes_the_bytes_that_cells_make(plan: ReadPlan, rows: list[Any]) -> None:
+    entities = [{"customer_id": f"C{i}"} for i in range(len(rows))]
+    asked = {"customer_id": RepeatedValue(val=[Value(string_val=f"C{i}") for i in range(len(rows))])}
+    t_us, answers = plan.at(rows, to_micros(T))
+    read: Any = SimpleNamespace(plan=SimpleNamespace(reader=SimpleNamespace(plan=plan)), rows=answers)
+    got, counts = WirePlan(plan).answer(Heads(), rows, to_micros(T), asked, True)
+    assert got == encode(read, Heads(), asked, True)
+
+    made = JsonPlan(plan, "s")
+    wanted: list[tuple[str, str, int]] = []
+    made.count(made.of_cells(entities, t_us, answers), lambda *count: wanted.append(count))
+    assert sorted(counts) == sorted(wanted)
+    served = Served("r", T, "p")
+    later = made.later(entities, rows, to_micros(T))
+    assert list(made.records(served, later)) == list(made.records(served, made.answered(entities, rows, to_micros(T))))
+
+
+@settings(max_examples=200, deadline=None)
+@given(column=st.lists(st.one_of(*VALUES.values()).map(Value.SerializeToString) | st.just(b""), min_size=1, max_size=9))
+def test_a_column_is_spliced_only_where_nothing_in_it_can_be_null(column: list[bytes]) -> None:
+    values = spliced(column)
+    if values is not None:
+        assert values == b"".join(RepeatedValue(val=[Value.FromString(v)]).SerializeToString() for v in column)
+        assert all(not v or decode_value(v) is not None for v in column)

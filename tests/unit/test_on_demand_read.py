@@ -206,4 +206,18 @@ def test_no_read_unpickles_what_the_registry_holds(store: FeatureStore, tmp_path
         ReadPlan.compile(store, ["nothing:n"])
     assert told.value.valid == ["account", "by_dict", "by_frame", "by_row", "flow"]
     assert ReadPlan.compile(store, ["account:n", "flow:charges", "by_dict:more"]).feature_names[0] == "n"
+
+    registry.enable_online_versioning = True
+    for kind, view in (("feature_view", account), ("stream_feature_view", stream)):
+        message.feature_view_version_history.records.add(
+            feature_view_name=view.spec.name,
+            project_id="unit",
+            version_number=2,
+            feature_view_type=kind,
+            feature_view_proto=view.SerializeToString(),
+        )
+    plan = ReadPlan.compile(store, ["account@v2:n", "flow@v2:charges"])
+    assert [v.version for v in plan.view_plans] == [2, 2]
+    with pytest.raises(NotFoundError, match="account@v3"):
+        ReadPlan.compile(store, ["account@v3:n"])
     assert not harm.exists()

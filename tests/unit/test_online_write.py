@@ -20,10 +20,11 @@ from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from feature_store.errors import DataError
 from feature_store.key_bytes import KEY, KeyColumns
-from feature_store.online_write import _chunks, _newest
+from feature_store.redis_batch import Batch
+from feature_store.redis_cluster_writer import _on_node
 from feature_store.redis_layout import KeyPart, encode_pair, encode_timestamp, pair_field, timestamp_field
-from feature_store.redis_writer import Batch, _on_node
 from feature_store.row_bytes import RowPacker, Times, packed
+from feature_store.table_rows import _chunks, _newest
 from feature_store.value_bytes import ColumnEncoder, times_of
 from tests.value_types import COLUMNS, INT64
 

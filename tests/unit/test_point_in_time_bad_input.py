@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from datetime import UTC, datetime, timedelta, timezone
@@ -13,14 +14,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from feature_store.errors import DataError
-from feature_store.point_in_time import fetch
-from feature_store.point_in_time.engine import EngineSettings, connect
+from feature_store.errors import DataError, NotFoundError
+from feature_store.point_in_time import fetch, join, latest, retrieval, source
+from feature_store.point_in_time.engine import EngineSettings, connect, give_back, memory_limit
 from feature_store.point_in_time.entities import entity_rows, from_pandas
-from feature_store.point_in_time.latest import Pull, pull_latest
+from feature_store.point_in_time.latest import Pull, pull_all, pull_latest
 from feature_store.point_in_time.layout import Layout, write_chunk
 from feature_store.point_in_time.request import Feature, Key, ViewRequest
-from feature_store.point_in_time.retrieval import retrieve, retrieve_slices
+from feature_store.point_in_time.retrieval import known_keys, retrieve, retrieve_slices
 
 T0 = datetime(2025, 1, 1, tzinfo=UTC)
 TIME = pa.timestamp("us", "UTC")
@@ -136,10 +137,47 @@ def test_a_row_without_event_timestamp_is_named(tmp_path: Path) -> None:
         _values(tmp_path, _ints(1))
 
 
+KEPT = """
+from pathlib import Path
+from feature_store.point_in_time.engine import EngineSettings, connect, give_back
+def mb():
+    return next(int(l.split()[1]) // 1024 for l in Path("/proc/self/status").read_text().splitlines() if "RssAnon" in l)
+with connect(EngineSettings(threads=2)) as con:
+    con.execute("SELECT 1")
+    before = mb()
+    con.execute("SELECT max(n) FROM (SELECT hash(i) % 2000000 AS k, count(*) AS n FROM range(4000000) t(i) GROUP BY k)")
+    con.fetchall()
+    give_back(con)
+    print(mb() - before)
+"""
+
+
+def test_memory_that_the_engine_freed_is_given_back() -> None:
+    done = subprocess.run([sys.executable, "-c", KEPT], capture_output=True, text=True, timeout=60, check=True)
+    assert int(done.stdout) < 40  # MB; the engine keeps about 100 of its own accord
+
+
+def test_the_memory_limit_stays_when_freed_memory_is_given_back() -> None:
+    for limit in ("3GB", "999MB", "1234567891B"):
+        with connect(EngineSettings(memory_limit=limit, threads=1)) as con:
+            before = memory_limit(con)
+            for _ in range(20):
+                give_back(con)
+            assert memory_limit(con) == before
+
+
 def test_times_of_the_far_past_and_future_are_compared_not_wrapped(tmp_path: Path) -> None:
     times = pa.array([datetime(1, 1, 1, tzinfo=UTC), T0, datetime(9999, 1, 1, tzinfo=UTC)], TIME)
     _file(tmp_path / "a.parquet", _ints(1, 2, 2), _ints(1, 2, 3), times)
     assert _values(tmp_path, _ints(1, 2)) == [1, 2]
+
+
+def test_a_stored_time_out_of_range_names_file_row_group_and_column(tmp_path: Path) -> None:
+    times = pa.array([0, 0, 2**60], pa.timestamp("ms"))
+    _file(tmp_path / "a.parquet", _ints(1, 1, 1), _ints(1, 2, 3), times, row_group_size=2)
+    for read in (lambda: _values(tmp_path, _ints(1)), lambda: _latest(tmp_path), lambda: _known_keys(tmp_path)):
+        with pytest.raises(DataError, match=r"a\.parquet \(row group 1, column event_timestamp\): a time out of range"):
+            read()
 
 
 @BOTH_READERS
@@ -183,6 +221,111 @@ def test_damage_in_a_file_of_other_tools_is_found_by_file_and_row_group(tmp_path
     path.write_bytes(data)
     with pytest.raises(DataError, match=r"a\.parquet \(row group 0"):
         _values(tmp_path, _ints(*range(5000)))
+
+
+def _known_keys(place: Path) -> list[Any]:
+    with connect(EngineSettings(threads=1)) as con:
+        keys = known_keys(con, [_request(place)], T0 - timedelta(days=1), T0 + timedelta(days=99), False)
+    return keys.column("k").to_pylist()
+
+
+def _all(place: Path) -> list[Any]:
+    pull = Pull("s", str(place), "x", ("k",), ("v",), "event_timestamp", "created", None, None)
+    with connect(EngineSettings(threads=1)) as con:
+        return sorted(pull_all(con, pull).column("v").to_pylist())
+
+
+@pytest.mark.parametrize("column", ["k", "event_timestamp"])
+def test_damage_is_found_by_file_row_group_and_column_without_entity_rows_too(tmp_path: Path, column: str) -> None:
+    path = _file(tmp_path / "a.parquet", _ints(*range(5000)), _ints(*range(5000)), compression="none")
+    names = pq.ParquetFile(path).schema_arrow.names
+    chunk = pq.read_metadata(path).row_group(0).column(names.index(column))
+    data = bytearray(path.read_bytes())
+    start = chunk.dictionary_page_offset or chunk.data_page_offset
+    data[start : start + 64] = bytes([0xFF] * 64)  # the page's header
+    path.write_bytes(data)
+    with pytest.raises(DataError, match=rf"a\.parquet \(row group 0, column {column}\) is damaged"):
+        _known_keys(tmp_path)
+
+
+def _partitions(place: Path) -> Path:
+    """Three months of a hive-partitioned directory: keys 10, 20 and 30 with the values 100, 200 and 300."""
+    for month in (1, 2, 3):
+        _file(place / f"month=2025-0{month}" / "part.parquet", _ints(10 * month), _ints(100 * month))
+    return place
+
+
+@BOTH_READERS
+@pytest.mark.parametrize("left", ["no directory", "an empty directory", "a file of no rows"])
+def test_an_absent_or_empty_partition_leaves_the_rows_of_the_others(tmp_path: Path, left: str) -> None:
+    february = _partitions(tmp_path / "t") / "month=2025-02"
+    assert _values(tmp_path / "t", _ints(10, 20, 30)) == [100, 200, 300]
+    (february / "part.parquet").unlink()
+    if left == "no directory":
+        february.rmdir()
+    elif left == "a file of no rows":
+        _file(february / "part.parquet", _ints(), _ints())
+    assert _values(tmp_path / "t", _ints(10, 20, 30)) == [100, None, 300]
+    assert [(r["k"], r["v"]) for r in _latest(tmp_path / "t")] == [(10, 100), (30, 300)]
+    assert _all(tmp_path / "t") == [100, 300]
+    assert _known_keys(tmp_path / "t") == [10, 30]
+
+
+@pytest.mark.parametrize("place", ["month=2025-07", "month=2025-07/*.parquet", "month=2024-*"])
+def test_a_source_that_names_a_missing_partition_says_where_and_what_to_do(tmp_path: Path, place: str) -> None:
+    missing = _partitions(tmp_path) / place
+    for read in (lambda: _values(missing, _ints(10)), lambda: _known_keys(missing), lambda: _latest(missing)):
+        with pytest.raises(NotFoundError, match="no Parquet files") as caught:
+            read()
+        assert caught.value.value == str(missing)
+        assert caught.value.next_step
+
+
+GOING = [  # what is read, and the call after which ("+") or before which ("-") the partition goes
+    ("training set", source, "+read_files"),
+    ("training set", join, "+require_same_kind"),
+    ("training set", retrieval, "-fetch"),
+    ("training set", fetch, "+open_parquet"),
+    ("latest", source, "+read_files"),
+    ("latest", latest, "+require_same_kind"),
+    ("latest", latest, "-fetch"),
+    ("latest", fetch, "+open_parquet"),
+    ("all", source, "+read_files"),
+    ("all", latest, "+open_source"),
+    ("known keys", source, "+read_files"),
+    ("known keys", retrieval, "+open_source"),
+]
+
+
+@BOTH_READERS
+@pytest.mark.parametrize(("what", "module", "call"), GOING)
+def test_a_partition_that_goes_while_it_is_read_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str, module: Any, call: str
+) -> None:
+    place = _partitions(tmp_path / "t")
+    reads = {
+        "training set": lambda: _values(place, _ints(10, 20, 30)),
+        "latest": lambda: _latest(place),
+        "all": lambda: _all(place),
+        "known keys": lambda: _known_keys(place),
+    }
+    gone = place / "month=2025-02"
+    real = getattr(module, call[1:])
+
+    def goes(*args: Any, **kwargs: Any) -> Any:
+        if call[0] == "-":
+            shutil.rmtree(gone)
+        result = real(*args, **kwargs)
+        if call[0] == "+" and (call != "+open_parquet" or args[0] == str(gone / "part.parquet")):
+            shutil.rmtree(gone, ignore_errors=True)
+        return result
+
+    monkeypatch.setattr(module, call[1:], goes)
+    with pytest.raises(
+        DataError, match=r"a file went missing while it was read: '.*month=2025-02/part\.parquet"
+    ) as caught:
+        reads[what]()
+    assert caught.value.next_step == "run it again"
 
 
 @BOTH_READERS

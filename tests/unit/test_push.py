@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,15 +15,18 @@ import pytest
 from feast import Entity, FeatureStore, FeatureView, Field, FileSource, RepoConfig, ValueType
 from feast.data_source import PushSource
 from feast.on_demand_feature_view import on_demand_feature_view
-from feast.protos.feast.types.Value_pb2 import Value
-from feast.types import Bytes, Float64, Int64, Json, UnixTimestamp
+from feast.types import Array, Bool, Bytes, Float32, Float64, Int32, Int64, Json, String, UnixTimestamp, Uuid
 
 from feature_store.erasure_list import ErasureList
 from feature_store.errors import NotFoundError, UsageError
+from feature_store.proto_rows import batches_of_rows
+from feature_store.table_rows import batches_of_table
 from feature_store.view_plan import OnDemandViewError
+from feature_store.write_layout import WriteLayout
 from serving.grpc_push import StoreWriter
 from serving.historical import Historical
 from serving.push import Pusher
+from serving.push_columns import feast_rows, is_columnar, table_of
 
 NOW = datetime(2026, 1, 10, tzinfo=UTC)
 EVENT = datetime(2026, 1, 9, tzinfo=UTC)
@@ -36,11 +39,12 @@ class Written(Pusher):
 
     def __init__(self, store: FeatureStore) -> None:
         super().__init__(store, lambda: NOW)
-        self.online: list[tuple[str, list[Any]]] = []
+        self.online: list[tuple[str, Any]] = []
         self.offline: list[tuple[str, Any]] = []
 
-    def _online_write(self, view: FeatureView, data: list[Any]) -> None:
-        self.online.append((view.name, data))
+    def _prepared(self, view: FeatureView, table: Any) -> Callable[[], object]:
+        super()._prepared(view, table)  # refuses what cannot be stored
+        return lambda: self.online.append((view.name, table))
 
     def _offline_write(self, view: FeatureView, table: Any) -> None:
         self.offline.append((view.name, table))
@@ -128,9 +132,9 @@ def test_a_row_over_grpc_is_what_it_is_over_rest(store: FeatureStore) -> None:
     pusher.push("pushed", None, row(**names), "online")
     ((_, over_source), (_, by_name), (_, over_rest)) = pusher.online
     assert over_source == by_name == over_rest
-    ((_, features, event, created),) = over_rest
-    assert (event, created) == (EVENT, NOW)
-    assert features["blob"] == Value(bytes_val=b"\x00\xff")
+    (found,) = over_rest.to_pylist()
+    assert (found["event_timestamp"], found["created"]) == (EVENT, NOW)
+    assert found["blob"] == b"\x00\xff"
     assert [name for name, _ in pusher.offline] == ["pushed"]
     with pytest.raises(UsageError, match="one and the same"):
         writer.write("pushed", {**values, "amount": 1.0})
@@ -145,9 +149,66 @@ def test_an_erased_entity_does_not_come_back(store: FeatureStore, tmp_path: Path
     assert pusher.push("pushed", None, columns, "online_and_offline").rows == 1
     listed.add("customer_id", "C2", NOW)
     assert pusher.push("pushed", None, columns, "online_and_offline").rows == 0
-    keys = [[key.entity_values[0].string_val for key, *_ in data] for _, data in pusher.online]
+    keys = [table.column("customer_id").to_pylist() for _, table in pusher.online]
     assert keys == [["C1", "C2"], ["C2"]]
     assert [table.column("customer_id").to_pylist() for _, table in pusher.offline] == [["C1", "C2"], ["C2"]]
+
+
+KINDS = [
+    Bool,
+    Bytes,
+    Float32,
+    Float64,
+    Int32,
+    Int64,
+    Json,
+    String,
+    UnixTimestamp,
+    Array(Float64),
+    Array(Int64),
+    Array(String),
+]
+COLUMNS: list[Sequence[object]] = [
+    [True, None],
+    ["AP8=", ""],
+    [1.5, "NaN"],
+    [None, -0.0],
+    [-1, 0],
+    [2**63 - 1, None],
+    ['{"a": 1}', None],
+    ["ü" * 40, ""],
+    [EVENT.isoformat(), None],
+    [[1.0, 2.5], []],
+    [[1, -2], None],
+    [["a", "b"], None],
+]
+
+
+@pytest.mark.parametrize("repeated", [1, 100])
+def test_a_table_is_written_as_feasts_rows_are(store: FeatureStore, repeated: int) -> None:
+    """Byte for byte, few rows and many; and rows of types that Arrow has no form of go as Feast's."""
+    view = FeatureView(
+        name="all",
+        entities=[customer],
+        schema=[Field(name=f"f{i}", dtype=kind) for i, kind in enumerate(KINDS)],
+        source=FileSource(name="all", path="all.parquet", timestamp_field="at", created_timestamp_column="known"),
+    )
+    other = FeatureView(
+        name="uuid", entities=[customer], schema=[Field(name="f", dtype=Uuid)], source=view.batch_source
+    )
+    store.apply([view, other])
+    view = store.get_feature_view("all")
+    columns: dict[str, Sequence[object]] = {f"f{i}": [*values] * repeated for i, values in enumerate(COLUMNS)}
+    columns |= {"customer_id": [f"C{i}" for i in range(2 * repeated)], "at": [EVENT.isoformat()] * (2 * repeated)}
+    table = table_of(view, columns, NOW)
+    assert is_columnar(view)
+    assert not is_columnar(store.get_feature_view("uuid"))
+
+    layout = WriteLayout(store.config, view)
+    names = [{"event_timestamp": "at", "created": "known"}.get(n, n) for n in table.column_names]
+    _, by_table = batches_of_table(layout, table.rename_columns(names), None)
+    _, by_rows = batches_of_rows(layout, feast_rows(view, table), None)
+    assert [b.calls() for b in by_table] == [b.calls() for b in by_rows]
 
 
 def test_what_no_row_can_be_made_of_is_refused_before_anything_is_written(
@@ -161,7 +222,7 @@ def test_what_no_row_can_be_made_of_is_refused_before_anything_is_written(
     monkeypatch.setattr(feast.type_map, "python_values_to_proto_values", broken)
     pusher = Written(store)
     columns = {"customer_id": ["C1"], "doc": [json.dumps({"a": 1})], "event_timestamp": [EVENT.isoformat()]}
-    with pytest.raises(UsageError, match="cannot store"):
+    with pytest.raises(UsageError, match="feature doc must be JSON"):
         pusher.push("documents", None, columns, "online_and_offline")
     assert pusher.offline == []
 
@@ -203,9 +264,9 @@ def test_slow_pushes_leave_other_threads_alone(store: FeatureStore) -> None:
     go = threading.Event()
 
     class Slow(Written):
-        def _online_write(self, view: FeatureView, data: list[Any]) -> None:
+        def _prepared(self, view: FeatureView, table: Any) -> Callable[[], object]:
             assert go.wait(20)
-            super()._online_write(view, data)
+            return super()._prepared(view, table)
 
     async def both() -> None:
         loop = asyncio.get_running_loop()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
@@ -23,7 +24,8 @@ from serving.limits import HISTORICAL_PATH, Gate, RequestLimits
 from serving.metrics import Metrics
 from serving.middleware import RequestScope
 from serving.models import Model
-from serving.online import Limits, OnlineService
+from serving.online import OnlineService
+from serving.online_types import Limits
 from serving.plans import Asked, Column, ServicePlan
 from serving.served_log import Served, records
 
@@ -142,6 +144,7 @@ class Server:
         self.jobs = NoJobs(self.log)
         self.redis_error: Exception | None = None
         self.closed = False
+        self.checked = 0
         limits = Limits(rows=3, features=2)
         self.gate = Gate(keys, request_limits.get("concurrent", 8))
         online = OnlineService(
@@ -167,10 +170,17 @@ class Server:
                 metrics=self.metrics,
                 ping=self.ping,
                 close=self.close,
+                check_settings=self.check_settings,
+                registry_seconds=0.02,
                 gate=self.gate,
                 request_limits=RequestLimits(**{"body_bytes": 2000, **request_limits}),
             )
         )
+
+    def check_settings(self) -> None:
+        self.checked += 1
+        if self.checked == 1:
+            raise UnavailableError("Redis does not answer")
 
     async def ping(self) -> None:
         if self.redis_error:
@@ -430,3 +440,12 @@ def test_functions_of_on_demand_views_do_not_run_on_the_event_loop() -> None:
     asyncio.run(run())
     assert len(ran) == 2
     assert threading.get_ident() not in ran
+
+
+def test_settings_are_looked_at_until_redis_answers_and_then_no_more(server: Server, client: TestClient) -> None:
+    deadline = time.monotonic() + 20
+    while server.checked < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    time.sleep(0.2)
+    assert server.checked == 2
