@@ -20,14 +20,13 @@ from feature_store.point_in_time.source import open_source, scanning
 from feature_store.point_in_time.windowed import EVENTS, make_events
 from feature_store.windows.definition import WindowedView
 from feature_store.windows.plan import plan_of
-from feature_store.windows.state import NEVER, Events, States
+from feature_store.windows.state import HISTORY_PARTITION, NEVER, Events, States
 
 if TYPE_CHECKING:
     import duckdb
 
 Key = tuple[str | int, ...]
 
-HISTORY_PARTITION = -1
 _EVENTS_PER_CHUNK = 500_000
 _ENTITIES_PER_CHUNK = 20_000
 

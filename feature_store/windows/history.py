@@ -76,7 +76,11 @@ def history_sql(definition: WindowedView, entities: str, events: str, known: Kno
     ctes += range_ctes(plan, ranges, by_offset=known == "by_offset")
     ctes += _value_ctes(plan)
     outputs = ",\n       ".join(_outputs(plan))
-    return "WITH " + ",\n".join([*relations, *ctes]) + f"\nSELECT _row,\n       {outputs},\n       {_last_seen()}\nFROM aggregated\n"
+    return (
+        "WITH "
+        + ",\n".join([*relations, *ctes])
+        + f"\nSELECT _row,\n       {outputs},\n       {_last_seen()}\nFROM aggregated\n"
+    )
 
 
 def _last_seen() -> str:
@@ -84,18 +88,18 @@ def _last_seen() -> str:
 
 
 def _watermark_ctes(definition: WindowedView, events: str, on_keys: str) -> list[str]:
-    """`timed`: asked rows with `_w`, the greatest watermark at t of the stream's partitions in which the entity has rows."""
+    """`timed`: asked rows with `_w`, the greatest watermark at t of the partitions (-1: history) in which the entity has rows."""
     time = f"epoch_us(r.{identifier(definition.source.timestamp)})"
     after = f"coalesce(CASE WHEN r._dropped IS DISTINCT FROM 'idle' THEN {time} - {definition.source.allowed_lateness_us} END, {_NEVER})"
     return [
         f"""advances AS (
   SELECT r._partition AS _p, epoch_us(r._visible_at) AS _vis, max(greatest(coalesce(epoch_us(r._watermark), {_NEVER}), {after})) AS _w
-  FROM {events} AS r WHERE r._partition >= 0 GROUP BY ALL
+  FROM {events} AS r GROUP BY ALL
 )""",
         "watermarks AS (SELECT _p, _vis, max(_w) OVER (PARTITION BY _p ORDER BY _vis) AS _w FROM advances)",
         f"""members AS (
   SELECT q._k, r._partition AS _p, min(epoch_us(r._visible_at)) AS _vis
-  FROM {events} AS r JOIN wanted AS q ON {on_keys} WHERE r._partition >= 0 GROUP BY ALL
+  FROM {events} AS r JOIN wanted AS q ON {on_keys} GROUP BY ALL
 )""",
         "asked_in AS (SELECT r._row, r._t, m._p FROM asked AS r JOIN members AS m ON m._k = r._k AND m._vis <= r._t)",
         f"""timed AS MATERIALIZED (

@@ -15,6 +15,8 @@ import numpy.typing as npt
 Array = npt.NDArray[Any]
 NEVER = -(2**63)
 """No time: before all times."""
+HISTORY_PARTITION = -1
+"""`_partition` of the rows that were backfilled: what was before the stream."""
 LEAST, GREATEST = -(2**63), 2**63 - 1
 
 

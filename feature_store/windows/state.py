@@ -30,7 +30,7 @@ from feature_store.windows.finals import Finals, finals
 from feature_store.windows.kept_events import event_rows, events_kept
 from feature_store.windows.layout import Layout, layout_of
 from feature_store.windows.partials import Numbers
-from feature_store.windows.rows import LEAST, NEVER, Array, Rows, bits
+from feature_store.windows.rows import HISTORY_PARTITION, LEAST, NEVER, Array, Rows, bits
 from feature_store.windows.sketch import SLOT_BITS, Sketch
 from feature_store.windows.state_errors import OverflowedError, TooManyEventsError, WindowStateError
 from feature_store.windows.tracks import (
@@ -45,6 +45,7 @@ from feature_store.windows.tracks import (
 __all__ = [
     "APPLIED",
     "DUPLICATE",
+    "HISTORY_PARTITION",
     "LATE",
     "NEVER",
     "REPLAYED",
@@ -297,7 +298,8 @@ class States:
     def values(self, t_us: int | Array, watermarks: Mapping[int, int] | None = None) -> Finals:
         """The values at t (one for all, or one each). Changes nothing.
 
-        `watermarks`: of partitions, as far as they are known at t; those of the entity's own log rows are in the state.
+        `watermarks`: of partitions, as far as they are known at t; those of the entity's own rows are in the state.
+        Of partition -1: what history left off with.
         """
         t = np.broadcast_to(np.asarray(t_us, np.int64), len(self))
         held = self
@@ -305,10 +307,12 @@ class States:
             held = copy.copy(self)
             held._tracks = list(self._tracks)
             held.advance(t)
-        mark = self.watermark
+        mark = np.maximum(self.watermark, self._floor)
         if watermarks and len(self._partitions):
             known = [watermarks.get(p, NEVER) for p in self._partitions.data[:, 0].tolist()]
             mark = np.maximum(mark, _each(self._partitions, np.array(known, np.int64), np.maximum, NEVER))
+        if watermarks:  # an entity with a floor has rows of history
+            mark = np.where(self._floor == NEVER, mark, np.maximum(mark, watermarks.get(HISTORY_PARTITION, NEVER)))
         return finals(self._layout, held, t, mark, self.visible_at)
 
 

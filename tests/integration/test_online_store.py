@@ -21,7 +21,6 @@ from feast.data_source import PushSource
 from feast.on_demand_feature_view import on_demand_feature_view
 from feast.protos.feast.serving.ServingService_pb2 import FieldStatus
 from feast.types import Array, Bool, Bytes, Float32, Float64, Int32, Int64, Map, String, UnixTimestamp
-from feature_store.windows.declare import event_source, windowed_feature_view
 
 from feature_store.clock import replay_clock_key, to_micros
 from feature_store.errors import DataError, DefinitionError, UnavailableError, UsageError
@@ -32,6 +31,7 @@ from feature_store.redis_connection import connect, connect_async, connection_op
 from feature_store.redis_layout import KeyLayout, KeyPart, encode_pair, encode_timestamp, feature_field
 from feature_store.redis_writer import write
 from feature_store.row_bytes import RowPacker
+from feature_store.windows.declare import event_source, windowed_feature_view
 from feature_store.windows.definition import STATE_FIELD, definition_of
 from feature_store.windows.state import States
 from tests.window_states import states_of

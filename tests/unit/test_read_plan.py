@@ -14,7 +14,6 @@ from feast.on_demand_feature_view import on_demand_feature_view
 from feast.protos.feast.types.EntityKey_pb2 import EntityKey
 from feast.protos.feast.types.Value_pb2 import Value
 from feast.types import Float64, Int64, String
-from feature_store.windows.declare import event_source, windowed_feature_view
 
 from feature_store.clock import from_micros, to_micros
 from feature_store.errors import DefinitionError, NotFoundError, UsageError
@@ -28,6 +27,7 @@ from feature_store.redis_layout import (
     timestamp_field,
 )
 from feature_store.view_plan import OnDemandViewError
+from feature_store.windows.declare import event_source, windowed_feature_view
 from feature_store.windows.definition import STATE_FIELD, definition_of
 from tests.window_states import states_of
 

@@ -295,11 +295,13 @@ def test_seen_but_nothing_in_the_window_is_zero_and_null():
     assert topic.status(T - 1) == "NOT_FOUND"
 
 
-def test_history_before_the_stream_counts_and_has_no_watermark():
+def test_history_before_the_stream_is_never_late_and_closes_windows():
     topic = Topic(tumble() + ";" + tumble("COUNT(*) AS closed", emit=True))
-    topic.send(T - DAY, partition=-1)
+    topic.send(T - HOUR, partition=-1)
+    assert topic.read(T - HOUR) == {"c": 1, "closed": 0}
     topic.send(T, partition=-1, visible_at=T)
-    assert topic.read(T) == {"c": 1, "closed": 0}
+    topic.send(T - DAY, partition=-1, visible_at=T)
+    assert topic.read(T) == {"c": 1, "closed": 1}
     topic.send(T + HOUR)
     assert topic.read(T + HOUR) == {"c": 1, "closed": 1}
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from window_definitions import TIME, view_of
 from window_histories import Message
-from window_oracle import HISTORY, Answer, Oracle, Raw
+from window_oracle import Answer, Oracle, Raw
 from window_platform import DROPPED, NEVER, Got, Platform, Read, Row
 
 from feature_store.windows.definition import WindowedView
@@ -99,10 +99,9 @@ class Topic:
         rows = [r for r in self.rows if r.visible_at <= t]
         watermarks: dict[int, int] = {}
         for r in rows:
-            if r.partition != HISTORY:
-                lateness = self.view.source.allowed_lateness_us
-                after = r.message.idle if r.message.idle is not None else r.message.time - lateness
-                watermarks[r.partition] = max(watermarks.get(r.partition, NEVER), after)
+            lateness = self.view.source.allowed_lateness_us
+            after = r.message.idle if r.message.idle is not None else r.message.time - lateness
+            watermarks[r.partition] = max(watermarks.get(r.partition, NEVER), after)
         rows = [r for r in rows if r.message.entity is not None]
         entities = sorted({r.message.entity or "" for r in rows} | {"nobody"})
         blobs: list[bytes | None] = [None] * len(entities)

@@ -154,6 +154,7 @@ class Run:
         if not rows:
             return
         self.clock = max(r.visible_at for r in rows)
+        self.watermarks[HISTORY] = max(m.time for m in self.history) - self.view.source.allowed_lateness_us
         entities = sorted({m.entity for m in self.history if m.entity is not None})
         states = States.empty(self.view, len(entities))
         codes = states.apply(self._events(rows, entities))

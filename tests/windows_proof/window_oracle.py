@@ -197,7 +197,7 @@ class Oracle:
     def watermark_at(self, entity: str, t: int) -> int | None:
         """The greatest over the partitions in which the entity has rows, of what was known by t."""
         rows = self._of_entity.get(entity, [])
-        partitions = {e.raw.partition for e in rows if self.is_known(e, t)} - {HISTORY}
+        partitions = {e.raw.partition for e in rows if self.is_known(e, t)}
         found: list[int] = []
         for e in itertools.chain.from_iterable(self._partitions[p] for p in partitions):
             if self.is_known(e, t):
