@@ -96,6 +96,8 @@ class LoggedStates:
         places = [str(self._directory / part) for part in (HISTORY, STREAM)]
         source = open_source(con, d.name, places, f"`predictflow backfill {d.name}`")
         columns = make_events(con, source, d)
+        if d.source.event_id is not None:
+            source.require(d.source.event_id, "the event id")
         keys = ", ".join(ident(k) for k in d.entity_key)
         time = f"epoch_us({ident(d.source.timestamp)})"
         known = "true" if self._known_by_us is None else f"epoch_us(_visible_at) <= {int(self._known_by_us)}"

@@ -61,6 +61,11 @@ def make_events(con: duckdb.DuckDBPyConnection, source: ParquetSource, definitio
         stored = source.columns.get(name, "") if name == "_watermark" else source.require_time(name, "an event's time")
         items.append(f"{as_type(name, stored, _SQL['timestamp'])} AS {ident(name)}")
     names = [*dict.fromkeys([*definition.entity_key, *definition.source.columns, *_LOG, *times])]
+    event_id = definition.source.event_id
+    if event_id is not None and event_id not in names:
+        # Null where the files have none: history needs no ids, since what was a duplicate is marked there.
+        items.append(f"{as_type(event_id, source.columns.get(event_id, ''), 'VARCHAR')} AS {ident(event_id)}")
+        names.append(event_id)
     require_same_kind(source, names)
     con.execute(f"CREATE OR REPLACE TEMP VIEW {EVENTS} AS SELECT {', '.join(items)} FROM {source.relation}")
     return [n for n in names if n in source.columns]
