@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import uuid
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
@@ -29,8 +29,8 @@ from feature_store.errors import DataError
 from feature_store.event_log import EventLog
 from feature_store.rewound import mark_rewound
 from feature_store.stream_view import log_directory
-from feature_store.topic import commit_group
-from feature_store.topic_record import TopicRecord, write_record
+from feature_store.topic import commit_group, committed_offsets
+from feature_store.topic_record import TopicRecord, read_record, write_record
 from feature_store.window_store import WindowStore
 from feature_store.windows.definition import WindowedView
 from feature_store.windows.state import States
@@ -112,26 +112,38 @@ def bootstrap(
             )
         if clock == "replay":
             (online.clock.set if rewind else online.clock.advance)(known_by_us)
-        if stream:
-            write_record(
-                event_log, TopicRecord(definition.topic, plan.topic_id, len(plan.starts), found.history_watermark_us)
-            )
+        known = TopicRecord(definition.topic, plan.topic_id, len(plan.starts), starts=plan.starts)
+        if not stream:
+            known = read_record(event_log) or TopicRecord(definition.topic, "", 0)
+        write_record(event_log, replace(known, history_watermark_us=found.history_watermark_us))
         done.append(Bootstrapped(view.name, known_by, found.entities, found.events, plan.forgotten, dict(plan.starts)))
     if rewind and wall_clock is not None:
         # Again at the end: until now a server that runs meanwhile found rows missing.
         for view, _ in chosen:
             mark_rewound(log_directory(offline_path, view).parent, wall_clock())
     if stream and not rewind:
-        _commit(config, stream.group, chosen, plans)
+        _commit(config, stream.group, chosen, plans, forward=start == "end")
     return done
 
 
 def _commit(
-    config: dict[str, Any], group: str, chosen: Sequence[tuple[Any, WindowedView]], plans: Sequence[BootstrapPlan]
+    config: dict[str, Any],
+    group: str,
+    chosen: Sequence[tuple[Any, WindowedView]],
+    plans: Sequence[BootstrapPlan],
+    *,
+    forward: bool = False,
 ) -> None:
+    """Sets the group to the least of the views' starts; each view knows its own (`_topic.json`).
+
+    Not beyond what the group has committed, unless `forward`: a batch may be in a view's log whose other messages, of
+    ordinary views or for the dead letters, are not done.
+    """
     for topic in {d.topic for _, d in chosen}:
         of_topic = [plan.starts for plan, (_, d) in zip(plans, chosen, strict=True) if d.topic == topic]
-        commit_group(config, group, topic, {p: min(s[p] for s in of_topic) for p in of_topic[0]})
+        starts = {p: min(s[p] for s in of_topic) for p in of_topic[0]}
+        held = {} if forward else committed_offsets(config, group, topic, list(starts))
+        commit_group(config, group, topic, {p: min(o, held.get(p, o)) for p, o in starts.items()})
 
 
 def write_states(

@@ -87,6 +87,7 @@ class StreamView:
         self._watermarks = Watermarks(self.definition.source.allowed_lateness_us)
         self._visible_us = 0
         self._newest: dict[int, int] = {}  # partition -> its greatest event time here: where idle advances end
+        self._starts: dict[int, int] = {}  # partition -> the first offset that is not in history, until it came
         self._heard: dict[int, int] = {}  # partition -> the machine's clock at its last message
         self._erased = ErasedRows(offline_path, self.definition.entity_key)
 
@@ -101,13 +102,23 @@ class StreamView:
         self._logged.start(partition, logged)
         self._watermarks.start(self.log, self.definition.source.timestamp, partition, from_offset, logged, history)
         self._heard[partition] = wall_us
+        if record is not None and from_offset < (start := record.starts.get(partition, 0)):
+            self._starts[partition] = start
 
     def stop_partition(self, partition: int) -> None:
         """Call when a partition was taken away."""
         self._logged.stop(partition)
         self._watermarks.stop(partition)
         self._heard.pop(partition, None)
+        self._starts.pop(partition, None)
         self._newest.pop(partition, None)
+
+    def _not_in_history(self, batch: RawBatch) -> RawBatch:
+        """Without messages that another view of the topic still needed, but whose events this view's history holds."""
+        kept = [m for i in range(len(batch)) if (m := batch[i]).offset >= self._starts.get(m.partition, 0)]
+        for m in kept:
+            self._starts.pop(m.partition, None)
+        return RawBatch.of(kept)
 
     def committed(self, partition: int, next_offset: int) -> None:
         """Call when offsets are committed: what was logged before `next_offset` will not be delivered again."""
@@ -131,6 +142,8 @@ class StreamView:
         DataError: an erasure list that cannot be read.
         """
         result = BatchResult()
+        if self._starts:
+            batch = self._not_in_history(batch)
         for p in set(batch.partitions):
             self._heard[p] = wall_us
             result.partitions[p] = PartitionResult()
