@@ -72,7 +72,7 @@ def bootstrap(
     without one, at the first message known after history's newest event; or (`start`) at the topic's end. `rewind` first
     forgets what the stream logged after `known_by` and deletes the views' online rows; without it, such rows are a
     DataError. When it was is kept beside the log, by `wall_clock`: the check leaves out what was served before (without a
-    clock nothing is kept, and the check would call that different). Under `replay` the clock is set to `known_by` (rewind)
+    clock nothing is kept, and the check would call that different). Online rows of another definition go, too. Under `replay` the clock is set to `known_by` (rewind)
     or moved on to it. Safe to repeat, also after a kill. `plan_bootstrap` tells beforehand. `advance` is told of entities
     written.
 
@@ -103,6 +103,8 @@ def bootstrap(
                 mark_rewound(event_log.directory.parent, wall_clock())
             online.delete()
             event_log.rewind(known_by_us, plan.topic_id)
+        elif online.is_of_another_definition():
+            online.delete()  # states of the definition before, which nobody can go on with; also after a kill within here
         found, fenced = write_states(online, event_log, erasures, known_by_us, advance)
         if fenced:
             raise DataError(

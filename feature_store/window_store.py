@@ -113,6 +113,12 @@ class WindowStore:
         self._marker = held
         return run
 
+    def is_of_another_definition(self) -> bool:
+        """Whether Redis may hold states that this definition cannot read: the marker is of another one, or there is none."""
+        with answering(self._redis):
+            held = self._redis.get(self._marker_key)
+        return held is None or held.decode().partition(":")[0] != self.definition.hash
+
     def begin(self, run_id: str) -> str:
         """Says that the view's states are complete in this Redis from now on: for bootstrap, when it is done."""
         marker = f"{self.definition.hash}:{run_id}".encode()

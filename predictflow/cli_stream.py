@@ -131,7 +131,7 @@ def bootstrap(
         )
     at = at or datetime.now(UTC)
     group = group or default_group(store.project)
-    place = StreamPlace(settings.need("kafka_bootstrap_servers"), group)
+    place = StreamPlace(settings.need("kafka_bootstrap_servers"), group, settings.schema_registry_url)
     if rewind or dry_run:
         plans = plan_bootstrap(store, offline, at, clock=settings.clock, stream=place, views=views, rewind=rewind)
         for plan in plans:

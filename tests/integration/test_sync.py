@@ -32,7 +32,7 @@ from stream_support import (
 from feature_store import stream_view
 from feature_store.clock import from_micros, to_micros
 from feature_store.dead_letters import read_dead_letters
-from feature_store.errors import DataError, NotFoundError, PredictFlowError, UnavailableError
+from feature_store.errors import DataError, DefinitionError, NotFoundError, PredictFlowError, UnavailableError
 from feature_store.event_decode import Raw, RawBatch
 from feature_store.event_log import EventLog
 from feature_store.redis_connection import connect
@@ -41,6 +41,7 @@ from feature_store.stream_view import StreamView
 from feature_store.sync import Sync, SyncOptions
 from feature_store.topic import client_config, commit_group, end_offsets, ensure_topic, partitions_of
 from feature_store.window_store import StateLostError, WindowStore
+from feature_store.windows.declare import windowed_feature_view
 from feature_store.windows.definition import definition_of
 from feature_store.windows.state import States
 from predictflow.cli import cli
@@ -279,7 +280,7 @@ def test_killed_consumers_lose_nothing_and_count_nothing_twice(project):
     consumer = project.start("sync", "--max-batch", "50")
     wait_until(lambda: len(log_of(project).logged(0, 0)) == len(events))
     consumer.send_signal(signal.SIGTERM)
-    _, errors = consumer.communicate(timeout=60)
+    _, errors = consumer.communicate(timeout=240)
     assert consumer.returncode == 0, errors
 
     log = log_of(project).read()
@@ -677,12 +678,58 @@ def test_a_dead_letter_is_sent_again_once(project):
             in command("dlq", "replay", "--yes", "--again", "--offset", "0", "--offset", "1").output
         )
         wait_until(lambda: handled(consumer) == 6)
+        # What was refused again is the same message: without a filter nothing goes a second time.
+        assert "0 message(s) sent again, 2 were before" in command("dlq", "replay", "--yes").output
+        assert handled(consumer) == 6
     letters = read_dead_letters(client_config(project.kafka), project.topic)
+    assert len(letters) == 5
+    assert len({x.identity for x in letters}) == 2
     assert [(x.offset, x.replayed) for x in letters[:2]] == [(0, True), (1, True)]
     assert all(x.value in (b"{not json", good) for x in letters)
     assert "(replayed)" in command("dlq", "list", "--reason", "not JSON").output
     assert "\\x00" in command("dlq", "list").output or "{not json" in command("dlq", "list").output
     assert "0 dead letter(s)" in command("dlq", "list", "--view", "nonsense").output
+
+
+def test_a_changed_definition_stops_the_stream_until_it_is_bootstrapped(project):
+    write_history(project.offline, [event(i, CUSTOMERS[i], T0 - HOUR) for i in range(3)])
+    project.bootstrap()
+    events = some_events(40, seed=9)
+    produce(project.kafka, project.topic, [message(e) for e in events])
+    with project.syncing() as consumer:
+        wait_until(lambda: handled(consumer) == 40)
+    before = values(project)
+    change_sql(project, SQL.replace("INTERVAL '7' DAYS", "INTERVAL '3' DAYS"))
+    with pytest.raises(DefinitionError, match="predictflow windows bootstrap customer_behavior"), project.syncing():
+        pass
+    at = clock_of(project)
+    (done,) = project.bootstrap(at)
+    assert done.starts == {0: 40}
+    assert before != values(project) == project.history(CUSTOMERS, at)
+    more = some_events(20, seed=10, first=2000)
+    produce(project.kafka, project.topic, [message(e) for e in more])
+    with project.syncing() as consumer:
+        wait_until(lambda: handled(consumer) == 20)
+    assert values(project) == project.history(CUSTOMERS, clock_of(project))
+    assert project.check(project.served(CUSTOMERS)).different == 0
+
+
+def change_sql(project, sql: str) -> None:
+    from feast import Entity, ValueType
+
+    customer = Entity(name="customer", join_keys=["customer_id"], value_type=ValueType.STRING)
+    source = definition_of(project.view).source
+    view = windowed_feature_view(
+        name="customer_behavior",
+        entity=customer,
+        source=source,
+        path="customer_events",
+        sql=sql,
+        history_sql="SELECT * FROM events",
+        ttl=60 * DAY,
+    )
+    project.store.apply([view])
+    project.store.refresh_registry()
 
 
 def test_lost_states_stop_the_stream_and_come_back_from_the_log(project):
@@ -708,7 +755,7 @@ def test_lost_states_stop_the_stream_and_come_back_from_the_log(project):
     again = project.start("sync", "--from-log")
     wait_until(lambda: log_of(project).read().num_rows == 60)
     again.send_signal(signal.SIGTERM)
-    _, errors = again.communicate(timeout=60)
+    _, errors = again.communicate(timeout=240)
     assert again.returncode == 0, errors
     assert before != values(project) == project.history(CUSTOMERS, clock_of(project))
     assert project.check(project.served(CUSTOMERS)).different == 0
