@@ -240,7 +240,7 @@ def test_an_event_without_its_id_is_refused(tmp_path: Path) -> None:
     """Two of them would count as one."""
     event = {"customer": "a", "kind": "ok", "quantity": 1, "event_timestamp": at(1), "created": at(1)}
     write_events(tmp_path / "raw", [{**event, "event_id": "e1"}, {**event, "event_id": None}])
-    with pytest.raises(DataError, match="1 row.* have no event_id"):
+    with pytest.raises(DataError, match=r"1 row.* have no event_id"):
         backfill(behaviour_view(), raw_dir=tmp_path / "raw", offline_path=tmp_path / "off")
 
 
