@@ -57,15 +57,15 @@ def histogram(samples: Sequence[float], label: str) -> str:
     return _svg(figure)
 
 
-def story(reads: Sequence[Mapping[str, Any]]) -> str:
-    """One customer's counts and churn probability over the times at which they were read."""
+def story(reads: Sequence[Mapping[str, Any]], windows: Mapping[str, str]) -> str:
+    """One customer's counts and churn probability over the times at which they were read; `windows`: feature -> its window."""
     figure = _figure(8.6, 4.2)
     top, bottom = figure.subplots(2, 1, sharex=True)
     if not reads:
         return _svg(figure)
     start = datetime.fromisoformat(reads[0]["t"])
     days = [(datetime.fromisoformat(r["t"]) - start).total_seconds() / 86400 for r in reads]
-    for name, colour in (("events_7d", ACCENT), ("events_30d", GOOD)):
+    for name, colour in (("events_7d", ACCENT), ("events_30d", GOOD), ("events_this_week", BAD)):
         top.step(
             days,
             [r["values"].get(name) or 0 for r in reads],
@@ -73,7 +73,7 @@ def story(reads: Sequence[Mapping[str, Any]]) -> str:
             marker="o",
             markersize=3,
             color=colour,
-            label=name,
+            label=f"{name}: {windows[name]}",
         )
     bottom.step(
         days,
