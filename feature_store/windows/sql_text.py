@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from datetime import datetime, timedelta
 from typing import Literal
 
-from feature_store.windows.ir import AggregateRef, Column, Constant, Expression, Type
+from feature_store.windows.ir import AggregateRef, Call, Column, Constant, Expression, Type, walk
 
 Dialect = Literal["duckdb", "flink", "spark", "plain"]
 
@@ -48,8 +48,14 @@ def expression_sql(expression: Expression, dialect: Dialect, aggregates: Sequenc
     match expression.operator:
         case operator if operator in _SAME:
             return f"({parts[0]} {operator} {parts[1]})"
-        case "and" | "or":
-            return "(" + f" {expression.operator.upper()} ".join(parts) + ")"
+        case "and" | "or" as operator:
+            every = "(" + f" {operator.upper()} ".join(parts) + ")"
+            if dialect != "duckdb" or not any(_may_fail(a) for a in expression.arguments):
+                return every
+            # DuckDB looks at all parts of a condition or at some, in an order of its own; a CASE, at no more than decide.
+            decides = "NOT {}" if operator == "and" else "{}"
+            whens = " ".join(f"WHEN {decides.format(p)} THEN {'TRUE' if operator == 'or' else 'FALSE'}" for p in parts)
+            return f"CASE {whens} ELSE {every} END"
         case "neg":
             return f"(-{parts[0]})"
         case "not":
@@ -79,6 +85,12 @@ def expression_sql(expression: Expression, dialect: Dialect, aggregates: Sequenc
             return f"EXTRACT({day} FROM {_utc(parts[0], dialect)})"
         case name:
             return f"{_FUNCTION[name].get(dialect, name)}({', '.join(parts)})"
+
+
+def _may_fail(expression: Expression) -> bool:
+    """Whether DuckDB may raise an error for it: int64 arithmetic overflows."""
+    fails = ("+", "-", "*", "%", "neg", "abs")
+    return any(isinstance(e, Call) and e.type == "int64" and e.operator in fails for e in walk(expression))
 
 
 def _utc(timestamp: str, dialect: Dialect) -> str:
