@@ -145,7 +145,7 @@ class _Maker:
                 "hop": f"{self.interval(slide)}, {self.interval(size)}",
                 "session": self.interval(size),
             }[kind]
-            if shorthand:
+            if shorthand and not (kind == "session" and where is not None):
                 sql = f"{head} FROM events{condition} GROUP BY k, {kind.upper()}({TIME}, {arguments}){emit}"
             else:
                 by = " PARTITION BY k" if kind == "session" else ""
