@@ -1,8 +1,8 @@
 """The online state of windowed views from history known by a time; the stream takes over where it stops.
 
 Reads the event log (history and stream) with DuckDB, builds the entities' states some at a time, writes states and values,
-sets the replay clock and the consumer group's start. `rebuild_from_log` does the same for a Redis that lost its states,
-and leaves the consumer group alone.
+sets the replay clock and the consumer group's start. `from_log` does the same for a Redis that lost its states, and leaves
+the consumer group alone. Public: `bootstrap`, `write_states`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from feature_store.bootstrap_plan import (
     views_together,
 )
 from feature_store.bootstrap_states import LoggedStates, LogSummary
-from feature_store.clock import ClockMode, from_micros, to_micros
+from feature_store.clock import ClockMode, to_micros
 from feature_store.erasure_list import ErasureList, not_erased
 from feature_store.errors import DataError
 from feature_store.event_log import EventLog
@@ -31,9 +31,9 @@ from feature_store.rewound import mark_rewound
 from feature_store.stream_view import log_directory
 from feature_store.topic import commit_group
 from feature_store.topic_record import TopicRecord, write_record
-from feature_store.window_store import WindowStore, windowed_views
+from feature_store.window_store import WindowStore
 from feature_store.windows.definition import WindowedView
-from feature_store.windows.state import NEVER
+from feature_store.windows.state import States
 
 if TYPE_CHECKING:
     from feast import FeatureStore
@@ -103,7 +103,7 @@ def bootstrap(
                 mark_rewound(event_log.directory.parent, wall_clock())
             online.delete()
             event_log.rewind(known_by_us, plan.topic_id)
-        found, fenced = _write_states(online, event_log, erasures, known_by_us, advance)
+        found, fenced = write_states(online, event_log, erasures, known_by_us, advance)
         if fenced:
             raise DataError(
                 f"{view.name}: {fenced} of {found.entities} entities hold states from later events than the log has",
@@ -111,7 +111,7 @@ def bootstrap(
                 next_step=f"stop every sync of the view's topic; `predictflow windows bootstrap {view.name} --rewind --dry-run`",
             )
         if clock == "replay":
-            (online.set_clock if rewind else online.advance_clock)(known_by_us)
+            (online.clock.set if rewind else online.clock.advance)(known_by_us)
         if stream:
             write_record(
                 event_log, TopicRecord(definition.topic, plan.topic_id, len(plan.starts), found.history_watermark_us)
@@ -134,56 +134,16 @@ def _commit(
         commit_group(config, group, topic, {p: min(s[p] for s in of_topic) for p in of_topic[0]})
 
 
-@dataclass(frozen=True)
-class Rebuilt:
-    """What a rebuild wrote for one view. `known_by`: when its newest event became visible, None for an empty log;
-    `fenced`: entities whose state in Redis was newer already, and stays."""
-
-    view: str
-    known_by: datetime | None
-    entities: int
-    events: int
-    fenced: int
-
-
-def rebuild_from_log(
-    store: FeatureStore,
-    offline_path: str,
-    *,
-    clock: ClockMode,
-    views: Sequence[str] = (),
-    advance: Callable[[int], None] | None = None,
-) -> list[Rebuilt]:
-    """Writes the state of every entity from all that history and the stream's log hold, for `views` (default: all).
-
-    For a Redis that lost its states. The consumer group's offsets, the log and the topic's record stay as they are: what
-    the log has beyond the committed offsets comes again, and is recognised. Under `replay` the clock moves on to the
-    newest event's `_visible_at`. Safe to repeat, after a kill and beside a running sync: a newer state is never replaced.
-    Under `wall` no clock is read. Raises NotFoundError: unknown view, or neither history nor log; DataError: files that
-    cannot be read; UnavailableError: Redis.
-    """
-    erasures = ErasureList(offline_path)
-    done = []
-    for view, definition in windowed_views(store, views):
-        event_log = EventLog(log_directory(offline_path, view), definition.topic)
-        online = WindowStore(store, view)
-        found, fenced = _write_states(online, event_log, erasures, None, advance)
-        known = found.visible_us != NEVER
-        if clock == "replay" and known:
-            online.advance_clock(found.visible_us)
-        at = from_micros(found.visible_us) if known else None
-        done.append(Rebuilt(view.name, at, found.entities, found.events, fenced))
-    return done
-
-
-def _write_states(
+def write_states(
     online: WindowStore,
     event_log: EventLog,
     erasures: ErasureList,
     known_by_us: int | None,
     advance: Callable[[int], None] | None,
 ) -> tuple[LogSummary, int]:
-    """Writes what the log gives; its summary, and how many entities kept a newer state."""
+    """Writes what history and log give by `known_by_us` (None: all): states, values, watermarks; then the marker that says
+    that they are there. Returns what was read, and how many entities kept a newer state. Safe to repeat.
+    """
     definition = online.definition
     listed = [(k, k, erasures.digests_of(k)) for k in definition.entity_key]
     fenced = 0
@@ -193,5 +153,6 @@ def _write_states(
             fenced += online.write(chunk.keys, chunk.states, watermarks).fenced
             if advance is not None:
                 advance(len(chunk.keys))
+        online.write([], States.empty(definition, 0), watermarks)  # also where no event counts
         online.begin(uuid.uuid4().hex)  # last: sync must not take half of the states for all of them
         return logged.summary, fenced

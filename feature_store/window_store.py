@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
-from feature_store.clock import replay_clock_key
 from feature_store.errors import DefinitionError, NotFoundError, UnavailableError
 from feature_store.key_bytes import KEY, KeyColumns
 from feature_store.online_write import OnlineWriter
@@ -18,6 +17,7 @@ from feature_store.redis_layout import feature_field
 from feature_store.redis_socket import RedisSocket
 from feature_store.redis_wire import command
 from feature_store.redis_writer import write
+from feature_store.replay_clock import ReplayClock
 from feature_store.view_plan import _key_parts as key_parts
 from feature_store.view_plan import blob_of
 from feature_store.window_write import OTHER_DEFINITION, WATERMARKS, fenced, parse_watermarks, state_key, watermarks_key
@@ -31,14 +31,6 @@ _TIME = pa.timestamp("us", "UTC")
 _KEY_TYPES = {"string": pa.string(), "int64": pa.int64()}
 Key = tuple[str | int, ...]
 """An entity: the values of the definition's `entity_key`, in its order."""
-
-# The clock never goes back, whoever writes it last; numbers of 16 digits would lose precision as Lua numbers.
-_ADVANCE_CLOCK = """
-local held = redis.call('GET', KEYS[1])
-if held and (#held > #ARGV[1] or (#held == #ARGV[1] and held >= ARGV[1])) then return 0 end
-redis.call('SET', KEYS[1], ARGV[1])
-return 1
-"""
 
 
 def windowed_views(store: FeatureStore, names: Sequence[str] = ()) -> list[tuple[FeatureView, WindowedView]]:
@@ -68,7 +60,7 @@ class WriteResult:
 
 
 class WindowStore:
-    """One windowed view in Redis. `clock_us` and `advance_clock` are the project's replay clock."""
+    """One windowed view in Redis. `clock` is the project's replay clock."""
 
     def __init__(self, store: FeatureStore, view: FeatureView) -> None:
         from feast.infra.online_stores.helpers import compute_versioned_name
@@ -92,8 +84,7 @@ class WindowStore:
         self._marker_key = state_key(store.project, stored).encode()
         self._marker: bytes | None = None
         self._marks_key = watermarks_key(store.project, stored)
-        self._clock_key = replay_clock_key(store.project)
-        self._advance = self._redis.register_script(_ADVANCE_CLOCK)
+        self.clock = ReplayClock(self._redis, store.project)
         self._move_marks = self._redis.register_script(WATERMARKS)
 
     # --- whether the states are there ---------------------------------------------------------------------------------
@@ -235,19 +226,3 @@ class WindowStore:
             self._redis.delete(self._marker_key)  # first: whoever reads or writes half of it must notice
             self._redis.delete(self._marks_key)
             online.delete_table(self._store.config, self._view)
-
-    def clock_us(self) -> int | None:
-        """The replay clock, microseconds; None before it was set."""
-        with answering(self._redis):
-            value = self._redis.get(self._clock_key)
-        return None if value is None else int(value)
-
-    def advance_clock(self, us: int) -> None:
-        """Moves the replay clock forward, never back."""
-        with answering(self._redis):
-            self._advance(keys=[self._clock_key], args=[str(us)])
-
-    def set_clock(self, us: int) -> None:
-        """Sets the replay clock, also back: for bootstrap only."""
-        with answering(self._redis):
-            self._redis.set(self._clock_key, str(us))

@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import replace
-from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from feature_store.clock import EPOCH, MICROSECOND, from_micros, to_micros
@@ -85,18 +84,22 @@ def _equal(served: Any, recomputed: Any, scale: float | None) -> bool:
 
 
 def _recomputed(con: duckdb.DuckDBPyConnection, definition: WindowedView) -> dict[int, dict[str, Any]]:
-    """Record to its outputs, their scales and LAST_SEEN, whatever the ttl: what was too old is still not NOT_FOUND."""
+    """Record to its outputs, their scales and LAST_SEEN. What was too old is still not NOT_FOUND; but its outputs are not
+    computed, as they were not for the reader: they may overflow.
+    """
     keys = ", ".join(ident(k) for k in definition.entity_key)
     con.execute(
         f"CREATE OR REPLACE TEMP VIEW _asked AS SELECT id AS _row, {keys}, make_timestamptz(t_us) AS _t, "
         "offsets AS _offsets, watermark_us AS _watermark_us FROM read"
     )
-    found = con.sql(history_sql(with_scales(definition), "_asked", EVENTS, known="by_offset")).to_arrow_table()
+    found = con.sql(
+        history_sql(with_scales(definition), "_asked", EVENTS, known="by_offset", any_age=True)
+    ).to_arrow_table()
     return {row["_row"]: row for row in found.to_pylist()}
 
 
 def with_scales(definition: WindowedView) -> WindowedView:
-    """The definition without a ttl, and for each output of doubles another one, of the size of the numbers in it."""
+    """The definition with another output for each of doubles: the size of the numbers in it."""
     statements = []
     for s in definition.statements:
         aggregates, outputs = list(s.aggregates), list(s.outputs)
@@ -110,7 +113,7 @@ def with_scales(definition: WindowedView) -> WindowedView:
                 total = scales[0] if len(scales) == 1 else _added(scales)
                 outputs.append(Output(_SCALE + o.name, total, "float64"))
         statements.append(Statement(s.window, tuple(aggregates), tuple(outputs)))
-    sized_view = replace(definition, ttl=timedelta(0), sql=f"{definition.sql}\n-- with scales")
+    sized_view = replace(definition, sql=f"{definition.sql}\n-- with scales")
     sized_view.__dict__["statements"] = tuple(statements)
     return sized_view
 

@@ -48,15 +48,16 @@ def make_events(
 ) -> list[str]:
     """Creates the view EVENTS, the event log in the definition's types, and returns its columns.
 
-    `ids`: with the event id, where the definition has one; values do not need it, states do. Times finer than a microsecond are cut. DataError naming the column that no file holds, or that changes its kind.
+    `ids`: with the event id, which states keep; values need none, since the log says what was a repetition. Times finer than a microsecond are cut. DataError naming the column that no file holds, or that changes its kind.
     """
     times = [definition.source.timestamp, "_visible_at", "_watermark"]
     items = [ident(k) for k in definition.entity_key]
     for key in definition.entity_key:
         source.require(key, "an entity key")
-    event_id = definition.source.event_id if ids else None
-    columns = {**definition.source.columns, **({event_id: "string"} if event_id is not None else {})}
-    for name, kind in {**columns, **_LOG}.items():
+    read: dict[str, str] = {**definition.source.columns, **_LOG}
+    if ids and definition.source.event_id is not None:
+        read[definition.source.event_id] = "string"
+    for name, kind in read.items():
         if name in definition.entity_key:
             continue
         stored = source.require(name, "the event log")
@@ -64,7 +65,7 @@ def make_events(
     for name in times:
         stored = source.columns.get(name, "") if name == "_watermark" else source.require_time(name, "an event's time")
         items.append(f"{as_type(name, stored, _SQL['timestamp'])} AS {ident(name)}")
-    names = [*dict.fromkeys([*definition.entity_key, *columns, *_LOG, *times])]
+    names = [*dict.fromkeys([*definition.entity_key, *read, *times])]
     require_same_kind(source, names)
     con.execute(f"CREATE OR REPLACE TEMP VIEW {EVENTS} AS SELECT {', '.join(items)} FROM {source.relation}")
     return [n for n in names if n in source.columns]

@@ -18,13 +18,16 @@ from feature_store.windows.plan import Plan, plan_of
 from feature_store.windows.sql_text import expression_sql, identifier
 
 LAST_SEEN = "_last_seen"
-"""Extra column of the result: greatest event time seen by t, TIMESTAMPTZ; null where the row has no value."""
+"""Extra column of the result: greatest event time seen by t, TIMESTAMPTZ; null where the row has no value, or, with
+`any_age`, only where nothing was seen."""
 
 Known = Literal["by_time", "by_offset"]
 _NEVER = "(-9223372036854775807 - 1)"
 
 
-def history_sql(definition: WindowedView, entities: str, events: str, known: Known = "by_time") -> str:
+def history_sql(
+    definition: WindowedView, entities: str, events: str, known: Known = "by_time", *, any_age: bool = False
+) -> str:
     """A SELECT that gives `_row`, one column per output (BIGINT, DOUBLE, BOOLEAN, TIMESTAMPTZ) and `_last_seen`, once per
     row of `entities`.
 
@@ -79,12 +82,13 @@ def history_sql(definition: WindowedView, entities: str, events: str, known: Kno
     return (
         "WITH "
         + ",\n".join([*relations, *ctes])
-        + f"\nSELECT _row,\n       {outputs},\n       {_last_seen()}\nFROM aggregated\n"
+        + f"\nSELECT _row,\n       {outputs},\n       {_last_seen(any_age)}\nFROM aggregated\n"
     )
 
 
-def _last_seen() -> str:
-    return f"CASE WHEN _valued THEN make_timestamptz(_last_us) END AS {LAST_SEEN}"
+def _last_seen(any_age: bool) -> str:
+    time = "make_timestamptz(_last_us)"
+    return f"{time if any_age else f'CASE WHEN _valued THEN {time} END'} AS {LAST_SEEN}"
 
 
 def _watermark_ctes(definition: WindowedView, events: str, on_keys: str) -> list[str]:

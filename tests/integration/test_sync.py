@@ -36,6 +36,7 @@ from feature_store.errors import DataError, NotFoundError, PredictFlowError, Una
 from feature_store.event_decode import Raw, RawBatch
 from feature_store.event_log import EventLog
 from feature_store.redis_connection import connect
+from feature_store.replay_clock import ReplayClock
 from feature_store.stream_view import StreamView
 from feature_store.sync import Sync, SyncOptions
 from feature_store.topic import client_config, commit_group, end_offsets, ensure_topic, partitions_of
@@ -74,7 +75,7 @@ def log_of(project) -> EventLog:
 
 
 def clock_of(project):
-    return from_micros(WindowStore(project.store, project.view).clock_us() or 0)
+    return from_micros(WindowStore(project.store, project.view).clock.now_us())
 
 
 def values(project, customers=CUSTOMERS) -> list[dict]:
@@ -220,8 +221,8 @@ def test_a_failure_after_any_step_neither_loses_nor_double_counts(project, monke
         with monkeypatch.context() as m:
             break_after(m, broken)
             try:
-                result = view.apply(batch, view.online.clock_us() or 0, to_micros(T0 + 100 * DAY))
-                view.online.advance_clock(result.clock_us)
+                result = view.apply(batch, view.online.clock.now_us(), to_micros(T0 + 100 * DAY))
+                view.online.clock.advance(result.clock_us)
                 view.committed(0, at + len(batch))
                 at += len(batch)
             except ConnectionAbortedError:
@@ -261,7 +262,7 @@ def break_after(monkeypatch, step: str | None) -> None:
         half = failing(WindowStore.write, every_other)
         monkeypatch.setattr(WindowStore, "write", half)
     elif step == "clock":
-        monkeypatch.setattr(WindowStore, "advance_clock", failing(WindowStore.advance_clock))
+        monkeypatch.setattr(ReplayClock, "advance", failing(ReplayClock.advance))
 
 
 def test_killed_consumers_lose_nothing_and_count_nothing_twice(project):
@@ -350,7 +351,7 @@ def test_a_server_that_is_away_is_waited_for(project, monkeypatch):
         append(log, rows)
 
     monkeypatch.setattr(EventLog, "append", full)
-    WindowStore(project.store, project.view).set_clock(to_micros(T0))
+    WindowStore(project.store, project.view).clock.set(to_micros(T0))
     with project.syncing() as consumer:
         produce(project.kafka, project.topic, [message(event(1, "C1", T0))])
         wait_until(lambda: handled(consumer) == 1)

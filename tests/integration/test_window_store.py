@@ -178,7 +178,7 @@ def test_what_was_written_is_loaded_served_and_there_for_stock_readers(repo: Rep
     assert again.encode() == [states.encode()[1], states.encode()[0]]
     assert again.offsets_of(1) == {0: 2}
 
-    windows.set_clock(T + 11 * MINUTE)
+    windows.clock.set(T + 11 * MINUTE)
     entities = [{"customer_id": k, "shop_id": s} for k, s in [*KEYS, ("unknown", 1)]]
     answer = repo.reader().read(entities)
     assert answer.t == from_micros(T + 12 * MINUTE)  # the watermarks were known only then
@@ -266,9 +266,9 @@ def test_an_entity_above_the_cap_is_written_without_values_and_read_as_invalid(r
         events(states, *({"time": T + i, "offset": i} for i in range(6)), {"entity": 1, "time": T, "offset": 6})
     )
     assert windows.write(KEYS, states).without_values == 1
-    windows.set_clock(T + MINUTE)
+    windows.clock.set(T + MINUTE)
     of_a, of_b = repo.reader().read([{"customer_id": k, "shop_id": s} for k, s in KEYS]).rows
     assert set(of_a.statuses.values()) == {"INVALID"}
     assert of_b.values["recent"] == 1
-    windows.set_clock(T + HOUR + 6)
+    windows.clock.set(T + HOUR + 6)
     assert repo.reader().read([{"customer_id": "A", "shop_id": 1}]).rows[0].values["recent"] == 0
