@@ -143,13 +143,14 @@ class Platform:
             offsets = {p: o for p, o in states.offsets_of(i).items() if p >= 0}
             watermark = int(finals.watermark[i])
             out.append(Read("", t, offsets, None if watermark == NEVER else watermark))
-            error = finals.errors.get(i)
-            if error is not None:
+            seen, error = finals.seen[i], finals.errors.get(i)
+            # As a reader shows it: what is too old has no value, and no error in it.
+            expired = seen is not None and self.ttl_us and t - seen > self.ttl_us
+            if error is not None and not (expired and t >= states.visible_at[i]):
                 out.append(Got(None, None, str(error)))
                 continue
-            seen = finals.seen[i]
             values = {n: plain(c[i]) for n, c in finals.columns.items()}
-            if seen is None or (self.ttl_us and t - seen > self.ttl_us):  # as a reader shows it
+            if seen is None or expired:
                 values = dict.fromkeys(values)
             out.append(Got(values, None if seen is None else int(seen)))
         return out
