@@ -7,11 +7,6 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-
-from feature_store.event_log import EventLog, log_files
-from feature_store.topic import client_config, commit_group, committed_offsets
-from feature_store.topic_record import read_record
-from feature_store.windows.declare import event_source, windowed_feature_view
 from stream_support import (
     T0,
     event,
@@ -21,6 +16,11 @@ from stream_support import (
     wait_until,
     write_history,
 )
+
+from feature_store.event_log import EventLog, log_files
+from feature_store.topic import client_config, commit_group, committed_offsets
+from feature_store.topic_record import read_record
+from feature_store.windows.declare import event_source, windowed_feature_view
 
 HOUR = timedelta(hours=1)
 
