@@ -94,7 +94,7 @@ class StreamView:
 
     def start_partition(self, partition: int, from_offset: int, wall_us: int = 0) -> None:
         """Call when a partition is assigned: rows logged beyond its committed offset will be delivered again."""
-        self.log.compact(partition)
+        self.log.compact(partition, wall_us)
         logged = self.log.logged(partition, from_offset)
         record = read_record(self.log)
         history = NEVER if record is None or record.history_watermark_us is None else record.history_watermark_us
@@ -113,9 +113,9 @@ class StreamView:
         """Call when offsets are committed: what was logged before `next_offset` will not be delivered again."""
         self._logged.committed(partition, next_offset)
 
-    def compact(self, partition: int) -> None:
-        """Merges the partition's small log files."""
-        self.log.compact(partition)
+    def compact(self, partition: int, wall_us: int) -> None:
+        """Merges the partition's small log files. `wall_us`: the machine's clock."""
+        self.log.compact(partition, wall_us)
 
     def close(self) -> None:
         """Call when no batch will follow."""
