@@ -28,9 +28,9 @@ from feature_store.logged import NEVER, Bools, Ints, Logged, LoggedTails
 from feature_store.topic_record import read_record
 from feature_store.visibility import ahead, too_far_ahead, visible_times
 from feature_store.watermarks import Watermarks
-from feature_store.window_store import WindowStore
+from feature_store.window_store import Key, WindowStore
 from feature_store.windows.definition import WindowedView
-from feature_store.windows.state import APPLIED, DUPLICATE, LATE, REPLAYED, Events
+from feature_store.windows.state import APPLIED, DUPLICATE, LATE, REPLAYED, Events, States
 
 if TYPE_CHECKING:
     from feast import FeatureStore, FeatureView
@@ -58,6 +58,21 @@ class GoodEvents:
         numbers = {name: column[keep] for name, column in self.numbers.items()}
         rows = self.rows.filter(pa.array(keep))
         return GoodEvents(rows, self.place[keep], self.partition[keep], self.offset[keep], self.time[keep], numbers)
+
+
+@dataclass(frozen=True)
+class Placed:
+    """Events of a batch with what becomes of them: `logged`: in the log before; `before`: the watermark before each,
+    `after`: of each partition after the batch."""
+
+    events: GoodEvents
+    keys: list[Key]
+    states: States
+    visible: Ints
+    logged: Bools
+    before: Ints
+    after: dict[int, int]
+    outcome: np.ndarray[Any, Any]
 
 
 class StreamView:
@@ -95,7 +110,7 @@ class StreamView:
 
     def start_partition(self, partition: int, from_offset: int, wall_us: int = 0) -> None:
         """Call when a partition is assigned: rows logged beyond its committed offset will be delivered again."""
-        self.log.compact(partition)
+        self.log.compact(partition, wall_us)
         logged = self.log.logged(partition, from_offset)
         record = read_record(self.log)
         history = NEVER if record is None or record.history_watermark_us is None else record.history_watermark_us
@@ -124,9 +139,9 @@ class StreamView:
         """Call when offsets are committed: what was logged before `next_offset` will not be delivered again."""
         self._logged.committed(partition, next_offset)
 
-    def compact(self, partition: int) -> None:
-        """Merges the partition's small log files."""
-        self.log.compact(partition)
+    def compact(self, partition: int, wall_us: int) -> None:
+        """Merges the partition's small log files. `wall_us`: the machine's clock."""
+        self.log.compact(partition, wall_us)
 
     def close(self) -> None:
         """Call when no batch will follow."""
@@ -147,47 +162,26 @@ class StreamView:
         for p in set(batch.partitions):
             self._heard[p] = wall_us
             result.partitions[p] = PartitionResult()
-        events = self._good(batch, wall_us, result)
-        keys, entity = entities_of(events.rows, self.definition.entity_key)
-        states = self.online.load(keys)
-        logged, first_visible, first_watermark = self._logged.find(events.partition, events.offset)
-        # Strictly after everything that a reader may have been told at the present clock.
-        floor = max([now_us if self._clock == "replay" else now_us - 1, self._visible_us, 0])
-        if self._clock == "wall":
-            floor = max(floor, int(np.max(states.visible_at, initial=0)), int(np.max(first_visible, initial=0)))
-        visible, early = visible_times(events.time, self._known(events), logged, first_visible, floor, self._clock)
-        if early.any():
-            self._refuse_early(batch, events, visible, early, result)
-            keep = ~early
-            events, visible, logged, first_watermark = (
-                events.where(keep),
-                visible[keep],
-                logged[keep],
-                first_watermark[keep],
-            )
-            keys, entity = entities_of(events.rows, self.definition.entity_key)
-            states = self.online.load(keys)
+        placed = self._placed(batch, self._good(batch, wall_us, result), now_us, result)
+        again = dict.fromkeys(result.partitions, 0)
+        while (behind := (placed.outcome == REPLAYED) & ~placed.logged).any():
+            # Logged by another owner since we read the log; else it was refused when it came first, or left the log: it
+            # was never counted as a new event, and is none now.
+            gone = behind & ~self._read_again(placed.events, behind)
+            for p in placed.events.partition[gone].tolist():
+                again[p] += 1
+            placed = self._placed(batch, placed.events.where(~gone), now_us, result)
         result.refused.sort(key=lambda refused: refused[0][:2])
-        before, after = self._watermarks.before(events.partition, events.offset, events.time, first_watermark)
-        outcome = states.apply(
-            Events(
-                entity=entity,
-                time=events.time,
-                partition=events.partition,
-                offset=events.offset,
-                visible_at=visible,
-                watermark=before,
-                mask=events.numbers["_mask"],
-                id=events.numbers["_id"],
-                values=[events.numbers[name] for name in self._numbers.values],
-            )
-        )
-        self._append(events, visible, before, outcome, logged)
+        events, visible, before, after = placed.events, placed.visible, placed.before, placed.after
+        outcome = placed.outcome
+        self._append(events, visible, before, outcome, placed.logged)
         self._watermarks.advance(after, _next_offsets(events))
         if len(events) and not (outcome == REPLAYED).all():
-            written = self.online.write(keys, states, self._known_watermarks(events, visible, after))
+            written = self.online.write(placed.keys, placed.states, self._known_watermarks(events, visible, after))
             result.without_value, result.fenced = written.without_values, written.fenced
         self._count(events, before, outcome, after, result)
+        for p, n in again.items():
+            result.partitions[p].replayed += n
         result.clock_us = int(np.max(visible, initial=0))
         self._visible_us = max(self._visible_us, result.clock_us)
         return result
@@ -234,6 +228,51 @@ class StreamView:
         return n
 
     # The steps of a batch
+
+    def _placed(self, batch: RawBatch, events: GoodEvents, now_us: int, result: BatchResult) -> Placed:
+        """The events applied to their entities' states as Redis holds them; nothing is written. Those ahead of the clock
+        are left out, and go into `result`."""
+        keys, entity = entities_of(events.rows, self.definition.entity_key)
+        states = self.online.load(keys)
+        logged, first_visible, first_watermark = self._logged.find(events.partition, events.offset)
+        # Strictly after everything that a reader may have been told at the present clock.
+        floor = max([now_us if self._clock == "replay" else now_us - 1, self._visible_us, 0])
+        if self._clock == "wall":
+            floor = max(floor, int(np.max(states.visible_at, initial=0)), int(np.max(first_visible, initial=0)))
+        visible, early = visible_times(events.time, self._known(events), logged, first_visible, floor, self._clock)
+        if early.any():
+            self._refuse_early(batch, events, visible, early, result)
+            keep = ~early
+            events, visible, logged, first_watermark = (
+                events.where(keep),
+                visible[keep],
+                logged[keep],
+                first_watermark[keep],
+            )
+            keys, entity = entities_of(events.rows, self.definition.entity_key)
+            states = self.online.load(keys)
+        before, after = self._watermarks.before(events.partition, events.offset, events.time, first_watermark)
+        outcome = states.apply(
+            Events(
+                entity=entity,
+                time=events.time,
+                partition=events.partition,
+                offset=events.offset,
+                visible_at=visible,
+                watermark=before,
+                mask=events.numbers["_mask"],
+                id=events.numbers["_id"],
+                values=[events.numbers[name] for name in self._numbers.values],
+            )
+        )
+        return Placed(events, keys, states, visible, logged, before, after, outcome)
+
+    def _read_again(self, events: GoodEvents, wanted: Bools) -> Bools:
+        """Which events the log holds by now; it is read from the first of `wanted` on."""
+        for p in np.unique(events.partition[wanted]).tolist():
+            first = int(events.offset[wanted & (events.partition == p)].min())
+            self._logged.add(p, self.log.logged(p, first))
+        return self._logged.find(events.partition, events.offset)[0]
 
     def _good(self, batch: RawBatch, wall_us: int, result: BatchResult) -> GoodEvents:
         """The events that can be applied, but for those ahead of the clock; the others go into `result`."""
@@ -283,7 +322,7 @@ class StreamView:
     def _append(
         self, events: GoodEvents, visible: Ints, before: Ints, outcome: np.ndarray[Any, Any], logged: Bools
     ) -> None:
-        """Logs the rows that are not in the log yet, also those that only a lost log would lack."""
+        """Logs the rows that are not in the log yet."""
         new = ~logged
         if not new.any():
             return

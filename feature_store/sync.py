@@ -264,7 +264,7 @@ class Sync:
             for view in self.views:
                 view.committed(p, offset)
                 if self._batches % _COMPACT_EVERY == 0:
-                    _compact(view, p)
+                    _compact(view, p, now)
             self.metrics.lag.labels(str(p)).set(self._consumer.lag(p) or 0)
 
     def _advance_idle(self) -> None:
@@ -287,9 +287,9 @@ def _next_offsets(batch: RawBatch) -> dict[int, int]:
     return {p: o + 1 for p, o in zip(batch.partitions, batch.offsets, strict=True)}
 
 
-def _compact(view: AnyView, partition: int) -> None:
+def _compact(view: AnyView, partition: int, wall_us: int) -> None:
     """Fewer log files, for readers; it can wait, for instance for room on the disk."""
     try:
-        view.compact(partition)
+        view.compact(partition, wall_us)
     except OSError as e:
         log.warning("event log of %s not compacted: %s", view.name, e)

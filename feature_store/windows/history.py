@@ -56,15 +56,18 @@ def history_sql(
         f"q._k, r._partition AS _p, r._offset AS _o, epoch_us(r.{time}) AS _us, epoch_us(r._visible_at) AS _vis, "
         f"epoch_us(r._watermark) AS _wm, {plan.numbers_sql()}"
     )
-    own = f"SELECT {row} FROM {events} AS r JOIN wanted AS q ON {on_keys} WHERE r._dropped IS NULL"
+    own = f"SELECT {row}, r._dropped FROM {events} AS r JOIN wanted AS q ON {on_keys} WHERE"
     ctes = [
         f"wanted AS MATERIALIZED (SELECT *, row_number() OVER () AS _k FROM (SELECT DISTINCT {named} FROM {entities}))",
         f"asked AS MATERIALIZED (SELECT r._row, q._k, epoch_us(r._t) AS _t{extra} FROM {entities} AS r JOIN wanted AS q ON {on_keys})",
-        # History has its own numbers, which only order it; the stream's rows may stand in two files for a while.
+        # History has its own numbers, which only order it; the stream's rows may stand in two files for a while. What
+        # became visible first counts, or was dropped: so the latter is asked last.
         f"""log AS MATERIALIZED (
-  {own} AND r._partition < 0
-  UNION ALL
-  SELECT DISTINCT ON (_p, _o) * FROM ({own} AND r._partition >= 0) ORDER BY _p, _o, _vis
+  SELECT * EXCLUDE (_dropped) FROM (
+    {own} r._partition < 0
+    UNION ALL
+    SELECT * FROM (SELECT DISTINCT ON (_p, _o) * FROM ({own} r._partition >= 0) ORDER BY _p, _o, _vis)
+  ) WHERE _dropped IS NULL
 )""",
     ]
     ctes.insert(0, f"every AS (SELECT r._row, epoch_us(r._t) AS _t FROM {entities} AS r)")
