@@ -169,6 +169,7 @@ class StreamView:
                 values=[events.numbers[name] for name in self._numbers.values],
             )
         )
+        result.ids_forgotten = states.ids_forgotten
         self._append(events, visible, before, outcome, logged)
         self._watermarks.advance(after, _next_offsets(events))
         if len(events) and not (outcome == REPLAYED).all():
