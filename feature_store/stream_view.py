@@ -175,6 +175,7 @@ class StreamView:
         events, visible, before, after = placed.events, placed.visible, placed.before, placed.after
         outcome = placed.outcome
         self._append(events, visible, before, outcome, placed.logged)
+        result.ids_forgotten = placed.states.ids_forgotten
         self._watermarks.advance(after, _next_offsets(events))
         if len(events) and not (outcome == REPLAYED).all():
             written = self.online.write(placed.keys, placed.states, self._known_watermarks(events, visible, after))

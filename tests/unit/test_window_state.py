@@ -511,6 +511,19 @@ def test_a_state_holds_nothing_that_no_read_can_need():
     assert {k: n for k, n in kept.items() if n != 1} == {"pending": 0, "sessions5": 2}
 
 
+def test_above_the_cap_the_ids_of_the_oldest_events_are_forgotten_and_counted():
+    definition = view(Window("tumble", HOUR, HOUR), aggregates=COUNT, max_events_per_entity=5)
+    states, outcome = applied(definition, [E(T + i, i, id=f"{i}") for i in range(5)] + [E(T, 5, id="x", entity=1)], n=2)
+    assert (states.kept(0)["ids"], states.ids_forgotten) == (5, 0)
+    # The oldest go by event time, not by arrival; the other entity keeps its own.
+    states.apply(events_of(definition, [E(T - 1, 6, id="early"), E(T + 9, 7, id="9"), E(T + 10, 8, id="10")]))
+    assert (states.kept(0)["ids"], states.kept(1)["ids"], states.ids_forgotten) == (5, 1, 3)
+    states = States.decode(definition, states.encode())
+    again = [E(T + i, 10 + i, id=f"{i}") for i in range(5)] + [E(T + 9, 20, id="9"), E(T, 21, id="x", entity=1)]
+    outcome = states.apply(events_of(definition, again))
+    assert outcome.tolist() == [APPLIED] * 2 + [DUPLICATE] * 5
+
+
 def test_damaged_blobs_and_those_of_another_definition_are_refused():
     definition = view(*WINDOWS)
     states, _ = applied(definition, history(random.Random(1), 30))
