@@ -19,7 +19,7 @@ from serving.served_log import Served, ServedLog
 
 if TYPE_CHECKING:
     from feature_store.read_plan import OnlineRow, OnlineRows
-    from serving.json_plan import Answered
+    from serving.json_plan import Answered, Windowed
     from serving.metrics import Metrics
     from serving.models import Model, Models
     from serving.plans import Asked, Plans, ServicePlan
@@ -111,13 +111,20 @@ class OnlineService:
         replies, t_us = await plan.reader.afetch(rows)
         return StoredRead(plan, rows, t_us, replies)
 
-    def served(self, read: StoredRead, counts: Sequence[tuple[str, str, int]], request_id: str) -> None:
-        """Counts and logs an answer to `stored`. `counts`: (view, status, number of values)."""
+    def served(
+        self,
+        read: StoredRead,
+        counts: Sequence[tuple[str, str, int]],
+        request_id: str,
+        windowed: Windowed | None = None,
+    ) -> None:
+        """Counts and logs an answer to `stored`. `counts`: (view, status, number of values); `windowed`: what its windowed
+        views said, so that they need not say it again."""
         self._metrics.add_rows(read.plan.name or "", len(read.entities))
         for count in counts:
             self._metrics.add_status(*count)
         if read.plan.json is not None:
-            answered = read.plan.json.later(read.entities, read.replies, read.t_us)
+            answered = read.plan.json.later(read.entities, read.replies, read.t_us, windowed)
             self._log.write_read(Served(request_id, self._wall(), self._plans.project), answered)
 
     async def _asked(
