@@ -9,12 +9,14 @@ is waited for as in the application: its request was let in, its length is known
 from __future__ import annotations
 
 import asyncio
+import time
 from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from serving.hot import Guard, Headers, Hot, HotRoutes
 from serving.limits import Admitted
+from serving.middleware import ABORT
 
 _KEPT = 64
 """A body in more pieces than this goes on to the application as it arrives."""
@@ -35,6 +37,7 @@ class _HotCycle:
     message_event = _Event()
 
     def __init__(self, keep_alive: bool) -> None:
+        self.started = time.perf_counter()
         self.keep_alive = keep_alive
         self.response_complete = False
         self.disconnected = False
@@ -83,7 +86,12 @@ class HotProtocol(HttpToolsProtocol):
             self.cycle = cycle  # type: ignore[assignment]  # see _HotCycle
             self._kept = cycle, way, []
         else:
-            super().on_headers_complete()
+            self._begin_application()
+
+    def _begin_application(self) -> None:
+        scope: Any = self.scope  # the task that gets it has not run yet
+        scope["extensions"] = {ABORT: self.transport.abort}
+        super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
         if self._kept is None:
@@ -105,7 +113,8 @@ class HotProtocol(HttpToolsProtocol):
 
         admitted, self._admitted = self._admitted, None  # `begin` gives it back
         self._settle()
-        if self._hot.begin(way, self.headers, body, self.client[0] if self.client else None, answer, admitted):
+        client = self.client[0] if self.client else None
+        if self._hot.begin(way, self.headers, body, client, answer, admitted, cycle.started):
             self._kept = None
         else:
             self._decline()
@@ -145,7 +154,7 @@ class HotProtocol(HttpToolsProtocol):
         (cycle, _, parts), self._kept = self._kept, None
         self._settle()
         cycle.response_complete = True  # so that the next one begins at once
-        super().on_headers_complete()
+        self._begin_application()
         self.cycle.keep_alive = self.cycle.keep_alive and cycle.keep_alive  # a shutdown may have begun
         for part in parts:
             super().on_body(part)

@@ -24,6 +24,10 @@ if TYPE_CHECKING:
     from feature_store.view_plan import ViewRow
 
 
+Windowed = tuple[int, "list[dict[int, ViewRow]]"]
+"""What `ReadPlan.windowed_at` says: t, and the answers of windowed views."""
+
+
 def _micros(us: int) -> bytes:
     return orjson.dumps(from_micros(us), option=orjson.OPT_UTC_Z)
 
@@ -75,13 +79,19 @@ class JsonPlan:
         )
         self._bare = [v for v in self._views if v.n]
 
-    def answered(self, entities: Sequence[Mapping[str, Any]], replies: Sequence[Reply], t_us: int) -> Answered:
-        """What `ReadPlan.at` says, as fragments."""
+    def answered(
+        self,
+        entities: Sequence[Mapping[str, Any]],
+        replies: Sequence[Reply],
+        t_us: int,
+        windowed: Windowed | None = None,
+    ) -> Answered:
+        """What `ReadPlan.at` says, as fragments. `windowed`: what its windowed views said of these replies, where known."""
         width = self._width
         times = self._times
         answers: list[dict[int, ViewRow]] = []
         if self._windowed:
-            t_us, answers = self.plan.windowed_at(replies, t_us)
+            t_us, answers = windowed or self.plan.windowed_at(replies, t_us)
         t_ns = t_us * 1000
         columns = []
         for k, view in enumerate(self._views):
@@ -91,10 +101,16 @@ class JsonPlan:
                 columns.append(view.at(replies[view.group :: width], t_ns, times, self._values))
         return Answered(self, entities, t_us, list(zip(*columns)))
 
-    def later(self, entities: Sequence[Mapping[str, Any]], replies: Sequence[Reply], t_us: int) -> Answered:
+    def later(
+        self,
+        entities: Sequence[Mapping[str, Any]],
+        replies: Sequence[Reply],
+        t_us: int,
+        windowed: Windowed | None = None,
+    ) -> Answered:
         """As `answered`, decoded when, and as often as, its rows are asked for: by a log, after the answer."""
         if self._windowed:  # their states may move t
-            return self.answered(entities, replies, t_us)
+            return self.answered(entities, replies, t_us, windowed)
         return Answered(self, entities, t_us, _Later(self, replies, t_us))
 
     def of_cells(self, entities: Sequence[Mapping[str, Any]], t_us: int, answers: Sequence[list[ViewRow]]) -> Answered:

@@ -29,6 +29,8 @@ access = logging.getLogger("predictflow.access")
 log = logging.getLogger(__name__)
 
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._:/+=@-]{1,128}")
+ABORT = "predictflow.abort"
+"""ASGI extension of `hot_protocol`: closes the connection at once, whatever waits to be sent."""
 JOBS_PATH = "/api/v1/jobs/"
 QUIET_ROUTES = ("/healthz", "/readyz", "/metrics", "/health")
 """Polled every few seconds: logged at DEBUG."""
@@ -54,7 +56,8 @@ class RequestScope:
         request_id = request_id_of(headers.get(b"x-request-id"))
         caller = self._gate.caller(headers)
         scope.setdefault("state", {}).update(request_id=request_id, caller=caller)
-        status, waiting = 0, True
+        status = 0
+        download = _is_download(scope["path"])
         budget = asyncio.timeout(self._limits.seconds)
 
         async def send_with_id(message: Message) -> None:
@@ -62,8 +65,8 @@ class RequestScope:
             if message["type"] == "http.response.start":
                 status = message["status"]
                 message = {**message, "headers": [*message["headers"], (b"x-request-id", request_id.encode())]}
-                if waiting:
-                    budget.reschedule(None)  # a download may take as long as its reader does
+                if download and not budget.expired():
+                    budget.reschedule(None)  # it may take as long as its reader does, in a slot of its own
             await send(message)
 
         async def refuse(error: PredictFlowError) -> None:
@@ -74,9 +77,12 @@ class RequestScope:
                 async with budget:
                     await self._admit(scope, headers, receive, send_with_id, refuse)
             except Exception as error:  # nothing may leave a client without an answer in the documented shape
-                waiting = False
-                if isinstance(error, TimeoutError) and budget.expired():
+                late = isinstance(error, TimeoutError) and budget.expired()
+                if late and status == 0:
                     await refuse(TimeBudgetError.after(self._limits.seconds))
+                elif late:  # a reader that does not read; the server closes what is left without its end
+                    log.warning("the answer was not read in time", extra={"request_id": request_id})
+                    scope.get("extensions", {}).get(ABORT, _leave)()
                 else:
                     log.exception("request failed", extra={"request_id": request_id})
                     if status == 0:
@@ -144,6 +150,10 @@ class RequestScope:
             return message
 
         return counted
+
+
+def _leave() -> None:
+    """Where the server offers no more: it closes a connection whose answer is not complete, once that is sent."""
 
 
 def _is_download(path: str) -> bool:
