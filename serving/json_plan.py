@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from math import isfinite
 from typing import TYPE_CHECKING, Any
 
 import orjson
@@ -15,6 +16,7 @@ import orjson
 from feature_store.clock import from_micros
 from feature_store.redis_layout import decode_pair
 from feature_store.windows.state import NEVER
+from serving.encoding import dumps
 from serving.json_view import Caches, JsonView, Part, time_json
 from serving.served_log import Served, message_key
 
@@ -30,6 +32,10 @@ Windowed = tuple[int, "list[dict[int, ViewRow]]"]
 
 def _micros(us: int) -> bytes:
     return orjson.dumps(from_micros(us), option=orjson.OPT_UTC_Z)
+
+
+def _number(value: float) -> bytes:
+    return orjson.dumps(value) if isfinite(value) else dumps(value)  # orjson has null for what is not finite
 
 
 @dataclass(slots=True)
@@ -180,7 +186,7 @@ class JsonPlan:
                     orjson.dumps(dict(zip(self._names, values))),
                     statuses,
                     offsets,
-                    orjson.dumps(probabilities[i]),
+                    _number(probabilities[i]),
                 )
             )
         out.append(b"]}")
@@ -232,7 +238,7 @@ class JsonPlan:
                     b",".join(features),
                     b",".join(views),
                     model,
-                    b"null" if read.probabilities is None else orjson.dumps(read.probabilities[i]),
+                    b"null" if read.probabilities is None else _number(read.probabilities[i]),
                 ),
             )
 

@@ -222,6 +222,17 @@ def test_a_null_of_a_type_that_is_told_apart_by_its_declaration_is_null(null: by
     assert _value(null, ValueType.UUID) is None  # Feast stores a null as empty bytes, which JSON cannot hold
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 0.1])
+def test_a_probability_is_the_same_text_on_both_ways(plan: ReadPlan, value: float) -> None:
+    made = JsonPlan(plan, "s")
+    read = made.answered([{"customer_id": "a"}], [[None] * 22], to_micros(T))
+    read.probabilities = [value]
+    wanted = b'"probability":' + dumps(value)
+    assert wanted in made.predictions(read, [value], "m", "1")
+    ((_, record),) = made.records(Served("r", T, "p", "m", "1"), read)
+    assert record.endswith(wanted + b"}")
+
+
 def test_plans_share_what_they_decoded(plan: ReadPlan) -> None:
     caches = Caches()
     stamp = encode_timestamp(nanos_of(T))
