@@ -59,7 +59,7 @@ def histogram(samples: Sequence[float], label: str) -> str:
 
 def story(reads: Sequence[Mapping[str, Any]], windows: Mapping[str, str]) -> str:
     """One customer's counts and churn probability over the times at which they were read; `windows`: feature -> its window."""
-    figure = _figure(8.6, 4.2)
+    figure = _figure(8.6, 4.8)
     top, bottom = figure.subplots(2, 1, sharex=True)
     if not reads:
         return _svg(figure)
@@ -88,7 +88,7 @@ def story(reads: Sequence[Mapping[str, Any]], windows: Mapping[str, str]) -> str
     for axis in (top, bottom):
         if live:
             axis.axvline(live[-1], color=SOFT, linestyle=":", linewidth=1)
-        axis.legend(frameon=False, fontsize=9, loc="upper right")
+        axis.legend(frameon=False, fontsize=9, loc="lower left", bbox_to_anchor=(0, 1))  # above: lines are anywhere
     bottom.set_xlabel("days since the first read")
     return _svg(figure)
 
