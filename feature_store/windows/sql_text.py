@@ -121,7 +121,9 @@ def constant_sql(value: int | float | str | bool | None, kind: Type, dialect: Di
     if kind == "timestamp":
         if dialect == "duckdb":
             return f"make_timestamptz({int(value)})"
-        if dialect == "flink":  # whose TO_TIMESTAMP_LTZ has milliseconds at most; the session's zone is UTC (`flink_sql`)
+        if (
+            dialect == "flink"
+        ):  # whose TO_TIMESTAMP_LTZ has milliseconds at most; the session's zone is UTC (`flink_sql`)
             utc = datetime(1970, 1, 1) + timedelta(microseconds=int(value))  # noqa: DTZ001 - UTC, printed without zone
             return f"CAST(TIMESTAMP '{utc.isoformat(' ', 'microseconds')}' AS TIMESTAMP_LTZ(6))"
         return f"timestamp_micros({int(value)})"
