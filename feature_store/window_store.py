@@ -20,7 +20,7 @@ from feature_store.redis_writer import write
 from feature_store.replay_clock import ReplayClock
 from feature_store.view_plan import _key_parts as key_parts
 from feature_store.view_plan import blob_of
-from feature_store.window_write import OTHER_DEFINITION, WATERMARKS, fenced, parse_watermarks, state_key, watermarks_key
+from feature_store.window_write import OTHER_DEFINITION, WATERMARKS, fenced, state_key, watermarks_key
 from feature_store.windows.definition import STATE_FIELD, WindowedView, definition_of
 from feature_store.windows.state import NEVER, States
 
@@ -219,11 +219,6 @@ class WindowStore:
             with answering(self._redis):
                 self._move_marks(keys=[self._marks_key], args=args)
         return result
-
-    def watermarks(self) -> dict[int, int]:
-        """What readers take the partitions' watermarks to be, in microseconds."""
-        with answering(self._redis):
-            return parse_watermarks(self._redis.hgetall(self._marks_key))[0]
 
     def delete(self) -> None:
         """Removes every row of the view from the online store, and its watermarks: the next bootstrap starts from nothing."""

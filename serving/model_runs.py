@@ -121,7 +121,7 @@ class ModelRuns:
         if len(rows) >= TOGETHER:
             alone = [request]
             work = self._run(_Waiting(model, given), alone, None)
-            return lambda: work.cancel() and not alone.clear()  # where no thread has begun it
+            return work.cancel  # where no thread has begun it
         waiting = self._running.get(id(given))
         if waiting is not None:
             if len(waiting.requests) >= QUEUED:

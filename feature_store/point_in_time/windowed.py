@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from feature_store.errors import DataError
+from feature_store.event_log import HISTORY, STREAM
 from feature_store.point_in_time.engine import ident
 from feature_store.point_in_time.join import entity_keys, spread
 from feature_store.point_in_time.request import Feature, ViewRequest
@@ -20,8 +21,6 @@ from feature_store.point_in_time.types import as_declared, ns_per_tick, ticks
 from feature_store.windows.definition import STATE_FIELD, WindowedView
 from feature_store.windows.ir import Type
 
-HISTORY, STREAM = "history", "stream"
-"""Directories below a windowed view's path: what backfill wrote, and the log of what sync applied."""
 EVENTS = "_window_events"
 """The temporary view that `make_events` creates."""
 

@@ -220,7 +220,6 @@ def test_watermarks_never_go_back(repo: Repo) -> None:
         b"0": f"{T},{T + 9}".encode(),
         b"3": f"{T + 1},{T}".encode(),
     }
-    assert windows.watermarks() == {0: T, 3: T + 1}
 
 
 def test_a_redis_that_lost_its_data_is_noticed(repo: Repo) -> None:

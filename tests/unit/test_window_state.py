@@ -14,8 +14,9 @@ import pytest
 from feature_store.errors import DefinitionError
 from feature_store.windows.definition import EventSource, WindowedView
 from feature_store.windows.ir import Aggregate, AggregateRef, Column, Output, Statement, Window
+from feature_store.windows.plan import SKETCH_SIZE as K
 from feature_store.windows.plan import plan_of
-from feature_store.windows.sketch import K, Sketch, estimate
+from feature_store.windows.sketch import Sketch, estimate
 from feature_store.windows.state import (
     APPLIED,
     DUPLICATE,
