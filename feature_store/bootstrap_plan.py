@@ -165,6 +165,7 @@ def _history_until(view: str, directory: Path, known_by_us: int, rewind: bool) -
             f"{view}: no event history", value=str(directory / HISTORY), next_step=f"`predictflow backfill {view}`"
         )
     with duckdb.connect() as con:
+        con.execute("SET enable_progress_bar = false")  # it would be drawn on stdout
         newest, streamed, streamed_until = con.execute(
             """SELECT max(us) FILTER (WHERE p < 0), count(*) FILTER (WHERE p >= 0 AND us > $known_by), max(us)
             FROM (SELECT _partition AS p, epoch_us(_visible_at) AS us FROM read_parquet($files, union_by_name => true))""",
