@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
+from feature_store import stream_place
 from feature_store.bootstrap_plan import (
     BootstrapPlan,
     Start,
@@ -94,7 +95,7 @@ def bootstrap(
     done = []
     if stream and rewind:
         # First: were we to end half-way, sync must find again what the log forgets. What it still holds is recognised.
-        _commit(config, stream.group, chosen, plans)
+        _commit(store, config, stream.group, chosen, plans)
     for (view, definition), plan in zip(chosen, plans, strict=True):
         event_log = EventLog(log_directory(offline_path, view), definition.topic)
         online = WindowStore(store, view)
@@ -122,16 +123,25 @@ def bootstrap(
         for view, _ in chosen:
             mark_rewound(log_directory(offline_path, view).parent, wall_clock())
     if stream and not rewind:
-        _commit(config, stream.group, chosen, plans)
+        _commit(store, config, stream.group, chosen, plans)
     return done
 
 
 def _commit(
-    config: dict[str, Any], group: str, chosen: Sequence[tuple[Any, WindowedView]], plans: Sequence[BootstrapPlan]
+    store: FeatureStore,
+    config: dict[str, Any],
+    group: str,
+    chosen: Sequence[tuple[Any, WindowedView]],
+    plans: Sequence[BootstrapPlan],
 ) -> None:
     for topic in {d.topic for _, d in chosen}:
         of_topic = [plan.starts for plan, (_, d) in zip(plans, chosen, strict=True) if d.topic == topic]
-        commit_group(config, group, topic, {p: min(s[p] for s in of_topic) for p in of_topic[0]})
+        starts = {p: min(s[p] for s in of_topic) for p in of_topic[0]}
+        online: Any = store._get_provider().online_store  # Feast has no public way
+        place = stream_place.StreamPlace(online._get_client(store.config.online_store), store.project, group, topic)
+        place.note(starts)  # first: a note below the committed offset would say that states were lost
+        commit_group(config, group, topic, starts)
+        place.set(starts)
 
 
 @dataclass(frozen=True)
