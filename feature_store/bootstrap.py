@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
+from feature_store import stream_place
 from feature_store.bootstrap_plan import (
     BootstrapPlan,
     Start,
@@ -94,7 +95,7 @@ def bootstrap(
     done = []
     if stream and rewind:
         # First: were we to end half-way, sync must find again what the log forgets. What it still holds is recognised.
-        _commit(config, stream.group, chosen, plans)
+        _commit(store, config, stream.group, chosen, plans, forward=True)
     for (view, definition), plan in zip(chosen, plans, strict=True):
         event_log = EventLog(log_directory(offline_path, view), definition.topic)
         online = WindowStore(store, view)
@@ -124,11 +125,12 @@ def bootstrap(
         for view, _ in chosen:
             mark_rewound(log_directory(offline_path, view).parent, wall_clock())
     if stream and not rewind:
-        _commit(config, stream.group, chosen, plans, forward=start == "end")
+        _commit(store, config, stream.group, chosen, plans, forward=start == "end")
     return done
 
 
 def _commit(
+    store: FeatureStore,
     config: dict[str, Any],
     group: str,
     chosen: Sequence[tuple[Any, WindowedView]],
@@ -145,7 +147,12 @@ def _commit(
         of_topic = [plan.starts for plan, (_, d) in zip(plans, chosen, strict=True) if d.topic == topic]
         starts = {p: min(s[p] for s in of_topic) for p in of_topic[0]}
         held = {} if forward else committed_offsets(config, group, topic, list(starts))
-        commit_group(config, group, topic, {p: min(o, held.get(p, o)) for p, o in starts.items()})
+        starts = {p: min(o, held.get(p, o)) for p, o in starts.items()}
+        online: Any = store._get_provider().online_store  # Feast has no public way
+        place = stream_place.StreamPlace(online._get_client(store.config.online_store), store.project, group, topic)
+        place.note(starts)  # first: a note below the committed offset would say that states were lost
+        commit_group(config, group, topic, starts)
+        place.set(starts)
 
 
 def write_states(

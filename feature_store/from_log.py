@@ -9,13 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from feature_store.bootstrap import write_states
 from feature_store.clock import ClockMode, from_micros
 from feature_store.erasure_list import ErasureList
 from feature_store.errors import NotFoundError
 from feature_store.event_log import EventLog
+from feature_store.stream_place import forget_notes
 from feature_store.stream_topic import views_of_topic
 from feature_store.stream_view import log_directory
 from feature_store.window_store import WindowStore, windowed_views
@@ -81,6 +82,8 @@ def rebuild_from_log(
         known = found.visible_us != NEVER
         if clock == "replay" and known:
             online.clock.advance(found.visible_us)
+        online_store: Any = store._get_provider().online_store  # Feast has no public way
+        forget_notes(online_store._get_client(store.config.online_store), store.project, definition.topic)
         at = from_micros(found.visible_us) if known else None
         done.append(Rebuilt(view.name, at, found.entities, found.events, fenced))
     return done

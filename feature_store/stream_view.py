@@ -187,18 +187,17 @@ class StreamView:
         self._visible_us = max(self._visible_us, result.clock_us)
         return result
 
-    def advance_idle(self, read_to: Mapping[int, int], wall_us: int) -> int:
-        """Moves the watermark of partitions that were silent for the source's idle timeout; how many rows that logged.
+    def listened(self, wall_us: int) -> None:
+        """Call after a pause, for whatever reason: what was not heard meanwhile was no silence."""
+        self._heard = dict.fromkeys(self._heard, wall_us)
 
-        `read_to`: the next offset of each partition that has been read to its end. Only where windows close, and only under
-        the wall clock. A silent partition stands at the clock less timeout and allowed lateness, until no window of its
-        events is open. Errors as `apply`; safe to repeat.
-        """
+    def silent(self, read_to: Mapping[int, int], wall_us: int) -> dict[int, int]:
+        """Those of the partitions that `advance_idle` would move."""
         timeout = self.definition.source.idle_timeout_us
         if timeout is None or self._clock != "wall" or not self.definition.closes_windows:
-            return 0
+            return {}
         watermark = wall_us - timeout - self.definition.source.allowed_lateness_us
-        silent = []
+        silent = {}
         for p, offset in read_to.items():
             now = self._watermarks.of(p)
             end = self._newest.get(p, now) + 2 * self.definition.longest_window_us
@@ -208,9 +207,21 @@ class StreamView:
                 and wall_us - self._heard.get(p, wall_us) >= timeout
                 and now < min(watermark, end)
             ):
-                silent.append(p)
-        if not silent:
+                silent[p] = offset
+        return silent
+
+    def advance_idle(self, read_to: Mapping[int, int], wall_us: int) -> int:
+        """Moves the watermark of partitions that were silent for the source's idle timeout; how many rows that logged.
+
+        `read_to`: the next offset of each partition of which the broker has just said that this is its end. Only where windows close, and only under
+        the wall clock. A silent partition stands at the clock less timeout and allowed lateness, until no window of its
+        events is open. Errors as `apply`; safe to repeat.
+        """
+        timeout = self.definition.source.idle_timeout_us
+        silent = list(self.silent(read_to, wall_us))
+        if not silent or timeout is None:
             return 0
+        watermark = wall_us - timeout - self.definition.source.allowed_lateness_us
         visible = max(wall_us, self._visible_us + 1)
         n = len(silent)
         columns = {f.name: pa.nulls(n, f.type) for f in self._schema}

@@ -754,7 +754,7 @@ def test_lost_states_stop_the_stream_and_come_back_from_the_log(project):
     with pytest.raises((StateLostError, DataError), match="--from-log"), project.syncing():
         pass
     again = project.start("sync", "--from-log")
-    wait_until(lambda: log_of(project).read().num_rows == 60)
+    wait_until(lambda: again.poll() is not None or log_of(project).read().num_rows == 60, seconds=180)
     again.send_signal(signal.SIGTERM)
     _, errors = again.communicate(timeout=240)
     assert again.returncode == 0, errors
@@ -788,6 +788,32 @@ def test_writes_that_a_failing_over_redis_lost_are_read_again(project):
     log = log_of(project).read()
     assert log["_offset"].to_pylist() == list(range(90))
     assert project.check(project.served(CUSTOMERS)).different == 0
+
+
+def test_what_redis_lost_while_no_consumer_ran_stops_the_next_one(project):
+    """Also where no message comes: what is served would lack what the snapshot lacks."""
+    write_history(project.offline, [event(i, CUSTOMERS[i], T0 - HOUR) for i in range(3)])
+    project.bootstrap()
+    redis = connect(project.environ["REDIS_URL"])
+    events = some_events(60, seed=14)
+    with project.syncing() as consumer:
+        produce(project.kafka, project.topic, [message(e) for e in events[:30]])
+        wait_until(lambda: handled(consumer) == 30)
+    snapshot = {k: redis.dump(k) for k in redis.scan_iter()}
+    with project.syncing() as consumer:
+        produce(project.kafka, project.topic, [message(e) for e in events[30:]])
+        wait_until(lambda: handled(consumer) == 30)
+    for k, data in snapshot.items():
+        redis.restore(k, 0, data, replace=True)
+    with pytest.raises(DataError, match="--from-log"), project.syncing() as consumer:
+        wait_until(consumer.finished.is_set)
+    produce(project.kafka, project.topic, [message(event(9, "C1", T0 + 90 * DAY))])
+    again = project.start("sync", "--from-log")
+    wait_until(lambda: again.poll() is not None or log_of(project).read().num_rows == 61, seconds=180)
+    again.send_signal(signal.SIGTERM)
+    _, errors = again.communicate(timeout=60)
+    assert again.returncode == 0, errors
+    assert values(project) == project.history(CUSTOMERS, clock_of(project))
 
 
 def test_an_ordinary_view_takes_its_rows_from_a_topic(project):

@@ -110,6 +110,21 @@ def test_what_another_owner_logged_meanwhile_stays_as_it_was_logged(world):
     assert world.values(T + 60 * SECOND) == (1, 1)
 
 
+def test_a_pause_of_our_own_is_no_silence(tmp_path, monkeypatch):
+    world = World(tmp_path, monkeypatch, CLOSING, idle_timeout_us=30 * SECOND)
+    view = world.owner(0, 1)
+    view.apply(batch(message(0, T), message(0, T, "b", 1)), T, T)
+    now = T + 121 * SECOND
+    assert view.silent({0: 1, 1: 1}, now) == {0: 1, 1: 1}
+    view.listened(now)  # Redis was away so long
+    assert view.silent({0: 1, 1: 1}, now + 29 * SECOND) == {}
+    assert view.advance_idle({0: 1, 1: 1}, now + 29 * SECOND) == 0
+    view.apply(batch(message(1, T + SECOND)), now + 29 * SECOND, now + 29 * SECOND)
+    later = batch(*(message(i, T + i * SECOND, "b", 1) for i in range(1, 120)))
+    assert view.apply(later, now + 30 * SECOND, now + 30 * SECOND).partitions[1].dropped == 0
+    assert view.advance_idle({0: 2}, now + 60 * SECOND) == 1
+
+
 def test_the_row_that_was_visible_first_says_whether_an_event_counts(world):
     """In history, while an event stands in two files."""
     view = world.owner()
