@@ -216,13 +216,22 @@ class ViewPlan:
                 out.append(self._without_value("NOT_FOUND", h, None, state))
             elif self.ttl_ns is not None and t_us * 1000 - event_ns > self.ttl_ns:
                 out.append(self._without_value("OUTSIDE_MAX_AGE", h, event_ns, state))
-            elif k in finals.errors:
-                log.warning("%s: %s", self.name, finals.errors[k].message)
-                out.append(self._without_value("INVALID", h, event_ns, state))
             else:
                 cells = [_cell(v) if c is None else c[k] for c, v in zip(columns, h.values)]
+                if k in finals.errors:
+                    self._invalidate(cells, finals.errors[k])
                 out.append(ViewRow(event_ns, h.created_ns, state, cells))
         return out
+
+    def _invalidate(self, cells: list[Cell], errors: Mapping[str, WindowStateError]) -> None:
+        """Puts INVALID in the place of the outputs that have no value; the other cells stay."""
+        told = set()
+        for i, feature in enumerate(self.features):
+            if feature.name in errors:
+                cells[i] = ("INVALID", None)
+                told.add(errors[feature.name].message)
+        for message in sorted(told):
+            log.warning("%s: %s", self.name, message)
 
     def _without_value(
         self, status: Status, held: Held, event_ns: int | None, state: ReadState | None = None

@@ -60,7 +60,7 @@ class StateLostError(UnavailableError):
 
 @dataclass(frozen=True)
 class WriteResult:
-    """`without_values`: entities whose values cannot be finalised (they got nulls); `fenced`: entities of which Redis
+    """`without_values`: entities of which some value cannot be finalised (it is null); `fenced`: entities of which Redis
     holds a newer state, so that nothing was written: another process owns their partition."""
 
     without_values: int = 0
@@ -185,8 +185,8 @@ class WindowStore:
         """Writes each state and its values as of `visible_at` in one atomic row, then the watermarks. Safe to repeat.
 
         A state with a smaller fence than the one that Redis holds is not written. The row's event_timestamp is the last
-        seen one (`visible_at` where nothing was seen), created is `visible_at`. An entity whose values cannot be
-        finalised gets nulls: a reader without our store sees nothing wrong. `watermarks`: partition -> (watermark, time
+        seen one (`visible_at` where nothing was seen), created is `visible_at`. A value that cannot be finalised
+        is null: a reader without our store sees nothing wrong. `watermarks`: partition -> (watermark, time
         by which it is known), microseconds; they never go back. DefinitionError: Redis holds states of another
         definition. UnavailableError: no Redis, an unknown part is written.
         """
