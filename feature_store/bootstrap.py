@@ -190,7 +190,7 @@ def _write_states(
     with LoggedStates(definition, event_log.directory.parent, known_by_us, not_erased(listed)) as logged:
         watermarks = logged.summary.watermarks if definition.closes_windows else {}
         for chunk in logged.chunks():
-            fenced += online.write(chunk.keys, chunk.states, watermarks).fenced
+            fenced += online.rewrite(chunk.keys, chunk.states, watermarks).fenced
             if advance is not None:
                 advance(len(chunk.keys))
         online.begin(uuid.uuid4().hex)  # last: sync must not take half of the states for all of them

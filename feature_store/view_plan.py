@@ -22,6 +22,7 @@ from feature_store.redis_layout import (
 )
 from feature_store.row_bytes import varint
 from feature_store.windows.definition import STATE_FIELD, WindowedView, definition_of
+from feature_store.windows.intact import decode_intact
 from feature_store.windows.ir import Type
 from feature_store.windows.state import NEVER, States, WindowStateError
 
@@ -169,21 +170,10 @@ class ViewPlan:
         assert definition is not None
         rows = [i for i, h in enumerate(held) if h.state]
         place = [-1] * len(held)
-        errors: dict[int, WindowStateError] = {}
-        blobs = [held[i].state for i in rows]
-        try:
-            states = States.decode(definition, blobs)
-        except WindowStateError:  # which of them?
-            for i in list(rows):
-                try:
-                    States.decode(definition, [held[i].state])
-                except WindowStateError as e:
-                    errors[i] = e
-                    rows.remove(i)
-            states = States.decode(definition, [held[i].state for i in rows])
+        states, damaged = decode_intact(definition, [held[i].state for i in rows])
         for k, i in enumerate(rows):
             place[i] = k
-        return Windows(states, place, errors)
+        return Windows(states, place, {rows[k]: e for k, e in damaged.items()})
 
     def windowed_at(
         self, held: Sequence[Held], windows: Windows, t_us: int, watermarks: Mapping[int, int] | None
