@@ -171,7 +171,7 @@ def write_states(
     with LoggedStates(definition, event_log.directory.parent, known_by_us, not_erased(listed)) as logged:
         watermarks = logged.summary.watermarks if definition.closes_windows else {}
         for chunk in logged.chunks():
-            fenced += online.write(chunk.keys, chunk.states, watermarks).fenced
+            fenced += online.rewrite(chunk.keys, chunk.states, watermarks).fenced
             if advance is not None:
                 advance(len(chunk.keys))
         online.write([], States.empty(definition, 0), watermarks)  # also where no event counts

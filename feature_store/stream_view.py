@@ -6,6 +6,7 @@ event that is delivered again keeps the time at which it first became visible, a
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +36,7 @@ from feature_store.windows.state import APPLIED, DUPLICATE, LATE, REPLAYED, Even
 if TYPE_CHECKING:
     from feast import FeatureStore, FeatureView
 
+log = logging.getLogger(__name__)
 _REASONS = {LATE: "late", DUPLICATE: "duplicate"}
 
 
@@ -178,6 +180,7 @@ class StreamView:
         result.ids_forgotten = placed.states.ids_forgotten
         self._watermarks.advance(after, _next_offsets(events))
         if len(events) and not (outcome == REPLAYED).all():
+            self._tell_damaged(result)
             written = self.online.write(placed.keys, placed.states, self._known_watermarks(events, visible, after))
             result.without_value, result.fenced = written.without_values, written.fenced
         self._count(events, before, outcome, after, result)
@@ -364,6 +367,16 @@ class StreamView:
         if not self.definition.closes_windows:
             return {}
         return {p: (w, int(visible[events.partition == p].max())) for p, w in after.items() if w != NEVER}
+
+    def _tell_damaged(self, result: BatchResult) -> None:
+        """A damaged state stays as it is, so that reads of it are errors; its entity's events are in the log."""
+        result.damaged = len(self.online.damaged)
+        for key, error in list(self.online.damaged.items())[:1]:
+            log.warning(
+                "%s: %d entities are not written, their states in Redis being damaged, as that of %s (%s): "
+                "stop sync, then `predictflow sync --from-log`",
+                self.name, result.damaged, key, error.message,
+            )  # fmt: skip
 
     def _count(
         self,

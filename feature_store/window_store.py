@@ -22,7 +22,8 @@ from feature_store.view_plan import _key_parts as key_parts
 from feature_store.view_plan import blob_of
 from feature_store.window_write import OTHER_DEFINITION, WATERMARKS, fenced, state_key, watermarks_key
 from feature_store.windows.definition import STATE_FIELD, WindowedView, definition_of
-from feature_store.windows.state import NEVER, States
+from feature_store.windows.intact import decode_intact
+from feature_store.windows.state import NEVER, States, WindowStateError
 
 if TYPE_CHECKING:
     from feast import FeatureStore, FeatureView
@@ -52,7 +53,7 @@ class StateLostError(UnavailableError):
 
 @dataclass(frozen=True)
 class WriteResult:
-    """`without_values`: entities whose values cannot be finalised (they got nulls); `fenced`: entities of which Redis
+    """`without_values`: entities of which some value cannot be finalised (it is null); `fenced`: entities of which Redis
     holds a newer state, so that nothing was written: another process owns their partition."""
 
     without_values: int = 0
@@ -83,6 +84,7 @@ class WindowStore:
         self._key_types = [_KEY_TYPES[t] for t in definition.key_types]
         self._marker_key = state_key(store.project, stored).encode()
         self._marker: bytes | None = None
+        self.damaged: dict[Key, WindowStateError] = {}
         self._marks_key = watermarks_key(store.project, stored)
         self.clock = ReplayClock(self._redis, store.project)
         self._move_marks = self._redis.register_script(WATERMARKS)
@@ -139,8 +141,10 @@ class WindowStore:
         """The states of entities, in the order of `keys`; an empty one where there is none yet.
 
         UnavailableError: no Redis; StateLostError: see `attach`; DefinitionError: written under another definition, or
-        rebuilt since `attach`; WindowStateError: damaged.
+        rebuilt since `attach`. Damaged states come as empty ones, and stay in `damaged` (key -> why) until the next load:
+        `write` leaves them as they are.
         """
+        self.damaged = {}
         if not keys:
             return States.empty(self.definition, 0)
         marker, *cells = self._ask(self._redis_keys(keys))
@@ -153,7 +157,9 @@ class WindowStore:
                 valid=[self._marker.decode()],
                 next_step="start `predictflow sync` again",
             )
-        return States.decode(self.definition, [blob_of(c) for c in cells])
+        states, damaged = decode_intact(self.definition, [blob_of(c) for c in cells])
+        self.damaged = {keys[i]: e for i, e in damaged.items()}
+        return states
 
     def _ask(self, keys: Sequence[bytes]) -> list[bytes | None]:
         if self._socket is not None:
@@ -181,9 +187,9 @@ class WindowStore:
     ) -> WriteResult:
         """Writes each state and its values as of `visible_at` in one atomic row, then the watermarks. Safe to repeat.
 
-        A state with a smaller fence than the one that Redis holds is not written. The row's event_timestamp is the last
-        seen one (`visible_at` where nothing was seen), created is `visible_at`. An entity whose values cannot be
-        finalised gets nulls: a reader without our store sees nothing wrong. `watermarks`: partition -> (watermark, time
+        A state with a smaller fence than the one that Redis holds is not written, nor one of `damaged`. The row's event_timestamp is the last
+        seen one (`visible_at` where nothing was seen), created is `visible_at`. A value that cannot be finalised
+        is null: a reader without our store sees nothing wrong. `watermarks`: partition -> (watermark, time
         by which it is known), microseconds; they never go back. DefinitionError: Redis holds states of another
         definition. UnavailableError: no Redis, an unknown part is written.
         """
@@ -201,7 +207,10 @@ class WindowStore:
             seen = np.where(states.last_seen == NEVER, states.visible_at, states.last_seen)
             table[self._writer.event_column] = pa.array(seen).cast(_TIME)
             table[self._writer.created_column] = pa.array(states.visible_at).cast(_TIME)
-            batches = fenced(self._writer.batches(pa.table(table)), self._field, blobs)
+            rows, sound = pa.table(table), [k not in self.damaged for k in keys]
+            if not all(sound):
+                rows, blobs = rows.filter(pa.array(sound)), [b for b, s in zip(blobs, sound, strict=True) if s]
+            batches = fenced(self._writer.batches(rows), self._field, blobs)
             from redis.exceptions import ResponseError  # loaded with the client that raises it
 
             try:
@@ -213,12 +222,36 @@ class WindowStore:
                     f"{self.name}: Redis holds states of another definition, which stay",
                     next_step=f"`predictflow windows bootstrap {self.name}`, then start `predictflow sync` again",
                 ) from e
-            result = WriteResult(len(finals.errors), len(keys) - written)
+            result = WriteResult(len(finals.errors), len(blobs) - written)
         if watermarks and self.definition.closes_windows:
             args = [n for p, (mark, visible) in watermarks.items() for n in (p, mark, visible)]
             with answering(self._redis):
                 self._move_marks(keys=[self._marks_key], args=args)
         return result
+
+    def rewrite(
+        self, keys: Sequence[Key], states: States, watermarks: Mapping[int, tuple[int, int]] | None = None
+    ) -> WriteResult:
+        """As `write`, for states made from the log: what Redis holds of these entities and is damaged gives way.
+
+        Only without a stream beside it.
+        """
+        try:
+            result = self.write(keys, states, watermarks)
+            if not result.fenced or not self._drop_damaged(keys):
+                return result
+        except DefinitionError:  # a damaged head looks like another definition's
+            if not self._drop_damaged(keys):
+                raise
+        return self.write(keys, states, watermarks)
+
+    def _drop_damaged(self, keys: Sequence[Key]) -> int:
+        names = self._redis_keys(keys)
+        _, damaged = decode_intact(self.definition, [blob_of(c) for c in self._ask(names)[1:]])
+        with answering(self._redis):
+            for i in damaged:
+                self._redis.hdel(names[i], self._field)
+        return len(damaged)
 
     def delete(self) -> None:
         """Removes every row of the view from the online store, and its watermarks: the next bootstrap starts from nothing."""
