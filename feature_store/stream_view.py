@@ -6,35 +6,36 @@ event that is delivered again keeps the time at which it first became visible, a
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from feature_store.batch_columns import entities_of, int64_of, valid_of
 from feature_store.batch_result import BatchResult, PartitionResult
 from feature_store.clock import ClockMode
 from feature_store.erased_rows import ErasedRows
-from feature_store.event_decode import Decoder, RawBatch
-from feature_store.event_log import EventLog
+from feature_store.errors import UsageError
+from feature_store.event_decode import ARROW, UTC_MICROS, Decoder, RawBatch
+from feature_store.event_log import IDLE, LOG_FIELDS, STREAM, EventLog
 from feature_store.event_numbers import EventNumbers, Numbers
 from feature_store.events import CREATED, MessageSchema
-from feature_store.log_rows import event_rows, idle_rows, log_directory, log_schema
 from feature_store.logged import NEVER, Bools, Ints, Logged, LoggedTails
-from feature_store.lost_rows import outcomes_of_lost
 from feature_store.topic_record import read_record
 from feature_store.visibility import ahead, too_far_ahead, visible_times
 from feature_store.watermarks import Watermarks
 from feature_store.window_store import WindowStore
+from feature_store.windows.definition import WindowedView
 from feature_store.windows.state import APPLIED, DUPLICATE, LATE, REPLAYED, Events
 
 if TYPE_CHECKING:
     from feast import FeatureStore, FeatureView
 
-log = logging.getLogger(__name__)
+_REASONS = {LATE: "late", DUPLICATE: "duplicate"}
 
 
 @dataclass(frozen=True)
@@ -155,25 +156,20 @@ class StreamView:
             states = self.online.load(keys)
         result.refused.sort(key=lambda refused: refused[0][:2])
         before, after = self._watermarks.before(events.partition, events.offset, events.time, first_watermark)
-        columns = Events(
-            entity=entity,
-            time=events.time,
-            partition=events.partition,
-            offset=events.offset,
-            visible_at=visible,
-            watermark=before,
-            mask=events.numbers["_mask"],
-            id=events.numbers["_id"],
-            values=[events.numbers[name] for name in self._numbers.values],
+        outcome = states.apply(
+            Events(
+                entity=entity,
+                time=events.time,
+                partition=events.partition,
+                offset=events.offset,
+                visible_at=visible,
+                watermark=before,
+                mask=events.numbers["_mask"],
+                id=events.numbers["_id"],
+                values=[events.numbers[name] for name in self._numbers.values],
+            )
         )
-        outcome = states.apply(columns)
-        lost = (outcome == REPLAYED) & ~logged
-        became = outcome
-        if lost.any():
-            log.warning("%s: the event log lost %d rows; they are logged again", self.name, int(lost.sum()))
-            found = outcomes_of_lost(self.definition, self.log.directory.parent, keys, columns, lost)
-            became = np.where(lost, found, outcome)
-        self._append(events, visible, before, became, logged)
+        self._append(events, visible, before, outcome, logged)
         self._watermarks.advance(after, _next_offsets(events))
         if len(events) and not (outcome == REPLAYED).all():
             written = self.online.write(keys, states, self._known_watermarks(events, visible, after))
@@ -208,14 +204,21 @@ class StreamView:
         if not silent:
             return 0
         visible = max(wall_us, self._visible_us + 1)
-        places = {p: read_to[p] for p in silent}
-        self.log.append(idle_rows(self._schema, self._topic_id, places, watermark, visible))
+        n = len(silent)
+        columns = {f.name: pa.nulls(n, f.type) for f in self._schema}
+        columns["_topic_id"] = pa.array([self._topic_id] * n, pa.string())
+        columns["_partition"] = pa.array(silent, pa.int32())
+        columns["_offset"] = pa.array([read_to[p] - 1 for p in silent], pa.int64())
+        columns["_visible_at"] = pa.array([visible] * n, UTC_MICROS)
+        columns["_watermark"] = pa.array([watermark] * n, UTC_MICROS)
+        columns["_dropped"] = pa.array([IDLE] * n, pa.string())
+        self.log.append(pa.table(columns, schema=self._schema))
         self._visible_us = visible
         for p in silent:
             self._watermarks.idle(p, watermark)
             self._heard[p] = wall_us
         self.online.write([], self.online.load([]), dict.fromkeys(silent, (watermark, visible)))
-        return len(silent)
+        return n
 
     # The steps of a batch
 
@@ -267,7 +270,7 @@ class StreamView:
     def _append(
         self, events: GoodEvents, visible: Ints, before: Ints, outcome: np.ndarray[Any, Any], logged: Bools
     ) -> None:
-        """Logs the rows that are not in the log yet, also those that it lost."""
+        """Logs the rows that are not in the log yet, also those that only a lost log would lack."""
         new = ~logged
         if not new.any():
             return
@@ -276,7 +279,16 @@ class StreamView:
             rows, visible, before, outcome = rows.filter(pa.array(new)), visible[new], before[new], outcome[new]
         partition = events.partition if every else events.partition[new]
         offset = events.offset if every else events.offset[new]
-        self.log.append(event_rows(self._schema, self._topic_id, rows, partition, offset, visible, before, outcome))
+        seen = pa.array(visible).cast(UTC_MICROS)
+        columns = {name: rows[name] for name in rows.column_names}
+        columns[CREATED] = pc.coalesce(rows[CREATED], seen)
+        columns["_topic_id"] = pa.repeat(pa.scalar(self._topic_id), len(visible))
+        columns["_partition"] = pa.array(partition.astype(np.int32))
+        columns["_offset"] = pa.array(offset)
+        columns["_visible_at"] = seen
+        columns["_watermark"] = pa.array(before, mask=before == NEVER).cast(UTC_MICROS)
+        columns["_dropped"] = _dropped(outcome)
+        self.log.append(pa.table(columns, schema=self._schema))
         for p in np.unique(partition).tolist():
             mine = partition == p
             self._logged.add(p, Logged(offset[mine], visible[mine], before[mine]))
@@ -313,3 +325,32 @@ class StreamView:
 
 def _next_offsets(events: GoodEvents) -> dict[int, int]:
     return {p: int(events.offset[events.partition == p].max()) + 1 for p in np.unique(events.partition).tolist()}
+
+
+def _dropped(outcome: np.ndarray[Any, Any]) -> pa.Array:
+    counted = ~np.isin(outcome, list(_REASONS))
+    if counted.all():
+        return pa.nulls(len(outcome), pa.string())
+    return pa.array([_REASONS.get(o) for o in outcome.tolist()], pa.string())
+
+
+def log_schema(definition: WindowedView) -> pa.Schema:
+    """The columns of a view's event log."""
+    s = definition.source
+    fields = [] if s.event_id is None else [pa.field(s.event_id, pa.string())]
+    fields += [pa.field(k, ARROW[t]) for k, t in zip(definition.entity_key, definition.key_types, strict=True)]
+    fields += [pa.field(s.timestamp, UTC_MICROS), pa.field(CREATED, UTC_MICROS)]
+    fields += [pa.field(name, ARROW[kind]) for name, kind in s.columns.items()]
+    return pa.schema(fields + LOG_FIELDS)
+
+
+def log_directory(offline_path: str, view: FeatureView, part: str = STREAM) -> Path:
+    """Where the log of a view is: `stream/` or `history/` below its source's path."""
+    source = getattr(view.batch_source, "path", None) or view.name
+    if "://" in offline_path or "://" in source:
+        raise UsageError(
+            "the event log needs a local directory",
+            value=source if "://" in source else offline_path,
+            next_step="set PREDICTFLOW_OFFLINE to a directory that sync, training and check share",
+        )
+    return Path(offline_path) / source / part

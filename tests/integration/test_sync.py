@@ -29,12 +29,12 @@ from stream_support import (
     write_history,
 )
 
+from feature_store import stream_view
 from feature_store.clock import from_micros, to_micros
 from feature_store.dead_letters import read_dead_letters
 from feature_store.errors import DataError, DefinitionError, NotFoundError, PredictFlowError, UnavailableError
 from feature_store.event_decode import Raw, RawBatch
 from feature_store.event_log import EventLog
-from feature_store.log_rows import log_schema
 from feature_store.redis_connection import connect
 from feature_store.replay_clock import ReplayClock
 from feature_store.stream_view import StreamView
@@ -241,39 +241,6 @@ def test_a_failure_after_any_step_neither_loses_nor_double_counts(project, monke
         assert got["events_7d"] == len(recent)
         assert got["quantity_7d"] == (sum(e["quantity"] for e in recent) if recent else None)
     assert values(project) == project.history(CUSTOMERS, now)
-
-
-def test_rows_that_the_log_lost_are_logged_again_as_they_were(project):
-    """Redis holds the events; whether they were late or duplicates is found again from the log before them."""
-    late = event(900, "C1", T0 - 150 * DAY, T0 + 40 * HOUR)
-    first = event(901, "C1", T0 + 41 * HOUR)
-    events = [
-        *some_events(30, seed=14),
-        late,
-        first,
-        {**first, "created": T0 + 42 * HOUR},
-        event(902, "C2", T0 + 43 * HOUR),
-    ]
-    messages = [Raw(0, i, *message(e)) for i, e in enumerate(events)]
-    parts = [RawBatch.of(messages[:20]), RawBatch.of(messages[20:])]
-    wall = to_micros(T0 + 100 * DAY)
-
-    def applied(first_part: int) -> list[str | None]:
-        view = StreamView(project.store, project.view, str(project.offline), "id", "replay")
-        view.start_partition(0, 20 * first_part)
-        for part in parts[first_part:]:
-            view.online.clock.advance(view.apply(part, view.online.clock.now_us(), wall).clock_us)
-        return log_of(project).read()["_dropped"].to_pylist()
-
-    before, served = applied(0), values(project)
-    assert before[-4:] == ["late", None, "duplicate", None]
-    log_of(project).files()[1].path.unlink()
-    assert log_of(project).read().num_rows == 20
-    assert applied(1) == before
-    assert values(project) == served == project.history(CUSTOMERS, clock_of(project))
-    for file in log_of(project).files():
-        file.path.unlink()
-    assert applied(0) == before
 
 
 def break_after(monkeypatch, step: str | None) -> None:
@@ -630,7 +597,7 @@ def test_the_log_row_of_an_event_is_complete(project):
         "_watermark": None,
         "_dropped": None,
     }
-    assert log_schema(consumer.views[0].definition).names == log_of(project).read().schema.names
+    assert stream_view.log_schema(consumer.views[0].definition).names == log_of(project).read().schema.names
 
 
 def test_the_commands_bootstrap_explain_and_check(project, tmp_path):
