@@ -700,7 +700,7 @@ def test_a_changed_definition_stops_the_stream_until_it_is_bootstrapped(project)
     with project.syncing() as consumer:
         wait_until(lambda: handled(consumer) == 40)
     before = values(project)
-    change_sql(project, SQL.replace("INTERVAL '7' DAYS", "INTERVAL '3' DAYS"))
+    change_sql(project, SQL.replace("INTERVAL '7' DAYS", "INTERVAL '12' HOURS"))
     with pytest.raises(DefinitionError, match="predictflow windows bootstrap customer_behavior"), project.syncing():
         pass
     at = clock_of(project)
