@@ -31,6 +31,12 @@ if TYPE_CHECKING:
 Entity = Mapping[str, object]
 
 
+class OnDemandFunctionError(DataError):
+    """The function of an on-demand view fails, or gives something else than it declares: HTTP 500."""
+
+    code = "on_demand_function"
+
+
 def source_view(registry: Any, project: str, name: str) -> Any:
     """The view that another one reads, without functions; Feast's own error where there is none."""
     found = view_named(registry, project, name)
@@ -220,20 +226,21 @@ def computed(
     """The values of the features `names`, for all rows at once. `columns`: lists, or Arrow's for a view of mode pandas, which
     gets them in their `types`: what it computes depends on them.
 
-    DataError when a column is not of its type, and when the function fails or does not give what it declares.
+    DataError when a column is not of its type; OnDemandFunctionError when the function fails or does not give what it
+    declares.
     """
     if view.mode != "python":
         columns = {name: _typed(view, name, column, types.get(name)) for name, column in columns.items()}
     try:
         out = _transformed(view, columns)
     except Exception as e:  # the function is the user's: whatever it raises is told under the view's name
-        raise DataError(
+        raise OnDemandFunctionError(
             f"on-demand feature view {view.name} failed ({type(e).__name__}: {e})",
             next_step="its inputs can be null: let the function take that",
         ) from e
     for name in names:
         if out.get(name) is None or len(out[name]) != rows:
-            raise DataError(
+            raise OnDemandFunctionError(
                 f"on-demand feature view {view.name} gives no value per row for a declared feature",
                 value=name,
                 valid=out,

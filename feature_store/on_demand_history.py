@@ -11,8 +11,7 @@ from copy import copy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from feature_store.errors import DataError
-from feature_store.on_demand import arrow_type, computed, source_view, with_function
+from feature_store.on_demand import OnDemandFunctionError, arrow_type, computed, source_view, with_function
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -95,7 +94,7 @@ class OnDemandHistory:
         return [f"{view.projection.name_alias}__{name}" for view, names in self.reads for name in names]
 
     def answer(self, table: pa.Table) -> pa.Table:
-        """Of rows with everything in `reads`, the rows with what was asked for. DataError when a function fails."""
+        """Of rows with everything in `reads`, the rows with what was asked for. OnDemandFunctionError when a function fails."""
         found = {name: table.column(read) for name, read in self._columns.items()}
         for one in self._computed:
             found |= self._run(one, table)
@@ -126,7 +125,7 @@ class OnDemandHistory:
                     values[i] if values else [], from_feast_to_pyarrow_type(types[name]), from_pandas=True
                 )
             except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError) as e:
-                raise DataError(
+                raise OnDemandFunctionError(
                     f"on-demand feature view {one.view.name} gives values of another type than it declares",
                     value=f"{name} ({types[name]}): {str(e).splitlines()[0]}",
                 ) from e

@@ -13,6 +13,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serving.access import scope_of
@@ -34,6 +35,8 @@ ABORT = "predictflow.abort"
 JOBS_PATH = "/api/v1/jobs/"
 QUIET_ROUTES = ("/healthz", "/readyz", "/metrics", "/health")
 """Polled every few seconds: logged at DEBUG."""
+CLIENT_LEFT = 499
+"""In metrics and access lines only, as nginx has it."""
 
 
 class RequestScope:
@@ -76,6 +79,8 @@ class RequestScope:
             try:
                 async with budget:
                     await self._admit(scope, headers, receive, send_with_id, refuse)
+            except ClientDisconnect:  # amid its body: nobody is there to answer, and it is no fault of ours
+                status = status or CLIENT_LEFT
             except Exception as error:  # nothing may leave a client without an answer in the documented shape
                 late = isinstance(error, TimeoutError) and budget.expired()
                 if late and status == 0:
