@@ -32,6 +32,7 @@ class Online:
     def __init__(self, definition):
         self.definition = definition
         self.held = {}
+        self.damaged = {}
 
     def load(self, keys):
         return (
