@@ -32,6 +32,21 @@ _SCALE = "_scale_"
 _ZERO = Constant(0.0, "float64")
 
 
+_JUDGED = "_judged_events"
+
+
+def _judged_sql(definition: WindowedView) -> str:
+    """The log, whose first event of an id is no duplicate, whatever sync wrote: what it ignored wrongly must be seen."""
+    event_id = definition.source.event_id
+    if event_id is None:
+        return f"CREATE OR REPLACE TEMP VIEW {_JUDGED} AS SELECT * FROM {EVENTS}"
+    keys = ", ".join(ident(k) for k in (*definition.entity_key, event_id))
+    order = "_partition >= 0, _visible_at, _partition, _offset"
+    return f"""CREATE OR REPLACE TEMP VIEW {_JUDGED} AS SELECT * REPLACE (
+        CASE WHEN _dropped = 'duplicate' AND rank() OVER (PARTITION BY {keys} ORDER BY {order}) = 1 THEN NULL
+             ELSE _dropped END AS _dropped) FROM {EVENTS}"""
+
+
 def check_windowed(
     view: FeatureView,
     definition: WindowedView,
@@ -57,7 +72,8 @@ def check_windowed(
         next_step = f"`predictflow backfill {view.name}`"
         source = open_source(con, view.name, [f"{place}/{part}" for part in (HISTORY, STREAM)], next_step)
         load_reads(con, view, definition.entity_key, checked)
-        columns = make_events(con, source, definition)
+        columns = make_events(con, source, definition, ids=True)
+        con.execute(_judged_sql(definition))
         with scanning(source, columns):
             found = _recomputed(con, definition)
         with reading(source.label):
@@ -93,7 +109,7 @@ def _recomputed(con: duckdb.DuckDBPyConnection, definition: WindowedView) -> dic
         "offsets AS _offsets, watermark_us AS _watermark_us FROM read"
     )
     found = con.sql(
-        history_sql(with_scales(definition), "_asked", EVENTS, known="by_offset", any_age=True)
+        history_sql(with_scales(definition), "_asked", _JUDGED, known="by_offset", any_age=True)
     ).to_arrow_table()
     return {row["_row"]: row for row in found.to_pylist()}
 
@@ -146,7 +162,7 @@ def _compared_with_log(con: duckdb.DuckDBPyConnection, definition: WindowedView)
                min(greatest(_visible_us, _us)) OVER ({order} ROWS BETWEEN CURRENT ROW AND UNBOUNDED FOLLOWING) AS _from_us,
                max(_visible_us) OVER ({order} ROWS UNBOUNDED PRECEDING) AS _until_us
         FROM (SELECT {keys}, _partition, _offset, min(epoch_us(_visible_at)) AS _visible_us, min(epoch_us({time})) AS _us
-              FROM {EVENTS} WHERE _dropped IS NULL AND _partition >= 0 AND ({keys}) IN (SELECT ({keys}) FROM read) GROUP BY ALL)"""
+              FROM {_JUDGED} WHERE _dropped IS NULL AND _partition >= 0 AND ({keys}) IN (SELECT ({keys}) FROM read) GROUP BY ALL)"""
     )
     con.execute(
         f"""CREATE OR REPLACE TEMP TABLE _reads AS

@@ -259,7 +259,7 @@ def test_a_damaged_state_stops_no_other_and_is_rebuilt_from_the_log(repo: Repo, 
     loaded.apply(events(loaded, {"time": T, "offset": 5}, {"entity": 1, "time": T, "offset": 6}))
     assert windows.write(KEYS, loaded).fenced == 0
     assert repo.redis.hget(first, windows._field) == bytes(cell)  # as it was: a read of it is an error
-    windows.set_clock(T + MINUTE)
+    windows.clock.set(T + MINUTE)
     of_a, of_b = repo.reader().read([{"customer_id": k, "shop_id": s} for k, s in KEYS]).rows
     assert set(of_a.statuses.values()) == {"INVALID"}
     assert of_b.values["events"] == 2
