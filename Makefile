@@ -18,6 +18,7 @@ FEAST_SOURCE ?=
 EXAMPLES ?= 500
 READS ?= 1000000
 SEED ?= 2
+KILLS ?= 200
 PYTEST_ARGS ?=
 
 .PHONY: help
@@ -94,6 +95,10 @@ prove-backfill: .venv/.dev ## Kill a backfill 50 times at random points; the res
 .PHONY: prove-windows
 prove-windows: .venv/.dev ## Compare stream, history and an oracle over READS (1000000) random reads of windowed views (SEED=2)
 	PREDICTFLOW_PROOF_READS=$(READS) PREDICTFLOW_PROOF_SEED=$(SEED) .venv/bin/python -m pytest tests/windows_proof --timeout 14400
+
+.PHONY: prove-stream
+prove-stream: .venv/.dev ## Kill consumers of a real broker and Redis KILLS (200) times at random; online must equal history
+	PREDICTFLOW_STREAM_KILLS=$(KILLS) PREDICTFLOW_STREAM_SEED=$(SEED) .venv/bin/python -m pytest tests/integration/test_sync_kills.py --timeout 28800
 
 .PHONY: fuzz-rest
 fuzz-rest: .venv/.dev ## Send the REST server requests made from its OpenAPI document, with new seeds (EXAMPLES=500 per route)

@@ -147,6 +147,7 @@ def _refuse_what_the_stream_logged(table: Path, view: str, known_by: datetime | 
     if not files:
         return
     with duckdb.connect() as con:
+        con.execute("SET enable_progress_bar = false")  # it would be drawn on stdout
         # What sync recognised as history's own (`duplicate`) is not counted by it.
         found = con.execute(
             "SELECT min(epoch_us(created)) FROM read_parquet(?, union_by_name => true) WHERE _dropped IS NULL", [files]

@@ -212,7 +212,8 @@ def _window_plan(view: FeatureView, sql: str, inputs: tuple[str, ...], definitio
         inputs=inputs,
         columns=tuple(columns),
         stored=(*names, *log),
-        required=(*definition.entity_key, events.timestamp, "created"),
+        # Events without an id would count as repetitions of one another.
+        required=(*definition.entity_key, *([events.event_id] if events.event_id else []), events.timestamp, "created"),
         timestamp=events.timestamp,
         created="created",
         order=", ".join(ident(c) for c in (*definition.entity_key, events.timestamp, "_offset")),

@@ -29,9 +29,13 @@ class BatchResult:
     """What became of a batch. `clock_us`: the newest `_visible_at` given, 0 if none; `refused`: with the reason.
 
     `without_value`: entities written without values; `fenced`: not written, a newer owner of their partition having been there.
+    `ids_forgotten`: event ids that went because one entity had too many; `damaged`: entities whose state cannot be read, so
+    that their events are in the log only.
     """
 
     without_value: int = 0
+    ids_forgotten: int = 0
+    damaged: int = 0
     fenced: int = 0
     clock_us: int = 0
     refused: list[tuple[Raw, str]] = field(default_factory=list)

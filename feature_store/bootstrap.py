@@ -1,8 +1,8 @@
 """The online state of windowed views from history known by a time; the stream takes over where it stops.
 
 Reads the event log (history and stream) with DuckDB, builds the entities' states some at a time, writes states and values,
-sets the replay clock and the consumer group's start. `rebuild_from_log` does the same for a Redis that lost its states,
-and leaves the consumer group alone.
+sets the replay clock and the consumer group's start. `from_log` does the same for a Redis that lost its states, and leaves
+the consumer group alone. Public: `bootstrap`, `write_states`.
 """
 
 from __future__ import annotations
@@ -10,10 +10,11 @@ from __future__ import annotations
 import logging
 import uuid
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
+from feature_store import stream_place
 from feature_store.bootstrap_plan import (
     BootstrapPlan,
     Start,
@@ -23,17 +24,17 @@ from feature_store.bootstrap_plan import (
     views_together,
 )
 from feature_store.bootstrap_states import LoggedStates, LogSummary
-from feature_store.clock import ClockMode, from_micros, to_micros
+from feature_store.clock import ClockMode, to_micros
 from feature_store.erasure_list import ErasureList, not_erased
 from feature_store.errors import DataError
 from feature_store.event_log import EventLog
 from feature_store.rewound import mark_rewound
 from feature_store.stream_view import log_directory
-from feature_store.topic import commit_group
-from feature_store.topic_record import TopicRecord, write_record
-from feature_store.window_store import WindowStore, windowed_views
+from feature_store.topic import commit_group, committed_offsets
+from feature_store.topic_record import TopicRecord, read_record, write_record
+from feature_store.window_store import WindowStore
 from feature_store.windows.definition import WindowedView
-from feature_store.windows.state import NEVER
+from feature_store.windows.state import States
 
 if TYPE_CHECKING:
     from feast import FeatureStore
@@ -72,7 +73,7 @@ def bootstrap(
     without one, at the first message known after history's newest event; or (`start`) at the topic's end. `rewind` first
     forgets what the stream logged after `known_by` and deletes the views' online rows; without it, such rows are a
     DataError. When it was is kept beside the log, by `wall_clock`: the check leaves out what was served before (without a
-    clock nothing is kept, and the check would call that different). Under `replay` the clock is set to `known_by` (rewind)
+    clock nothing is kept, and the check would call that different). Online rows of another definition go, too. Under `replay` the clock is set to `known_by` (rewind)
     or moved on to it. Safe to repeat, also after a kill. `plan_bootstrap` tells beforehand. `advance` is told of entities
     written.
 
@@ -94,7 +95,7 @@ def bootstrap(
     done = []
     if stream and rewind:
         # First: were we to end half-way, sync must find again what the log forgets. What it still holds is recognised.
-        _commit(config, stream.group, chosen, plans)
+        _commit(store, config, stream.group, chosen, plans, forward=True)
     for (view, definition), plan in zip(chosen, plans, strict=True):
         event_log = EventLog(log_directory(offline_path, view), definition.topic)
         online = WindowStore(store, view)
@@ -103,7 +104,9 @@ def bootstrap(
                 mark_rewound(event_log.directory.parent, wall_clock())
             online.delete()
             event_log.rewind(known_by_us, plan.topic_id)
-        found, fenced = _write_states(online, event_log, erasures, known_by_us, advance)
+        elif online.is_of_another_definition():
+            online.delete()  # states of the definition before, which nobody can go on with; also after a kill within here
+        found, fenced = write_states(online, event_log, erasures, known_by_us, advance)
         if fenced:
             raise DataError(
                 f"{view.name}: {fenced} of {found.entities} entities hold states from later events than the log has",
@@ -111,87 +114,66 @@ def bootstrap(
                 next_step=f"stop every sync of the view's topic; `predictflow windows bootstrap {view.name} --rewind --dry-run`",
             )
         if clock == "replay":
-            (online.set_clock if rewind else online.advance_clock)(known_by_us)
-        if stream:
-            write_record(
-                event_log, TopicRecord(definition.topic, plan.topic_id, len(plan.starts), found.history_watermark_us)
-            )
+            (online.clock.set if rewind else online.clock.advance)(known_by_us)
+        known = TopicRecord(definition.topic, plan.topic_id, len(plan.starts), starts=plan.starts)
+        if not stream:
+            known = read_record(event_log) or TopicRecord(definition.topic, "", 0)
+        write_record(event_log, replace(known, history_watermark_us=found.history_watermark_us))
         done.append(Bootstrapped(view.name, known_by, found.entities, found.events, plan.forgotten, dict(plan.starts)))
     if rewind and wall_clock is not None:
         # Again at the end: until now a server that runs meanwhile found rows missing.
         for view, _ in chosen:
             mark_rewound(log_directory(offline_path, view).parent, wall_clock())
     if stream and not rewind:
-        _commit(config, stream.group, chosen, plans)
+        _commit(store, config, stream.group, chosen, plans, forward=start == "end")
     return done
 
 
 def _commit(
-    config: dict[str, Any], group: str, chosen: Sequence[tuple[Any, WindowedView]], plans: Sequence[BootstrapPlan]
+    store: FeatureStore,
+    config: dict[str, Any],
+    group: str,
+    chosen: Sequence[tuple[Any, WindowedView]],
+    plans: Sequence[BootstrapPlan],
+    *,
+    forward: bool = False,
 ) -> None:
+    """Sets the group to the least of the views' starts; each view knows its own (`_topic.json`).
+
+    Not beyond what the group has committed, unless `forward`: a batch may be in a view's log whose other messages, of
+    ordinary views or for the dead letters, are not done.
+    """
     for topic in {d.topic for _, d in chosen}:
         of_topic = [plan.starts for plan, (_, d) in zip(plans, chosen, strict=True) if d.topic == topic]
-        commit_group(config, group, topic, {p: min(s[p] for s in of_topic) for p in of_topic[0]})
+        starts = {p: min(s[p] for s in of_topic) for p in of_topic[0]}
+        held = {} if forward else committed_offsets(config, group, topic, list(starts))
+        starts = {p: min(o, held.get(p, o)) for p, o in starts.items()}
+        online: Any = store._get_provider().online_store  # Feast has no public way
+        place = stream_place.StreamPlace(online._get_client(store.config.online_store), store.project, group, topic)
+        place.note(starts)  # first: a note below the committed offset would say that states were lost
+        commit_group(config, group, topic, starts)
+        place.set(starts)
 
 
-@dataclass(frozen=True)
-class Rebuilt:
-    """What a rebuild wrote for one view. `known_by`: when its newest event became visible, None for an empty log;
-    `fenced`: entities whose state in Redis was newer already, and stays."""
-
-    view: str
-    known_by: datetime | None
-    entities: int
-    events: int
-    fenced: int
-
-
-def rebuild_from_log(
-    store: FeatureStore,
-    offline_path: str,
-    *,
-    clock: ClockMode,
-    views: Sequence[str] = (),
-    advance: Callable[[int], None] | None = None,
-) -> list[Rebuilt]:
-    """Writes the state of every entity from all that history and the stream's log hold, for `views` (default: all).
-
-    For a Redis that lost its states. The consumer group's offsets, the log and the topic's record stay as they are: what
-    the log has beyond the committed offsets comes again, and is recognised. Under `replay` the clock moves on to the
-    newest event's `_visible_at`. Safe to repeat, after a kill and beside a running sync: a newer state is never replaced.
-    Under `wall` no clock is read. Raises NotFoundError: unknown view, or neither history nor log; DataError: files that
-    cannot be read; UnavailableError: Redis.
-    """
-    erasures = ErasureList(offline_path)
-    done = []
-    for view, definition in windowed_views(store, views):
-        event_log = EventLog(log_directory(offline_path, view), definition.topic)
-        online = WindowStore(store, view)
-        found, fenced = _write_states(online, event_log, erasures, None, advance)
-        known = found.visible_us != NEVER
-        if clock == "replay" and known:
-            online.advance_clock(found.visible_us)
-        at = from_micros(found.visible_us) if known else None
-        done.append(Rebuilt(view.name, at, found.entities, found.events, fenced))
-    return done
-
-
-def _write_states(
+def write_states(
     online: WindowStore,
     event_log: EventLog,
     erasures: ErasureList,
     known_by_us: int | None,
     advance: Callable[[int], None] | None,
 ) -> tuple[LogSummary, int]:
-    """Writes what the log gives; its summary, and how many entities kept a newer state."""
+    """Writes what history and log give by `known_by_us` (None: all): states, values, watermarks; then the marker that says
+    that they are there. Returns what was read, and how many entities kept a newer state. Safe to repeat.
+    """
     definition = online.definition
     listed = [(k, k, erasures.digests_of(k)) for k in definition.entity_key]
     fenced = 0
     with LoggedStates(definition, event_log.directory.parent, known_by_us, not_erased(listed)) as logged:
         watermarks = logged.summary.watermarks if definition.closes_windows else {}
         for chunk in logged.chunks():
-            fenced += online.write(chunk.keys, chunk.states, watermarks).fenced
+            fenced += online.rewrite(chunk.keys, chunk.states, watermarks).fenced
             if advance is not None:
                 advance(len(chunk.keys))
+        online.write([], States.empty(definition, 0), watermarks)  # also where no event counts
         online.begin(uuid.uuid4().hex)  # last: sync must not take half of the states for all of them
         return logged.summary, fenced

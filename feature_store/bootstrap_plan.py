@@ -32,10 +32,12 @@ where a producer sends them again, as the demo does)."""
 
 @dataclass(frozen=True)
 class StreamPlace:
-    """Where the stream takes over: a broker and a consumer group."""
+    """Where the stream takes over: a broker and a consumer group. `schema_registry`: URL, for Avro messages without a
+    schema of their own in the definition."""
 
     bootstrap_servers: str
     group: str
+    schema_registry: str | None = None
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,8 @@ def plan_bootstrap(
         else:
             starts = {p: min(ends[p] + 1, high) for p, (_, high) in held.items() if p in ends}
             rest = {p: bounds for p, bounds in held.items() if p not in ends}
-            starts |= _first_newer(config, view, d, rest, until[view.name], clock)
+            registry = stream.schema_registry if stream else None
+            starts |= _first_newer(config, view, d, rest, until[view.name], clock, registry)
         offsets = _extent(forgotten)
         gone = 0
         if forgotten is not None and offsets and stream is not None:
@@ -162,6 +165,7 @@ def _history_until(view: str, directory: Path, known_by_us: int, rewind: bool) -
             f"{view}: no event history", value=str(directory / HISTORY), next_step=f"`predictflow backfill {view}`"
         )
     with duckdb.connect() as con:
+        con.execute("SET enable_progress_bar = false")  # it would be drawn on stdout
         newest, streamed, streamed_until = con.execute(
             """SELECT max(us) FILTER (WHERE p < 0), count(*) FILTER (WHERE p >= 0 AND us > $known_by), max(us)
             FROM (SELECT _partition AS p, epoch_us(_visible_at) AS us FROM read_parquet($files, union_by_name => true))""",
@@ -190,6 +194,7 @@ def _first_newer(
     held: Mapping[int, tuple[int, int]],
     until_us: int | None,
     clock: ClockMode,
+    schema_registry: str | None,
 ) -> dict[int, int]:
     """Partition -> offset of the first message that history may lack: known after its newest event, or not an event.
 
@@ -201,7 +206,7 @@ def _first_newer(
     if until_us is None or not held:
         return {p: low for p, (low, _) in held.items()}
     schema = MessageSchema.of_windowed(definition)
-    codec = schema.codec()
+    codec = schema.codec(schema_registry)
     starts: dict[int, int | None] = dict.fromkeys(held)
 
     def is_newer(message: Any) -> bool:

@@ -95,7 +95,7 @@ class LoggedStates:
         d, con, plan = self.definition, self._con, plan_of(self.definition)
         places = [str(self._directory / part) for part in (HISTORY, STREAM)]
         source = open_source(con, d.name, places, f"`predictflow backfill {d.name}`")
-        columns = make_events(con, source, d)
+        columns = make_events(con, source, d, ids=True)
         keys = ", ".join(ident(k) for k in d.entity_key)
         time = f"epoch_us({ident(d.source.timestamp)})"
         known = "true" if self._known_by_us is None else f"epoch_us(_visible_at) <= {int(self._known_by_us)}"

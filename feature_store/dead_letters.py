@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,6 +12,8 @@ from feature_store.errors import UnavailableError
 SUFFIX = "-dlq"
 REPLAYED = "replayed"
 """Header of a mark in the dead-letter topic: the identity of a letter that was sent again."""
+SENT_TO = "sent_to"
+"""Header of the same mark: where in the topic it then stood, should it be refused there again."""
 _LETTERS_AT_ONCE = 100
 _LONGEST_REASON = 1000
 _KEPT_BYTES = 100_000
@@ -37,14 +39,26 @@ class DeadLetter:
     truncated_from: int | None = None
     """Bytes of a value that was too large for the dead-letter topic; `value` is then its beginning."""
     replayed: bool = False
+    first: str = ""
+    """Of a message that was sent again and refused again: the identity of the one that came first."""
+
+    @property
+    def place(self) -> str:
+        """Where the message was refused."""
+        return f"{self.topic}/{self.partition}/{self.offset}"
+
+    @property
+    def content(self) -> str:
+        """A digest of key and value."""
+        return hashlib.sha256(b"\0".join([b"%d" % (self.key is None), self.key or b"", self.value or b""])).hexdigest()[
+            :32
+        ]
 
     @property
     def identity(self) -> str:
-        """The message: the same however often and by whichever view it was refused; another one in a topic made again."""
-        content = hashlib.sha256(
-            b"\0".join([b"%d" % (self.key is None), self.key or b"", self.value or b""])
-        ).hexdigest()
-        return f"{self.topic}/{self.partition}/{self.offset}/{content[:32]}"
+        """The message: the same however often, by whichever view and after however many replays it was refused; another
+        one in a topic made again."""
+        return self.first or f"{self.place}/{self.content}"
 
 
 class DeadLetterWriter:
@@ -116,10 +130,13 @@ def read_dead_letters(config: dict[str, Any], topic: str, seconds: float = 10.0)
     from feature_store.topic import read_topic
 
     letters, replayed = [], set()
+    first: dict[tuple[str, str], str] = {}  # place and content of what was sent again -> identity of what came first
     for message in read_topic(config, dead_letter_topic(topic), seconds):
         headers = {k: (v or b"").decode("utf-8", "replace") for k, v in message.headers() or []}
         if REPLAYED in headers:
             replayed.add(headers[REPLAYED])
+            if SENT_TO in headers:
+                first[headers[SENT_TO], headers[REPLAYED].rpartition("/")[2]] = headers[REPLAYED]
             continue
         letters.append(
             DeadLetter(
@@ -133,6 +150,7 @@ def read_dead_letters(config: dict[str, Any], topic: str, seconds: float = 10.0)
                 truncated_from=int(headers["truncated_from_bytes"]) if "truncated_from_bytes" in headers else None,
             )
         )
+    letters = [replace(x, first=first.get((x.place, x.content), "")) for x in letters]
     return [replace(x, replayed=True) if x.identity in replayed else x for x in letters]
 
 
@@ -150,8 +168,8 @@ def replay_dead_letters(
 ) -> Replayed:
     """Produces the messages of `letters` to `topic` once more, with their key and bytes; those replayed before only `again`.
 
-    A message that several views refused, or that was refused twice, is sent once. Each is sent in one transaction with a
-    mark in the dead-letter topic, so that a replay that is killed, or two at once, send nothing twice. UnavailableError: the
+    A message that several views refused, or that was refused again after a replay, is sent once. Each is sent in one
+    transaction with a mark in the dead-letter topic, so that a replay that is killed, or two at once, send nothing twice. UnavailableError: the
     broker does not take a transaction; what was sent before it stays sent, and is known.
     """
     wanted = list({x.identity: x for x in letters}.values())
@@ -172,10 +190,17 @@ def replay_dead_letters(
             todo = [x for x in todo if x.identity not in done]
         for i in range(0, len(todo), _LETTERS_AT_ONCE):
             producer.begin_transaction()
-            for x in todo[i : i + _LETTERS_AT_ONCE]:
-                source = f"{x.topic}/{x.partition}/{x.offset}".encode()
-                producer.produce(topic, key=x.key, value=x.value, headers=[("replayed_from", source)])
-                producer.produce(dead_letter_topic(topic), key=x.key, headers=[(REPLAYED, x.identity.encode())])
+            some = todo[i : i + _LETTERS_AT_ONCE]
+            places: dict[str, str] = {}
+            for x in some:
+                headers: list[tuple[str, str | bytes | None]] = [("replayed_from", x.place.encode())]
+                producer.produce(topic, key=x.key, value=x.value, headers=headers, on_delivery=_placed(places, x))
+            producer.flush(60)  # the marks say where they went
+            for x in some:
+                headers = [(REPLAYED, x.identity.encode())]
+                if x.identity in places:  # else the commit fails
+                    headers.append((SENT_TO, places[x.identity].encode()))
+                producer.produce(dead_letter_topic(topic), key=x.key, headers=headers)
             producer.commit_transaction(60)
     except KafkaException as e:
         raise UnavailableError(
@@ -183,3 +208,11 @@ def replay_dead_letters(
             next_step="run the same command again: what was sent is not sent twice",
         ) from e
     return Replayed(todo, len(whole) - len(todo), result.truncated)
+
+
+def _placed(places: dict[str, str], letter: DeadLetter) -> Callable[[Any, Any], None]:
+    def delivered(error: Any, message: Any) -> None:
+        if error is None:
+            places[letter.identity] = f"{message.topic()}/{message.partition()}/{message.offset()}"
+
+    return delivered

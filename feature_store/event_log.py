@@ -1,8 +1,8 @@
 """The Parquet log of applied events: the record from which every served windowed value can be recomputed.
 
 One file per partition and batch, named by its offset range, so that writing a batch again replaces it. Readers count a
-(partition, offset) once, whatever the files: compaction may show a row in two of them for a while. A file appears whole
-or not at all, and is on disk when `append` returns.
+(partition, offset) once, whatever the files: compaction may show a row in two of them for a while (`log_merges.py`). A
+file appears whole or not at all, and is on disk when `append` returns.
 
 A row with `_dropped` = `idle` is no event: from its `_visible_at` on, the watermark of its partition, of which offsets up
 to and including `_offset` have been read, is at least its `_watermark`. Such rows have files of their own, named by time.
@@ -13,7 +13,9 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +24,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from feature_store.errors import DataError
+from feature_store.log_merges import LogMerges, forget_merges, merged_files
 from feature_store.logged import NEVER, Ints, Logged
 
 UTC_MICROS = pa.timestamp("us", tz="UTC")
@@ -56,14 +59,6 @@ class LogFile:
     path: Path
     idle: bool = False
 
-    def within(self, other: LogFile) -> bool:
-        return (
-            self is not other
-            and self.partition == other.partition
-            and self.idle == other.idle
-            and other.first <= self.first <= self.last <= other.last
-        )
-
 
 class EventLog:
     """The log of one topic in one directory. One writer per partition; any number of readers."""
@@ -74,18 +69,24 @@ class EventLog:
 
     def files(self, partition: int | None = None, *, idle: bool = False) -> list[LogFile]:
         """The files of the topic, or of one partition, by partition and offset: those of events, or those of idle rows."""
+        merged = merged_files(self.directory)
+        return [f for f in self._on_disk(partition) if f.idle == idle and f.path not in merged]
+
+    def _on_disk(self, partition: int | None = None) -> list[LogFile]:
+        """Of events and idle rows, also those that were merged into others."""
         found = []
         for path in self.directory.glob("*.parquet"):
             name = _NAME.fullmatch(path.name)
             if name and name["topic"] == self.topic and partition in (None, int(name["partition"])):
-                file = LogFile(int(name["partition"]), int(name["first"]), int(name["last"]), path, bool(name["idle"]))
-                if file.idle == idle:
-                    found.append(file)
+                found.append(
+                    LogFile(int(name["partition"]), int(name["first"]), int(name["last"]), path, bool(name["idle"]))
+                )
         return sorted(found)
 
-    def append(self, rows: pa.Table) -> None:
+    def append(self, rows: pa.Table, *, anew: bool = False) -> None:
         """Writes rows (the event's columns and LOG_FIELDS), one file per partition and kind. Safe to repeat.
 
+        A file of the same name keeps its rows, as they became visible first; `anew`: it is replaced.
         OSError when the disk is full or not writable: nothing of the file is then visible.
         """
         partitions, idle = rows["_partition"], _is_idle(rows)
@@ -97,9 +98,8 @@ class EventLog:
                 part = rows if pc.all(wanted).as_py() else rows.filter(wanted)
                 if part.num_rows:
                     offsets = part["_offset"].to_numpy()
-                    self._write(
-                        part if (offsets[1:] > offsets[:-1]).all() else part.sort_by("_offset"), partition, kind
-                    )
+                    ordered = part if (offsets[1:] > offsets[:-1]).all() else part.sort_by("_offset")
+                    self._write(ordered, partition, kind, anew=anew)
 
     def logged(self, partition: int, from_offset: int) -> Logged:
         """The events' rows from an offset on, as they became visible first: what a restart must repeat."""
@@ -120,15 +120,20 @@ class EventLog:
 
     def newest(self, partition: int, before_offset: int, timestamp: str) -> tuple[int, int] | None:
         """(`_watermark` or NEVER, event time) of the event row with the greatest offset below one, in microseconds."""
-        for file in reversed(self.files(partition)):
+        best: tuple[int, int, int] | None = None
+        # Ranges may overlap, with offsets of one missing in the other: until none can hold a greater offset.
+        for file in sorted(self.files(partition), key=lambda f: f.last, reverse=True):
             if file.first >= before_offset:
                 continue
+            if best is not None and best[0] >= min(file.last, before_offset - 1):
+                break
             rows = self._read(file, ["_offset", "_watermark", timestamp])
             rows = rows.filter(pc.less(rows["_offset"], before_offset))
             if rows.num_rows:
                 at = int(np.argmax(rows["_offset"].to_numpy()))
-                return int(_micros(rows["_watermark"])[at]), int(_micros(rows[timestamp])[at])
-        return None
+                held = (int(_micros(rows[c])[at]) for c in ("_watermark", timestamp))
+                best = max(best or (-1, 0, 0), (rows["_offset"][at].as_py(), *held))
+        return None if best is None else best[1:]
 
     def idle(self, partition: int) -> list[tuple[int, int]]:
         """(offset, watermark in microseconds) of the partition's idle rows, oldest first."""
@@ -155,20 +160,28 @@ class EventLog:
         rows = _once(pa.concat_tables(tables, promote_options="default"))
         return rows if columns is None else rows.select(columns)
 
-    def compact(self, partition: int, at_least: int = 64) -> None:
-        """Merges small files into one; what it replaces stays until the next call, for readers that listed it before.
+    def compact(self, partition: int, now_us: int, at_least: int = 64) -> None:
+        """Merges adjacent small files; what they replace stays for an hour, for readers that listed it before.
 
-        Does nothing under `at_least` small files. Safe to kill and repeat.
+        Does nothing under `at_least` small files. `now_us`: the machine's clock. Safe to kill and repeat.
         """
+        merges = LogMerges(self.directory, self.topic, partition)
+        merges.clean(now_us)
         for idle in (False, True):
             files = self.files(partition, idle=idle)
-            for old in files:
-                if any(old.within(f) for f in files):
-                    old.path.unlink(missing_ok=True)
-            small = [f for f in self.files(partition, idle=idle) if f.path.stat().st_size < _SMALL_BYTES]
-            if len(small) >= at_least:
-                tables = [self._read(f, None) for f in small]
-                self._write(_once(pa.concat_tables(tables, promote_options="default")), partition, idle)
+            small = {f for f in files if f.path.stat().st_size < _SMALL_BYTES}
+            if len(small) < at_least:
+                continue
+            # Never across a large file: the merged file's name would claim offsets that it does not hold.
+            for is_small, run in groupby(files, key=small.__contains__):
+                if is_small:
+                    self._merge(merges, list(run), partition, idle)
+
+    def _merge(self, merges: LogMerges, run: Sequence[LogFile], partition: int, idle: bool) -> None:
+        if len(run) > 1:
+            changed = [(f.path, f.path.stat().st_mtime_ns) for f in run]
+            rows = _once(pa.concat_tables([self._read(f, None) for f in run], promote_options="default"))
+            merges.add(self._write(rows, partition, idle), changed)
 
     def rewind(self, known_by_us: int, topic_id: str = "") -> int:
         """Forgets the rows that `split` finds; the number of rows forgotten. Stop sync first."""
@@ -178,10 +191,10 @@ class EventLog:
         keep, _ = split(rows, known_by_us, topic_id)
         forgotten = rows.num_rows - keep.num_rows
         if forgotten:
-            old = [*self.files(), *self.files(idle=True)]
+            old = self._on_disk()
             fresh = set()
             if keep.num_rows:
-                self.append(keep)
+                self.append(keep, anew=True)
                 idle = _is_idle(keep)
                 for partition in set(keep["_partition"].to_pylist()):
                     for kind in (False, True):
@@ -191,6 +204,7 @@ class EventLog:
             for file in old:
                 if file.path not in fresh:
                     file.path.unlink(missing_ok=True)
+            forget_merges(self.directory, self.topic)
             self._sync_directory()
         return forgotten
 
@@ -199,9 +213,12 @@ class EventLog:
         kind = f"{IDLE}-" if idle else ""
         return self.directory / f"{self.topic}-{partition}-{kind}{ends['min']:019d}-{ends['max']:019d}.parquet"
 
-    def _write(self, rows: pa.Table, partition: int, idle: bool) -> None:
+    def _write(self, rows: pa.Table, partition: int, idle: bool, *, anew: bool = False) -> Path:
         self.directory.mkdir(parents=True, exist_ok=True)
         path = self._path_of(rows, partition, idle)
+        if not anew and path.exists():
+            held = self._read(LogFile(partition, 0, 0, path, idle), None)
+            rows = _once(pa.concat_tables([held, rows], promote_options="default"))
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
             with temporary.open("wb") as f:
@@ -214,6 +231,7 @@ class EventLog:
                 temporary.unlink(missing_ok=True)
             raise
         self._sync_directory()
+        return path
 
     def _sync_directory(self) -> None:
         handle = os.open(self.directory, os.O_RDONLY)
@@ -267,5 +285,6 @@ def split(rows: pa.Table, known_by_us: int, topic_id: str) -> tuple[pa.Table, pa
 
 def log_files(directory: Path) -> list[str]:
     """The Parquet files of a windowed view's path, history and stream; files being written are not among them."""
+    merged = merged_files(directory)
     found = [p for part in (HISTORY, STREAM) for p in (directory / part).rglob("*.parquet")]
-    return sorted(str(p) for p in found if not p.name.startswith("."))
+    return sorted(str(p) for p in found if not p.name.startswith(".") and p not in merged)

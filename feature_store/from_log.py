@@ -1,25 +1,59 @@
-"""Online state from the event log alone: after Redis lost it, whether in part or whole.
+"""Online states of windowed views from history and event log alone: after Redis lost them, in part or whole.
 
-The log and history hold every event that was counted, so the states as of the newest of them are those that were lost; the
-consumer group goes on where the log ends.
+The log holds every event that was applied, so its states are those that were lost. The consumer group's offsets stay:
+committed is only what is logged, and what the log has beyond them comes again, and is recognised.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from datetime import datetime
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from feature_store.bootstrap import Bootstrapped, StreamPlace, bootstrap
+from feature_store.bootstrap import write_states
 from feature_store.clock import ClockMode, from_micros
+from feature_store.erasure_list import ErasureList
 from feature_store.errors import NotFoundError
-from feature_store.event_log import log_files
+from feature_store.event_log import EventLog
+from feature_store.stream_place import forget_notes
 from feature_store.stream_topic import views_of_topic
 from feature_store.stream_view import log_directory
+from feature_store.window_store import WindowStore, windowed_views
 from feature_store.windows.definition import definition_of
+from feature_store.windows.state import NEVER
 
 if TYPE_CHECKING:
     from feast import FeatureStore
+
+
+@dataclass(frozen=True)
+class Rebuilt:
+    """What a rebuild wrote for one view. `known_by`: when its newest event became visible, None for an empty log;
+    `fenced`: entities whose state in Redis was newer already, and stays."""
+
+    view: str
+    known_by: datetime | None
+    entities: int
+    events: int
+    fenced: int
+
+
+def rebuild_topic_from_log(
+    store: FeatureStore,
+    offline_path: str,
+    *,
+    clock: ClockMode,
+    topic: str | None = None,
+    advance: Callable[[int], None] | None = None,
+) -> list[Rebuilt]:
+    """`rebuild_from_log` of the windowed views that a topic (None: the only one) feeds. NotFoundError: none, or several
+    topics."""
+    name, views = views_of_topic(store, topic)
+    windowed = [v.name for v in views if definition_of(v) is not None]
+    if not windowed:
+        raise NotFoundError("no windowed feature view reads this topic: there is no log to rebuild from", value=name)
+    return rebuild_from_log(store, offline_path, clock=clock, views=windowed, advance=advance)
 
 
 def rebuild_from_log(
@@ -27,37 +61,29 @@ def rebuild_from_log(
     offline_path: str,
     *,
     clock: ClockMode,
-    stream: StreamPlace,
-    now: datetime,
-    topic: str | None = None,
+    views: Sequence[str] = (),
     advance: Callable[[int], None] | None = None,
-) -> list[Bootstrapped]:
-    """Writes every state of a topic's windowed views as of the newest row of history and log, and sets the group's start.
+) -> list[Rebuilt]:
+    """Writes the state of every entity from all that history and the stream's log hold, for `views` (default: all), with
+    its values, the watermarks and the marker that the states are there.
 
-    `now`: the machine's clock, which the wall clock's states are as of. Under `replay` the clock is moved to the newest row.
-    Safe to repeat. NotFoundError: no windowed view of the topic. Others: see `bootstrap`.
+    The consumer group's offsets, the log and the topic's record stay as they are. Under `replay` the clock moves on to the
+    newest `_visible_at`; under `wall` no clock is read. `advance` is told of entities written. Safe to repeat, after a kill
+    and beside a running sync: a newer state is never replaced, and that sync ends, since its states were rebuilt. Raises
+    NotFoundError: unknown view, or neither history nor log; DataError: files that cannot be read; DefinitionError: Redis
+    holds states of another definition; UnavailableError: Redis.
     """
-    name, views = views_of_topic(store, topic)
-    windowed = [v for v in views if definition_of(v) is not None]
-    if not windowed:
-        raise NotFoundError("no windowed feature view reads this topic: there is no log to rebuild from", value=name)
-    newest = max(newest_visible_us(log_files(log_directory(offline_path, v).parent)) for v in windowed)
-    known_by = from_micros(newest)
-    if clock == "wall":
-        known_by = max(known_by, now)
-    return bootstrap(
-        store, offline_path, known_by, clock=clock, stream=stream, views=[v.name for v in windowed], advance=advance
-    )
-
-
-def newest_visible_us(files: list[str]) -> int:
-    """The greatest `_visible_at` of log files, microseconds; 0 without any row."""
-    import duckdb
-
-    if not files:
-        return 0
-    with duckdb.connect() as con:
-        found = con.execute(
-            "SELECT max(epoch_us(_visible_at)) FROM read_parquet($files, union_by_name => true)", {"files": files}
-        ).fetchall()
-    return int(found[0][0] or 0)
+    erasures = ErasureList(offline_path)
+    done = []
+    for view, definition in windowed_views(store, views):
+        event_log = EventLog(log_directory(offline_path, view), definition.topic)
+        online = WindowStore(store, view)
+        found, fenced = write_states(online, event_log, erasures, None, advance)
+        known = found.visible_us != NEVER
+        if clock == "replay" and known:
+            online.clock.advance(found.visible_us)
+        online_store: Any = store._get_provider().online_store  # Feast has no public way
+        forget_notes(online_store._get_client(store.config.online_store), store.project, definition.topic)
+        at = from_micros(found.visible_us) if known else None
+        done.append(Rebuilt(view.name, at, found.entities, found.events, fenced))
+    return done

@@ -10,8 +10,10 @@ from typing import Any
 
 import numpy as np
 
-NEVER = -(2**63)
-"""No time."""
+from feature_store.windows.rows import NEVER
+
+__all__ = ["NEVER", "Bools", "Ints", "Logged", "LoggedTails"]
+
 Ints = np.ndarray[Any, np.dtype[np.int64]]
 Bools = np.ndarray[Any, np.dtype[np.bool_]]
 

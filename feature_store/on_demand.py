@@ -25,9 +25,16 @@ from feature_store.view_plan import (
 from feature_store.without_functions import message, view_named
 
 if TYPE_CHECKING:
+    import pyarrow as pa
     from feast import OnDemandFeatureView, RepoConfig
 
 Entity = Mapping[str, object]
+
+
+class OnDemandFunctionError(DataError):
+    """The function of an on-demand view fails, or gives something else than it declares: HTTP 500."""
+
+    code = "on_demand_function"
 
 
 def source_view(registry: Any, project: str, name: str) -> Any:
@@ -164,6 +171,12 @@ class OnDemandPlan:
             for name, kind in ((f.name, f.dtype.to_value_type()) for f in source.schema)
         }
         self.request_keys = list(self._request)
+        kinds: dict[str, str] = {p.requested: p.type for v in self.inputs for p in v.key_parts if p.requested}
+        kinds |= self._request
+        for _, p in sources:
+            prefix = f"{p.name}__" if full_feature_names else ""
+            kinds |= {prefix + f.name: f.dtype.to_value_type().name for f in p.features}
+        self._arrow = {name: arrow_type(kind) for name, kind in kinds.items()}
         self._view = view
         self._full = full_feature_names
 
@@ -177,31 +190,76 @@ class OnDemandPlan:
                 columns[name] = [float(v) if type(v) is int else v for v in columns[name]]
         for view, i, feature, name in self._columns:
             columns[name] = [python_value(feature, row[id(view)].cells[i])[1] for row in answers]
-        found = computed(self._view, columns, len(entities), [f.name for f in self.features])
+        found = computed(self._view, columns, len(entities), [f.name for f in self.features], self._arrow)
         cells = [_cells(values, kind) for values, kind in zip(found, self._types, strict=True)]
         return [ViewRow(None, None, None, [column[i] for column in cells]) for i in range(len(entities))]
 
 
-def computed(view: OnDemandFeatureView, columns: Mapping[str, Any], rows: int, names: Sequence[str]) -> list[list[Any]]:
-    """The values of the features `names`, for all rows at once. `columns`: lists, or Arrow's for a view of mode pandas.
+def arrow_type(kind: str) -> pa.DataType | None:
+    """The Arrow type in which a function of mode pandas is given a join key, an input or a request column of this Feast
+    value type, online and in history; None for types that Arrow has none of its own for. Numbers are widened: a null makes
+    pandas hold a column of integers as float64, so int32 would wrap or not by what the other rows hold."""
+    import pyarrow as pa
 
-    DataError when the function fails or does not give what it declares.
+    if kind.endswith("_LIST"):
+        item = arrow_type(kind.removesuffix("_LIST"))
+        return None if item is None else pa.list_(item)
+    return {
+        "STRING": pa.string(),
+        "BYTES": pa.binary(),
+        "BOOL": pa.bool_(),
+        "INT32": pa.int64(),
+        "INT64": pa.int64(),
+        "FLOAT": pa.float64(),
+        "DOUBLE": pa.float64(),
+        "UNIX_TIMESTAMP": pa.timestamp("us", "UTC"),
+    }.get(kind)
+
+
+def computed(
+    view: OnDemandFeatureView,
+    columns: Mapping[str, Any],
+    rows: int,
+    names: Sequence[str],
+    types: Mapping[str, pa.DataType | None],
+) -> list[list[Any]]:
+    """The values of the features `names`, for all rows at once. `columns`: lists, or Arrow's for a view of mode pandas, which
+    gets them in their `types`: what it computes depends on them.
+
+    DataError when a column is not of its type; OnDemandFunctionError when the function fails or does not give what it
+    declares.
     """
+    if view.mode != "python":
+        columns = {name: _typed(view, name, column, types.get(name)) for name, column in columns.items()}
     try:
         out = _transformed(view, columns)
     except Exception as e:  # the function is the user's: whatever it raises is told under the view's name
-        raise DataError(
+        raise OnDemandFunctionError(
             f"on-demand feature view {view.name} failed ({type(e).__name__}: {e})",
             next_step="its inputs can be null: let the function take that",
         ) from e
     for name in names:
         if out.get(name) is None or len(out[name]) != rows:
-            raise DataError(
+            raise OnDemandFunctionError(
                 f"on-demand feature view {view.name} gives no value per row for a declared feature",
                 value=name,
                 valid=out,
             )
     return [out[name] for name in names]
+
+
+def _typed(view: OnDemandFeatureView, name: str, column: Any, wanted: pa.DataType | None) -> Any:
+    import pyarrow as pa
+
+    if wanted is None:
+        return column
+    try:
+        return column.cast(wanted) if isinstance(column, pa.ChunkedArray | pa.Array) else pa.array(column, wanted)
+    except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError, OverflowError) as e:
+        raise DataError(
+            f"on-demand feature view {view.name}: an input is not of its declared type",
+            value=f"{name} ({wanted}): {str(e).splitlines()[0]}",
+        ) from e
 
 
 def _transformed(view: OnDemandFeatureView, columns: Mapping[str, Any]) -> dict[str, list[Any]]:

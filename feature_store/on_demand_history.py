@@ -11,8 +11,7 @@ from copy import copy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from feature_store.errors import DataError
-from feature_store.on_demand import computed, source_view, with_function
+from feature_store.on_demand import OnDemandFunctionError, arrow_type, computed, source_view, with_function
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -25,6 +24,7 @@ class _Computed:
 
     view: OnDemandFeatureView
     inputs: dict[str, str]
+    types: dict[str, pa.DataType | None]
     outputs: dict[str, str]
 
 
@@ -58,13 +58,16 @@ class OnDemandHistory:
                 continue
             made = with_function(config, registry, project, view)
             inputs = {}
+            types = {}
             for projection in made.source_feature_view_projections.values():
                 source = source_view(registry, project, projection.name).with_projection(projection)
                 before = f"{projection.name}__" if full_names else ""
                 inputs |= {before + f.name: self._column(source, f.name) for f in projection.features}
+                types |= {before + f.name: f.dtype.to_value_type().name for f in projection.features}
             for request in made.source_request_sources.values():
                 self.request |= {f.name: f.dtype.to_value_type().name for f in request.schema}
-            self._computed.append(_Computed(made, inputs, {name: prefix + name for name in names}))
+            arrow = {name: arrow_type(kind) for name, kind in types.items()}
+            self._computed.append(_Computed(made, inputs, arrow, {name: prefix + name for name in names}))
         self.reads = list(self._read.values())
         self.join_keys: dict[str, str] = {}
         for view, _ in self.reads:
@@ -91,7 +94,7 @@ class OnDemandHistory:
         return [f"{view.projection.name_alias}__{name}" for view, names in self.reads for name in names]
 
     def answer(self, table: pa.Table) -> pa.Table:
-        """Of rows with everything in `reads`, the rows with what was asked for. DataError when a function fails."""
+        """Of rows with everything in `reads`, the rows with what was asked for. OnDemandFunctionError when a function fails."""
         found = {name: table.column(read) for name, read in self._columns.items()}
         for one in self._computed:
             found |= self._run(one, table)
@@ -109,7 +112,10 @@ class OnDemandHistory:
         columns |= {name: table.column(read) for name, read in one.inputs.items()}
         if one.view.mode == "python":
             columns = {name: column.to_pylist() for name, column in columns.items()}
-        values = computed(one.view, columns, table.num_rows, list(one.outputs)) if table.num_rows else []
+        kinds = {name: kind for name, kind in (self.join_keys | self.request).items() if name not in one.types}
+        declared = one.types | {name: arrow_type(kind) for name, kind in kinds.items()}
+        names = list(one.outputs)
+        values = computed(one.view, columns, table.num_rows, names, declared) if table.num_rows else []
         types = {f.name: f.dtype for f in one.view.features}
         out = {}
         for i, (name, output) in enumerate(one.outputs.items()):
@@ -119,7 +125,7 @@ class OnDemandHistory:
                     values[i] if values else [], from_feast_to_pyarrow_type(types[name]), from_pandas=True
                 )
             except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError) as e:
-                raise DataError(
+                raise OnDemandFunctionError(
                     f"on-demand feature view {one.view.name} gives values of another type than it declares",
                     value=f"{name} ({types[name]}): {str(e).splitlines()[0]}",
                 ) from e

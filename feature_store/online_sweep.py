@@ -202,7 +202,7 @@ def _view(store: FeatureStore, view: FeatureView) -> _View:
 
 
 def _stored_views(store: FeatureStore) -> list[Any]:
-    views = [*store.list_feature_views(), *store.list_stream_feature_views()]
+    views = [*store.list_feature_views(), *store.list_stream_feature_views(), *store.list_label_views()]
     return views + [v for v in store.list_on_demand_feature_views() if v.write_to_online_store]
 
 

@@ -15,7 +15,7 @@ from feature_store.redis_layout import nanos_of
 from feature_store.row_bytes import Times
 from feature_store.value_bytes import times_of
 from feature_store.windows.definition import STATE_FIELD
-from feature_store.write_layout import CHUNK_ROWS, FEW_ROWS, Limit, WriteLayout, first_after
+from feature_store.write_layout import CHUNK_BYTES, CHUNK_ROWS, FEW_ROWS, Limit, WriteLayout, first_after
 
 if TYPE_CHECKING:
     from feast.protos.feast.types.EntityKey_pb2 import EntityKey
@@ -67,6 +67,7 @@ def _batches(layout: WriteLayout, rows: Sequence[Row], keys: Cells, events: Time
         end = start + 1
         while end < min(start + CHUNK_ROWS, len(rows)) and rows[end][1].keys() == wanted:
             end += 1
+        end = _within_bytes(rows, start, end)
         some = keys[start:end]
         fields = layout.fields(names)
         event = events.slice(start, end)
@@ -86,6 +87,16 @@ def _batches(layout: WriteLayout, rows: Sequence[Row], keys: Cells, events: Time
             some = pa.array(some, pa.binary()) if isinstance(some, list) else some
         yield Batch(some, parts, fields.head, fields.count)
         start = end
+
+
+def _within_bytes(rows: Sequence[Row], start: int, end: int) -> int:
+    """Where rows from `start` reach 2 MB, not counting keys; at least one row on."""
+    size = 0
+    for i in range(start, end):
+        size += sum([value.ByteSize() for value in rows[i][1].values()])
+        if size > CHUNK_BYTES and i > start:
+            return i
+    return end
 
 
 def times_of_datetimes(times: Sequence[datetime | None]) -> Times:

@@ -1,4 +1,4 @@
-"""The replay clock of a project, a key in Redis: decimal microseconds since the epoch, which only move forward."""
+"""The replay clock of a project, a key in Redis: decimal microseconds since the epoch, which only a bootstrap that rewinds moves back."""
 
 from __future__ import annotations
 
@@ -26,10 +26,20 @@ class ReplayClock:
 
     def now_us(self) -> int:
         """Microseconds; 0 before it was set."""
+        return self.held_us() or 0
+
+    def held_us(self) -> int | None:
+        """Microseconds; None before it was set."""
         with answering(self._redis):
-            return int(self._redis.get(self._key) or 0)
+            value = self._redis.get(self._key)
+        return None if value is None else int(value)
 
     def advance(self, us: int) -> None:
         """Moves it forward, never back."""
         with answering(self._redis):
             self._script(keys=[self._key], args=[str(us)])
+
+    def set(self, us: int) -> None:
+        """Sets it, also back: for a rewind only."""
+        with answering(self._redis):
+            self._redis.set(self._key, str(us))

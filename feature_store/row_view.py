@@ -85,7 +85,7 @@ class RowView:
     def close(self) -> None:
         """Nothing to do."""
 
-    def compact(self, partition: int) -> None:
+    def compact(self, partition: int, wall_us: int) -> None:
         """Nothing to do: there is no log."""
 
     def apply(self, batch: RawBatch, now_us: int, wall_us: int) -> BatchResult:

@@ -18,6 +18,7 @@ log = logging.getLogger(__name__)
 
 _POLL_SECONDS = 0.25
 _COMMITTED_SECONDS = 120.0
+_END_SECONDS = 1.0
 _QUEUE_KB = 32 * 1024
 """Memory for messages fetched ahead, beside the batch in hand: enough that a batch is whole while the next is fetched."""
 
@@ -129,6 +130,19 @@ class StreamConsumer:
 
         _, high = self._consumer.get_watermark_offsets(TopicPartition(self._topic, partition), cached=True)
         return None if high < 0 or partition not in self.owned else max(0, high - self.owned[partition])
+
+    def at_end(self, partition: int) -> bool:
+        """Whether all messages are done, as the broker says now; False where it does not answer within a second."""
+        from confluent_kafka import KafkaException, TopicPartition
+
+        try:
+            ends = self._consumer.get_watermark_offsets(
+                TopicPartition(self._topic, partition), timeout=_END_SECONDS, cached=False
+            )
+        except KafkaException as e:
+            log.debug("end of partition %d not known: %s", partition, e.args[0].str())
+            return False
+        return ends is not None and partition in self.owned and ends[1] <= self.owned[partition]
 
     def close(self) -> None:
         """Commits what is due and leaves the group."""

@@ -35,12 +35,24 @@ class StreamMetrics:
         )
         self.without_value = Counter(
             "predictflow_sync_without_value",
-            "Entities written without values (cap or sum overflow)",
+            "Entities written without some of their values (cap or overflow)",
             ["view"],
             registry=r,
         )
         self.fenced = Counter(
             "predictflow_sync_fenced", "Entities not written, a newer owner having been there", ["view"], registry=r
+        )
+        self.ids_forgotten = Counter(
+            "predictflow_sync_ids_forgotten",
+            "Event ids forgotten early, one entity having more than max_events_per_entity",
+            ["view"],
+            registry=r,
+        )
+        self.damaged = Counter(
+            "predictflow_sync_damaged",
+            "Entities not written in a batch, their state being damaged",
+            ["view"],
+            registry=r,
         )
         self.retries = Counter("predictflow_sync_retries", "Batches tried again, a server being away", registry=r)
         self.lag = Gauge("predictflow_sync_lag", "Messages not yet applied", ["partition"], registry=r)
@@ -78,6 +90,8 @@ class StreamMetrics:
                 self.watermark_delay.labels(view, str(p)).set(delay)
         self.without_value.labels(view).inc(result.without_value)
         self.fenced.labels(view).inc(result.fenced)
+        self.ids_forgotten.labels(view).inc(result.ids_forgotten)
+        self.damaged.labels(view).inc(result.damaged)
 
     def gave_up(self, partition: int, views: list[str]) -> None:
         """The partition is another consumer's now."""
@@ -95,6 +109,10 @@ class StreamMetrics:
                     if s.name.endswith("_total"):
                         name = s.labels.get("outcome", "late")
                         counts[name] = counts.get(name, 0) + s.value
+        for name, counter in (("ids forgotten", self.ids_forgotten), ("damaged states", self.damaged)):
+            total = sum(s.value for f in counter.collect() for s in f.samples if s.name.endswith("_total"))
+            if total:
+                counts[name] = total
         lag = {s.labels["partition"]: s.value for f in self.lag.collect() for s in f.samples}
         shown = [*(f"{int(n)} {name}" for name, n in sorted(counts.items())), f"lag {int(sum(lag.values()))}"]
         if len(lag) > 1 and any(lag.values()):

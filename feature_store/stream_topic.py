@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from feature_store.clock import ClockMode
@@ -80,10 +81,13 @@ def open_views(
         if paths.count(view.log.directory) > 1:
             raise DataError("two windowed views share one source path", value=str(view.log.directory))
         refuse_other_topic(view.name, view.log, topic_id)
-        view.online.attach(applied=bool(view.log.files()), run_id=uuid.uuid4().hex)
         record = read_record(view.log)
-        if record is None:
-            write_record(view.log, TopicRecord(topic, topic_id, partitions))
+        bootstrapped = record is not None and record.history_watermark_us is not None
+        view.online.attach(applied=bootstrapped or bool(view.log.files()), run_id=uuid.uuid4().hex)
+        if record is None or not record.partitions:
+            write_record(
+                view.log, replace(record or TopicRecord(topic, "", 0), topic_id=topic_id, partitions=partitions)
+            )
         else:
             refuse_other_partitions(view.name, record, partitions)
     return opened

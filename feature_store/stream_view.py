@@ -6,6 +6,7 @@ event that is delivered again keeps the time at which it first became visible, a
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,13 +29,14 @@ from feature_store.logged import NEVER, Bools, Ints, Logged, LoggedTails
 from feature_store.topic_record import read_record
 from feature_store.visibility import ahead, too_far_ahead, visible_times
 from feature_store.watermarks import Watermarks
-from feature_store.window_store import WindowStore
+from feature_store.window_store import Key, WindowStore
 from feature_store.windows.definition import WindowedView
-from feature_store.windows.state import APPLIED, DUPLICATE, LATE, REPLAYED, Events
+from feature_store.windows.state import APPLIED, DUPLICATE, LATE, REPLAYED, Events, States
 
 if TYPE_CHECKING:
     from feast import FeatureStore, FeatureView
 
+log = logging.getLogger(__name__)
 _REASONS = {LATE: "late", DUPLICATE: "duplicate"}
 
 
@@ -58,6 +60,21 @@ class GoodEvents:
         numbers = {name: column[keep] for name, column in self.numbers.items()}
         rows = self.rows.filter(pa.array(keep))
         return GoodEvents(rows, self.place[keep], self.partition[keep], self.offset[keep], self.time[keep], numbers)
+
+
+@dataclass(frozen=True)
+class Placed:
+    """Events of a batch with what becomes of them: `logged`: in the log before; `before`: the watermark before each,
+    `after`: of each partition after the batch."""
+
+    events: GoodEvents
+    keys: list[Key]
+    states: States
+    visible: Ints
+    logged: Bools
+    before: Ints
+    after: dict[int, int]
+    outcome: np.ndarray[Any, Any]
 
 
 class StreamView:
@@ -87,6 +104,7 @@ class StreamView:
         self._watermarks = Watermarks(self.definition.source.allowed_lateness_us)
         self._visible_us = 0
         self._newest: dict[int, int] = {}  # partition -> its greatest event time here: where idle advances end
+        self._starts: dict[int, int] = {}  # partition -> the first offset that is not in history, until it came
         self._heard: dict[int, int] = {}  # partition -> the machine's clock at its last message
         self._erased = ErasedRows(offline_path, self.definition.entity_key)
 
@@ -94,28 +112,38 @@ class StreamView:
 
     def start_partition(self, partition: int, from_offset: int, wall_us: int = 0) -> None:
         """Call when a partition is assigned: rows logged beyond its committed offset will be delivered again."""
-        self.log.compact(partition)
+        self.log.compact(partition, wall_us)
         logged = self.log.logged(partition, from_offset)
         record = read_record(self.log)
         history = NEVER if record is None or record.history_watermark_us is None else record.history_watermark_us
         self._logged.start(partition, logged)
         self._watermarks.start(self.log, self.definition.source.timestamp, partition, from_offset, logged, history)
         self._heard[partition] = wall_us
+        if record is not None and from_offset < (start := record.starts.get(partition, 0)):
+            self._starts[partition] = start
 
     def stop_partition(self, partition: int) -> None:
         """Call when a partition was taken away."""
         self._logged.stop(partition)
         self._watermarks.stop(partition)
         self._heard.pop(partition, None)
+        self._starts.pop(partition, None)
         self._newest.pop(partition, None)
+
+    def _not_in_history(self, batch: RawBatch) -> RawBatch:
+        """Without messages that another view of the topic still needed, but whose events this view's history holds."""
+        kept = [m for i in range(len(batch)) if (m := batch[i]).offset >= self._starts.get(m.partition, 0)]
+        for m in kept:
+            self._starts.pop(m.partition, None)
+        return RawBatch.of(kept)
 
     def committed(self, partition: int, next_offset: int) -> None:
         """Call when offsets are committed: what was logged before `next_offset` will not be delivered again."""
         self._logged.committed(partition, next_offset)
 
-    def compact(self, partition: int) -> None:
-        """Merges the partition's small log files."""
-        self.log.compact(partition)
+    def compact(self, partition: int, wall_us: int) -> None:
+        """Merges the partition's small log files. `wall_us`: the machine's clock."""
+        self.log.compact(partition, wall_us)
 
     def close(self) -> None:
         """Call when no batch will follow."""
@@ -131,10 +159,94 @@ class StreamView:
         DataError: an erasure list that cannot be read.
         """
         result = BatchResult()
+        if self._starts:
+            batch = self._not_in_history(batch)
         for p in set(batch.partitions):
             self._heard[p] = wall_us
             result.partitions[p] = PartitionResult()
-        events = self._good(batch, wall_us, result)
+        placed = self._placed(batch, self._good(batch, wall_us, result), now_us, result)
+        again = dict.fromkeys(result.partitions, 0)
+        while (behind := (placed.outcome == REPLAYED) & ~placed.logged).any():
+            # Logged by another owner since we read the log; else it was refused when it came first, or left the log: it
+            # was never counted as a new event, and is none now.
+            gone = behind & ~self._read_again(placed.events, behind)
+            for p in placed.events.partition[gone].tolist():
+                again[p] += 1
+            placed = self._placed(batch, placed.events.where(~gone), now_us, result)
+        result.refused.sort(key=lambda refused: refused[0][:2])
+        events, visible, before, after = placed.events, placed.visible, placed.before, placed.after
+        outcome = placed.outcome
+        self._append(events, visible, before, outcome, placed.logged)
+        result.ids_forgotten = placed.states.ids_forgotten
+        self._watermarks.advance(after, _next_offsets(events))
+        if len(events) and not (outcome == REPLAYED).all():
+            self._tell_damaged(result)
+            written = self.online.write(placed.keys, placed.states, self._known_watermarks(events, visible, after))
+            result.without_value, result.fenced = written.without_values, written.fenced
+        self._count(events, before, outcome, after, result)
+        for p, n in again.items():
+            result.partitions[p].replayed += n
+        result.clock_us = int(np.max(visible, initial=0))
+        self._visible_us = max(self._visible_us, result.clock_us)
+        return result
+
+    def listened(self, wall_us: int) -> None:
+        """Call after a pause, for whatever reason: what was not heard meanwhile was no silence."""
+        self._heard = dict.fromkeys(self._heard, wall_us)
+
+    def silent(self, read_to: Mapping[int, int], wall_us: int) -> dict[int, int]:
+        """Those of the partitions that `advance_idle` would move."""
+        timeout = self.definition.source.idle_timeout_us
+        if timeout is None or self._clock != "wall" or not self.definition.closes_windows:
+            return {}
+        watermark = wall_us - timeout - self.definition.source.allowed_lateness_us
+        silent = {}
+        for p, offset in read_to.items():
+            now = self._watermarks.of(p)
+            end = self._newest.get(p, now) + 2 * self.definition.longest_window_us
+            if (
+                offset > 0
+                and now != NEVER
+                and wall_us - self._heard.get(p, wall_us) >= timeout
+                and now < min(watermark, end)
+            ):
+                silent[p] = offset
+        return silent
+
+    def advance_idle(self, read_to: Mapping[int, int], wall_us: int) -> int:
+        """Moves the watermark of partitions that were silent for the source's idle timeout; how many rows that logged.
+
+        `read_to`: the next offset of each partition of which the broker has just said that this is its end. Only where windows close, and only under
+        the wall clock. A silent partition stands at the clock less timeout and allowed lateness, until no window of its
+        events is open. Errors as `apply`; safe to repeat.
+        """
+        timeout = self.definition.source.idle_timeout_us
+        silent = list(self.silent(read_to, wall_us))
+        if not silent or timeout is None:
+            return 0
+        watermark = wall_us - timeout - self.definition.source.allowed_lateness_us
+        visible = max(wall_us, self._visible_us + 1)
+        n = len(silent)
+        columns = {f.name: pa.nulls(n, f.type) for f in self._schema}
+        columns["_topic_id"] = pa.array([self._topic_id] * n, pa.string())
+        columns["_partition"] = pa.array(silent, pa.int32())
+        columns["_offset"] = pa.array([read_to[p] - 1 for p in silent], pa.int64())
+        columns["_visible_at"] = pa.array([visible] * n, UTC_MICROS)
+        columns["_watermark"] = pa.array([watermark] * n, UTC_MICROS)
+        columns["_dropped"] = pa.array([IDLE] * n, pa.string())
+        self.log.append(pa.table(columns, schema=self._schema))
+        self._visible_us = visible
+        for p in silent:
+            self._watermarks.idle(p, watermark)
+            self._heard[p] = wall_us
+        self.online.write([], self.online.load([]), dict.fromkeys(silent, (watermark, visible)))
+        return n
+
+    # The steps of a batch
+
+    def _placed(self, batch: RawBatch, events: GoodEvents, now_us: int, result: BatchResult) -> Placed:
+        """The events applied to their entities' states as Redis holds them; nothing is written. Those ahead of the clock
+        are left out, and go into `result`."""
         keys, entity = entities_of(events.rows, self.definition.entity_key)
         states = self.online.load(keys)
         logged, first_visible, first_watermark = self._logged.find(events.partition, events.offset)
@@ -154,7 +266,6 @@ class StreamView:
             )
             keys, entity = entities_of(events.rows, self.definition.entity_key)
             states = self.online.load(keys)
-        result.refused.sort(key=lambda refused: refused[0][:2])
         before, after = self._watermarks.before(events.partition, events.offset, events.time, first_watermark)
         outcome = states.apply(
             Events(
@@ -169,58 +280,14 @@ class StreamView:
                 values=[events.numbers[name] for name in self._numbers.values],
             )
         )
-        self._append(events, visible, before, outcome, logged)
-        self._watermarks.advance(after, _next_offsets(events))
-        if len(events) and not (outcome == REPLAYED).all():
-            written = self.online.write(keys, states, self._known_watermarks(events, visible, after))
-            result.without_value, result.fenced = written.without_values, written.fenced
-        self._count(events, before, outcome, after, result)
-        result.clock_us = int(np.max(visible, initial=0))
-        self._visible_us = max(self._visible_us, result.clock_us)
-        return result
+        return Placed(events, keys, states, visible, logged, before, after, outcome)
 
-    def advance_idle(self, read_to: Mapping[int, int], wall_us: int) -> int:
-        """Moves the watermark of partitions that were silent for the source's idle timeout; how many rows that logged.
-
-        `read_to`: the next offset of each partition that has been read to its end. Only where windows close, and only under
-        the wall clock. A silent partition stands at the clock less timeout and allowed lateness, until no window of its
-        events is open. Errors as `apply`; safe to repeat.
-        """
-        timeout = self.definition.source.idle_timeout_us
-        if timeout is None or self._clock != "wall" or not self.definition.closes_windows:
-            return 0
-        watermark = wall_us - timeout - self.definition.source.allowed_lateness_us
-        silent = []
-        for p, offset in read_to.items():
-            now = self._watermarks.of(p)
-            end = self._newest.get(p, now) + 2 * self.definition.longest_window_us
-            if (
-                offset > 0
-                and now != NEVER
-                and wall_us - self._heard.get(p, wall_us) >= timeout
-                and now < min(watermark, end)
-            ):
-                silent.append(p)
-        if not silent:
-            return 0
-        visible = max(wall_us, self._visible_us + 1)
-        n = len(silent)
-        columns = {f.name: pa.nulls(n, f.type) for f in self._schema}
-        columns["_topic_id"] = pa.array([self._topic_id] * n, pa.string())
-        columns["_partition"] = pa.array(silent, pa.int32())
-        columns["_offset"] = pa.array([read_to[p] - 1 for p in silent], pa.int64())
-        columns["_visible_at"] = pa.array([visible] * n, UTC_MICROS)
-        columns["_watermark"] = pa.array([watermark] * n, UTC_MICROS)
-        columns["_dropped"] = pa.array([IDLE] * n, pa.string())
-        self.log.append(pa.table(columns, schema=self._schema))
-        self._visible_us = visible
-        for p in silent:
-            self._watermarks.idle(p, watermark)
-            self._heard[p] = wall_us
-        self.online.write([], self.online.load([]), dict.fromkeys(silent, (watermark, visible)))
-        return n
-
-    # The steps of a batch
+    def _read_again(self, events: GoodEvents, wanted: Bools) -> Bools:
+        """Which events the log holds by now; it is read from the first of `wanted` on."""
+        for p in np.unique(events.partition[wanted]).tolist():
+            first = int(events.offset[wanted & (events.partition == p)].min())
+            self._logged.add(p, self.log.logged(p, first))
+        return self._logged.find(events.partition, events.offset)[0]
 
     def _good(self, batch: RawBatch, wall_us: int, result: BatchResult) -> GoodEvents:
         """The events that can be applied, but for those ahead of the clock; the others go into `result`."""
@@ -270,7 +337,7 @@ class StreamView:
     def _append(
         self, events: GoodEvents, visible: Ints, before: Ints, outcome: np.ndarray[Any, Any], logged: Bools
     ) -> None:
-        """Logs the rows that are not in the log yet, also those that only a lost log would lack."""
+        """Logs the rows that are not in the log yet."""
         new = ~logged
         if not new.any():
             return
@@ -300,6 +367,16 @@ class StreamView:
         if not self.definition.closes_windows:
             return {}
         return {p: (w, int(visible[events.partition == p].max())) for p, w in after.items() if w != NEVER}
+
+    def _tell_damaged(self, result: BatchResult) -> None:
+        """A damaged state stays as it is, so that reads of it are errors; its entity's events are in the log."""
+        result.damaged = len(self.online.damaged)
+        for key, error in list(self.online.damaged.items())[:1]:
+            log.warning(
+                "%s: %d entities are not written, their states in Redis being damaged, as that of %s (%s): "
+                "stop sync, then `predictflow sync --from-log`",
+                self.name, result.damaged, key, error.message,
+            )  # fmt: skip
 
     def _count(
         self,

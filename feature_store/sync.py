@@ -84,7 +84,7 @@ class Sync:
         self._wall = wall or WallClock()
         self._stop = threading.Event()
         self._batches = 0
-        self._idle_at = 0.0
+        self._idle_at = self._place_at = 0.0
 
     def stop(self) -> None:
         """Ends `run` after the batch in hand."""
@@ -156,9 +156,16 @@ class Sync:
                         TopicRecord(self._topic, "", self._partitions),
                         len(ensure_topic(self._config, self._topic)),
                     )
-        self._place.forget(partition)
+        self._place.start(partition, offset)
         for view in self.views:
             view.start_partition(partition, offset, to_micros(self._wall.now()))
+        self._listened()
+
+    def _listened(self) -> None:
+        """After a pause, in which no partition was heard."""
+        for view in self.views:
+            if isinstance(view, StreamView):
+                view.listened(to_micros(self._wall.now()))
 
     def _stop_partition(self, partition: int) -> None:
         self._place.forget(partition)
@@ -175,24 +182,38 @@ class Sync:
             messages = self._consumer.messages()
             if messages:
                 batch = RawBatch.consumed(messages)
-                if self._apply(batch):
-                    self._done(batch, messages)
+                applied = self._apply(batch)
+                if applied is not None:
+                    self._done(applied, messages)
+            else:
+                self._check_place()
             self._advance_idle()
             if time.monotonic() - reported >= self._options.report_seconds:
                 reported = time.monotonic()
                 log.info(self.metrics.line())
 
-    def _apply(self, batch: RawBatch) -> bool:
-        """Applies a batch, again and again while a server is away; False when stopped, all partitions lost, or it comes again."""
+    def _check_place(self) -> None:
+        """Whether Redis lost what was written before we started, also where no message comes."""
+        if self._place.unchecked and time.monotonic() >= self._place_at:
+            try:
+                self._went_back()
+            except UnavailableError as e:
+                self._place_at = time.monotonic() + _LONGEST_BACKOFF
+                log.warning("not known yet whether Redis holds what was written: %s", e)
+
+    def _apply(self, batch: RawBatch) -> RawBatch | None:
+        """Applies a batch, again and again while a server is away, and returns what of it is still ours and was applied;
+        None when stopped, all partitions lost, or it comes again."""
         backoff, waited = 0.1, False
         try:
             while len(batch) and not self._stop.is_set():
                 try:
                     if self._went_back():
-                        return False
+                        return None
                     with self.metrics.batch_seconds.time():
-                        self._apply_once(batch)
-                    return True
+                        applied = self._apply_once(batch)
+                    if applied:
+                        return batch
                 except StateLostError:
                     raise  # waiting does not bring them back
                 except (UnavailableError, OSError) as e:
@@ -203,10 +224,11 @@ class Sync:
                     backoff = min(2 * backoff, _LONGEST_BACKOFF)
                     if not set(batch.partitions) <= set(self._consumer.owned):
                         batch = batch.only(self._consumer.owned)
-            return False
+            return None
         finally:
             if waited:
                 self._consumer.resume()
+                self._listened()
 
     def _went_back(self) -> bool:
         """Whether Redis lost what we wrote: then the messages since the last commit are read again."""
@@ -224,7 +246,8 @@ class Sync:
         log.warning("Redis lost what was written after %s: reading again from %s", lost, back)
         return True
 
-    def _apply_once(self, batch: RawBatch) -> None:
+    def _apply_once(self, batch: RawBatch) -> bool:
+        """False: Redis went back meanwhile, which `_went_back` finds."""
         newest = 0
         for view in self.views:
             wall_us = to_micros(self._wall.now())
@@ -238,14 +261,19 @@ class Sync:
         if newest and self._options.clock == "replay":
             self._replay.advance(newest)
         self._letters.flush()
-        self._place.note(_next_offsets(batch))
+        return self._place.note(_next_offsets(batch))
 
     def _done(self, batch: RawBatch, messages: Sequence[Any]) -> None:
         now = to_micros(self._wall.now())
         next_offsets = _next_offsets(batch)
-        partitions = [m.partition() for m in messages]
-        for p in next_offsets:
-            kind, produced_ms = messages[partitions.index(p)].timestamp()
+        first: dict[int, Any] = {}
+        for m in messages:
+            if (p := m.partition()) in next_offsets and p not in first:
+                first[p] = m
+                if len(first) == len(next_offsets):
+                    break
+        for p, m in first.items():
+            kind, produced_ms = m.timestamp()
             if kind:
                 self.metrics.freshness_seconds.labels(str(p)).observe(max(0.0, now / 1e6 - produced_ms / 1e3))
         self._consumer.done(next_offsets)
@@ -254,7 +282,7 @@ class Sync:
             for view in self.views:
                 view.committed(p, offset)
                 if self._batches % _COMPACT_EVERY == 0:
-                    _compact(view, p)
+                    _compact(view, p, now)
             self.metrics.lag.labels(str(p)).set(self._consumer.lag(p) or 0)
 
     def _advance_idle(self) -> None:
@@ -264,10 +292,14 @@ class Sync:
             return
         self._idle_at = now + _IDLE_SECONDS
         read_to = {p: o for p, o in self._consumer.owned.items() if self._consumer.lag(p) == 0}
+        asked: dict[int, bool] = {}  # what we know of the ends may be old: a silent broker, messages on their way
         for view in self.views:
             if isinstance(view, StreamView) and read_to:
                 try:
-                    view.advance_idle(read_to, to_micros(self._wall.now()))
+                    wall_us = to_micros(self._wall.now())
+                    silent = view.silent(read_to, wall_us)
+                    asked |= {p: self._consumer.at_end(p) for p in silent if p not in asked}
+                    view.advance_idle({p: o for p, o in silent.items() if asked[p]}, wall_us)
                 except (UnavailableError, OSError) as e:
                     log.warning("watermarks of idle partitions not advanced: %s", e)
 
@@ -277,9 +309,9 @@ def _next_offsets(batch: RawBatch) -> dict[int, int]:
     return {p: o + 1 for p, o in dict(zip(batch.partitions, batch.offsets, strict=True)).items()}
 
 
-def _compact(view: AnyView, partition: int) -> None:
+def _compact(view: AnyView, partition: int, wall_us: int) -> None:
     """Fewer log files, for readers; it can wait, for instance for room on the disk."""
     try:
-        view.compact(partition)
+        view.compact(partition, wall_us)
     except OSError as e:
         log.warning("event log of %s not compacted: %s", view.name, e)

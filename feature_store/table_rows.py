@@ -15,11 +15,10 @@ from feature_store.redis_batch import Batch
 from feature_store.row_bytes import Times
 from feature_store.value_bytes import times_of
 from feature_store.windows.definition import STATE_FIELD
-from feature_store.write_layout import CHUNK_ROWS, FEW_ROWS, Fields, Limit, WriteLayout, first_after
+from feature_store.write_layout import CHUNK_BYTES, CHUNK_ROWS, FEW_ROWS, Fields, Limit, WriteLayout, first_after
 
 _FEATURE, _EVENT, _CREATED = "f:", "event", "created"
 """Columns of the checked table: a feature may be named as a join key or a time column is."""
-_CHUNK_BYTES = 2_000_000
 
 
 def batches_of_table(layout: WriteLayout, table: pa.Table, limit: Limit | None) -> tuple[int, Iterator[Batch]]:
@@ -69,7 +68,8 @@ def _batches(layout: WriteLayout, table: pa.Table, fields: Fields) -> Iterator[B
         if rows is not None:
             keys, chunk, event = keys.take(pa.array(rows)), chunk.take(pa.array(rows)), event.take(rows)
             created = created.take(rows) if created is not None else None
-        pieces = [e.column(_whole(chunk.column(_FEATURE + e.name))) for e in fields.encoders]
+        # Checked again: a table of few rows was left to `few`. Where it was checked before, this only looks at the type.
+        pieces = [e.column(_whole(e.checked(chunk.column(_FEATURE + e.name)))) for e in fields.encoders]
         parts = fields.packer.pack(event, created, pieces)
         yield Batch(keys, parts, fields.head, fields.count)
 
@@ -107,7 +107,7 @@ def _chunks(table: pa.Table) -> Iterator[pa.Table]:
         while todo:
             chunk = todo.pop()
             half = chunk.num_rows // 2
-            if half and chunk.nbytes > _CHUNK_BYTES:
+            if half and chunk.nbytes > CHUNK_BYTES:
                 todo += [chunk.slice(half), chunk.slice(0, half)]
             else:
                 yield chunk

@@ -137,6 +137,22 @@ def group_members(config: dict[str, Any], group: str, seconds: float = 30.0) -> 
         time.sleep(0.2)  # a fresh broker finds its coordinator within seconds
 
 
+def committed_offsets(
+    config: dict[str, Any], group: str, topic: str, partitions: list[int], seconds: float = 10.0
+) -> dict[int, int]:
+    """Partition -> next offset of a consumer group, of those that have one. UnavailableError: no broker."""
+    from confluent_kafka import Consumer, KafkaException, TopicPartition
+
+    consumer = Consumer({**config, "group.id": group, "enable.auto.commit": False})
+    try:
+        found = consumer.committed([TopicPartition(topic, p) for p in partitions], timeout=seconds)
+    except KafkaException as e:
+        raise _unavailable(config, e) from e
+    finally:
+        consumer.close()
+    return {p.partition: p.offset for p in found if p.offset >= 0}
+
+
 def commit_group(config: dict[str, Any], group: str, topic: str, offsets: dict[int, int]) -> None:
     """Sets where a consumer group starts. UnavailableError while the group has running members."""
     from confluent_kafka import Consumer, KafkaException, TopicPartition

@@ -7,7 +7,8 @@ one partition. So sync refuses a topic that was made again or got partitions, an
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 
 from feature_store.durable import write_whole
 from feature_store.errors import DataError
@@ -21,13 +22,15 @@ class TopicRecord:
     """A topic as it was: `topic_id` is '' where the broker has none.
 
     `history_watermark_us`: where the watermark of every partition starts, by the history that the states were made from
-    (its greatest event time less the allowed lateness); None: no history.
+    (its greatest event time less the allowed lateness); None: no history. `starts`: partition -> the first offset that
+    those states lack; a consumer of several views may start before it. `partitions` 0: not known yet.
     """
 
     topic: str
     topic_id: str
     partitions: int
     history_watermark_us: int | None = None
+    starts: Mapping[int, int] = field(default_factory=dict)
 
 
 def read_record(event_log: EventLog) -> TopicRecord | None:
@@ -41,10 +44,11 @@ def read_record(event_log: EventLog) -> TopicRecord | None:
             str(stored["topic_id"]),
             int(stored["partitions"]),
             None if watermark is None else int(watermark),
+            {int(p): int(o) for p, o in stored.get("starts", {}).items()},
         )
     except FileNotFoundError:
         return None
-    except (ValueError, KeyError, TypeError) as e:
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
         raise DataError(
             "cannot be read", value=str(path), next_step="remove it and run `predictflow windows bootstrap`"
         ) from e

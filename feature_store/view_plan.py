@@ -22,6 +22,7 @@ from feature_store.redis_layout import (
 )
 from feature_store.row_bytes import varint
 from feature_store.windows.definition import STATE_FIELD, WindowedView, definition_of
+from feature_store.windows.intact import decode_intact
 from feature_store.windows.ir import Type
 from feature_store.windows.state import NEVER, States, WindowStateError
 
@@ -169,21 +170,10 @@ class ViewPlan:
         assert definition is not None
         rows = [i for i, h in enumerate(held) if h.state]
         place = [-1] * len(held)
-        errors: dict[int, WindowStateError] = {}
-        blobs = [held[i].state for i in rows]
-        try:
-            states = States.decode(definition, blobs)
-        except WindowStateError:  # which of them?
-            for i in list(rows):
-                try:
-                    States.decode(definition, [held[i].state])
-                except WindowStateError as e:
-                    errors[i] = e
-                    rows.remove(i)
-            states = States.decode(definition, [held[i].state for i in rows])
+        states, damaged = decode_intact(definition, [held[i].state for i in rows])
         for k, i in enumerate(rows):
             place[i] = k
-        return Windows(states, place, errors)
+        return Windows(states, place, {rows[k]: e for k, e in damaged.items()})
 
     def windowed_at(
         self, held: Sequence[Held], windows: Windows, t_us: int, watermarks: Mapping[int, int] | None
@@ -216,13 +206,22 @@ class ViewPlan:
                 out.append(self._without_value("NOT_FOUND", h, None, state))
             elif self.ttl_ns is not None and t_us * 1000 - event_ns > self.ttl_ns:
                 out.append(self._without_value("OUTSIDE_MAX_AGE", h, event_ns, state))
-            elif k in finals.errors:
-                log.warning("%s: %s", self.name, finals.errors[k].message)
-                out.append(self._without_value("INVALID", h, event_ns, state))
             else:
                 cells = [_cell(v) if c is None else c[k] for c, v in zip(columns, h.values)]
+                if k in finals.errors:
+                    self._invalidate(cells, finals.errors[k])
                 out.append(ViewRow(event_ns, h.created_ns, state, cells))
         return out
+
+    def _invalidate(self, cells: list[Cell], errors: Mapping[str, WindowStateError]) -> None:
+        """Puts INVALID in the place of the outputs that have no value; the other cells stay."""
+        told = set()
+        for i, feature in enumerate(self.features):
+            if feature.name in errors:
+                cells[i] = ("INVALID", None)
+                told.add(errors[feature.name].message)
+        for message in sorted(told):
+            log.warning("%s: %s", self.name, message)
 
     def _without_value(
         self, status: Status, held: Held, event_ns: int | None, state: ReadState | None = None

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
-from feature_store.clock import replay_clock_key
 from feature_store.errors import DefinitionError, NotFoundError, UnavailableError
 from feature_store.key_bytes import KEY, KeyColumns
 from feature_store.online_write import OnlineWriter
@@ -18,12 +17,14 @@ from feature_store.redis_layout import feature_field
 from feature_store.redis_socket import RedisSocket
 from feature_store.redis_wire import command
 from feature_store.redis_writer import write
+from feature_store.replay_clock import ReplayClock
 from feature_store.row_bytes import by_length, join, lengths_of
 from feature_store.view_plan import _key_parts as key_parts
 from feature_store.view_plan import blob_of
-from feature_store.window_write import OTHER_DEFINITION, WATERMARKS, fenced, parse_watermarks, state_key, watermarks_key
+from feature_store.window_write import OTHER_DEFINITION, WATERMARKS, fenced, state_key, watermarks_key
 from feature_store.windows.definition import STATE_FIELD, WindowedView, definition_of
-from feature_store.windows.state import NEVER, States
+from feature_store.windows.intact import decode_intact
+from feature_store.windows.state import NEVER, States, WindowStateError
 
 if TYPE_CHECKING:
     from feast import FeatureStore, FeatureView
@@ -32,14 +33,6 @@ _TIME = pa.timestamp("us", "UTC")
 _KEY_TYPES = {"string": pa.string(), "int64": pa.int64()}
 Key = tuple[str | int, ...]
 """An entity: the values of the definition's `entity_key`, in its order."""
-
-# The clock never goes back, whoever writes it last; numbers of 16 digits would lose precision as Lua numbers.
-_ADVANCE_CLOCK = """
-local held = redis.call('GET', KEYS[1])
-if held and (#held > #ARGV[1] or (#held == #ARGV[1] and held >= ARGV[1])) then return 0 end
-redis.call('SET', KEYS[1], ARGV[1])
-return 1
-"""
 
 
 def windowed_views(store: FeatureStore, names: Sequence[str] = ()) -> list[tuple[FeatureView, WindowedView]]:
@@ -61,7 +54,7 @@ class StateLostError(UnavailableError):
 
 @dataclass(frozen=True)
 class WriteResult:
-    """`without_values`: entities whose values cannot be finalised (they got nulls); `fenced`: entities of which Redis
+    """`without_values`: entities of which some value cannot be finalised (it is null); `fenced`: entities of which Redis
     holds a newer state, so that nothing was written: another process owns their partition."""
 
     without_values: int = 0
@@ -69,7 +62,7 @@ class WriteResult:
 
 
 class WindowStore:
-    """One windowed view in Redis. `clock_us` and `advance_clock` are the project's replay clock."""
+    """One windowed view in Redis. `clock` is the project's replay clock."""
 
     def __init__(self, store: FeatureStore, view: FeatureView) -> None:
         from feast.infra.online_stores.helpers import compute_versioned_name
@@ -92,9 +85,9 @@ class WindowStore:
         self._key_types = [_KEY_TYPES[t] for t in definition.key_types]
         self._marker_key = state_key(store.project, stored).encode()
         self._marker: bytes | None = None
+        self.damaged: dict[Key, WindowStateError] = {}
         self._marks_key = watermarks_key(store.project, stored)
-        self._clock_key = replay_clock_key(store.project)
-        self._advance = self._redis.register_script(_ADVANCE_CLOCK)
+        self.clock = ReplayClock(self._redis, store.project)
         self._move_marks = self._redis.register_script(WATERMARKS)
 
     # --- whether the states are there ---------------------------------------------------------------------------------
@@ -123,6 +116,12 @@ class WindowStore:
         self._marker = held
         return run
 
+    def is_of_another_definition(self) -> bool:
+        """Whether Redis may hold states that this definition cannot read: the marker is of another one, or there is none."""
+        with answering(self._redis):
+            held = self._redis.get(self._marker_key)
+        return held is None or held.decode().partition(":")[0] != self.definition.hash
+
     def begin(self, run_id: str) -> str:
         """Says that the view's states are complete in this Redis from now on: for bootstrap, when it is done."""
         marker = f"{self.definition.hash}:{run_id}".encode()
@@ -143,8 +142,10 @@ class WindowStore:
         """The states of entities, in the order of `keys`; an empty one where there is none yet.
 
         UnavailableError: no Redis; StateLostError: see `attach`; DefinitionError: written under another definition, or
-        rebuilt since `attach`; WindowStateError: damaged.
+        rebuilt since `attach`. Damaged states come as empty ones, and stay in `damaged` (key -> why) until the next load:
+        `write` leaves them as they are.
         """
+        self.damaged = {}
         if not keys:
             return States.empty(self.definition, 0)
         marker, *cells = self._ask(self._redis_keys(keys))
@@ -157,7 +158,9 @@ class WindowStore:
                 valid=[self._marker.decode()],
                 next_step="start `predictflow sync` again",
             )
-        return States.decode(self.definition, list(map(blob_of, cells)))
+        states, damaged = decode_intact(self.definition, list(map(blob_of, cells)))
+        self.damaged = {keys[i]: e for i, e in damaged.items()}
+        return states
 
     def _ask(self, keys: pa.Array) -> list[bytes | None]:
         if self._socket is not None:
@@ -189,9 +192,9 @@ class WindowStore:
     ) -> WriteResult:
         """Writes each state and its values as of `visible_at` in one atomic row, then the watermarks. Safe to repeat.
 
-        A state with a smaller fence than the one that Redis holds is not written. The row's event_timestamp is the last
-        seen one (`visible_at` where nothing was seen), created is `visible_at`. An entity whose values cannot be
-        finalised gets nulls: a reader without our store sees nothing wrong. `watermarks`: partition -> (watermark, time
+        A state with a smaller fence than the one that Redis holds is not written, nor one of `damaged`. The row's event_timestamp is the last
+        seen one (`visible_at` where nothing was seen), created is `visible_at`. A value that cannot be finalised
+        is null: a reader without our store sees nothing wrong. `watermarks`: partition -> (watermark, time
         by which it is known), microseconds; they never go back. DefinitionError: Redis holds states of another
         definition. UnavailableError: no Redis, an unknown part is written.
         """
@@ -209,7 +212,10 @@ class WindowStore:
             seen = np.where(states.last_seen == NEVER, states.visible_at, states.last_seen)
             table[self._writer.event_column] = pa.array(seen).cast(_TIME)
             table[self._writer.created_column] = pa.array(states.visible_at).cast(_TIME)
-            batches = fenced(self._writer.batches(pa.table(table)), self._field, blobs)
+            rows, sound = pa.table(table), [k not in self.damaged for k in keys]
+            if not all(sound):
+                rows, blobs = rows.filter(pa.array(sound)), [b for b, s in zip(blobs, sound, strict=True) if s]
+            batches = fenced(self._writer.batches(rows), self._field, blobs)
             from redis.exceptions import ResponseError  # loaded with the client that raises it
 
             try:
@@ -221,17 +227,36 @@ class WindowStore:
                     f"{self.name}: Redis holds states of another definition, which stay",
                     next_step=f"`predictflow windows bootstrap {self.name}`, then start `predictflow sync` again",
                 ) from e
-            result = WriteResult(len(finals.errors), len(keys) - written)
+            result = WriteResult(len(finals.errors), len(blobs) - written)
         if watermarks and self.definition.closes_windows:
             args = [n for p, (mark, visible) in watermarks.items() for n in (p, mark, visible)]
             with answering(self._redis):
                 self._move_marks(keys=[self._marks_key], args=args)
         return result
 
-    def watermarks(self) -> dict[int, int]:
-        """What readers take the partitions' watermarks to be, in microseconds."""
+    def rewrite(
+        self, keys: Sequence[Key], states: States, watermarks: Mapping[int, tuple[int, int]] | None = None
+    ) -> WriteResult:
+        """As `write`, for states made from the log: what Redis holds of these entities and is damaged gives way.
+
+        Only without a stream beside it.
+        """
+        try:
+            result = self.write(keys, states, watermarks)
+            if not result.fenced or not self._drop_damaged(keys):
+                return result
+        except DefinitionError:  # a damaged head looks like another definition's
+            if not self._drop_damaged(keys):
+                raise
+        return self.write(keys, states, watermarks)
+
+    def _drop_damaged(self, keys: Sequence[Key]) -> int:
+        names = self._redis_keys(keys)
+        _, damaged = decode_intact(self.definition, [blob_of(c) for c in self._ask(names)[1:]])
         with answering(self._redis):
-            return parse_watermarks(self._redis.hgetall(self._marks_key))[0]
+            for i in damaged:
+                self._redis.hdel(names[i], self._field)
+        return len(damaged)
 
     def delete(self) -> None:
         """Removes every row of the view from the online store, and its watermarks: the next bootstrap starts from nothing."""
@@ -240,19 +265,3 @@ class WindowStore:
             self._redis.delete(self._marker_key)  # first: whoever reads or writes half of it must notice
             self._redis.delete(self._marks_key)
             online.delete_table(self._store.config, self._view)
-
-    def clock_us(self) -> int | None:
-        """The replay clock, microseconds; None before it was set."""
-        with answering(self._redis):
-            value = self._redis.get(self._clock_key)
-        return None if value is None else int(value)
-
-    def advance_clock(self, us: int) -> None:
-        """Moves the replay clock forward, never back."""
-        with answering(self._redis):
-            self._advance(keys=[self._clock_key], args=[str(us)])
-
-    def set_clock(self, us: int) -> None:
-        """Sets the replay clock, also back: for bootstrap only."""
-        with answering(self._redis):
-            self._redis.set(self._clock_key, str(us))

@@ -24,6 +24,7 @@ log = logging.getLogger(__name__)
 
 CREATED = "created"
 CHUNK_ROWS = 1_000
+CHUNK_BYTES = 2_000_000
 """Rows of a batch."""
 FEW_ROWS = 150
 """Up to so many rows, Python per cell is cheaper than numpy per column."""

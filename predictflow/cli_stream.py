@@ -46,7 +46,6 @@ def sync(
     """Keep the features that a topic feeds current from Kafka, until SIGTERM or Ctrl-C."""
     from feature_store.stream_metrics import StreamMetrics
     from feature_store.sync import Sync, SyncOptions
-    from feature_store.topic import default_group
     from predictflow.settings import Settings
     from predictflow.wiring import feast_store, feature_registry
 
@@ -69,33 +68,25 @@ def sync(
             raise UsageError(f"metrics port cannot be used ({e.strerror})", value=metrics_port) from e
     store = feast_store(settings)
     if from_log:
-        _rebuild(store, options, options.group or default_group(store.project))
+        _rebuild(store, options)
     consumer = Sync(store, options, registry=feature_registry(settings), metrics=metrics)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: consumer.stop())
     consumer.run()
 
 
-def _rebuild(store: Any, options: SyncOptions, group: str) -> None:
-    from feature_store.bootstrap_plan import StreamPlace
-    from feature_store.from_log import rebuild_from_log
+def _rebuild(store: Any, options: SyncOptions) -> None:
+    from feature_store.from_log import rebuild_topic_from_log
     from predictflow.progress import progress
 
     with progress("rebuild", unit="entities") as advance:
-        done = rebuild_from_log(
-            store,
-            options.offline_path,
-            clock=options.clock,
-            stream=StreamPlace(options.bootstrap_servers, group),
-            now=datetime.now(UTC),
-            topic=options.topic,
-            advance=advance,
+        done = rebuild_topic_from_log(
+            store, options.offline_path, clock=options.clock, topic=options.topic, advance=advance
         )
     for b in done:
-        click.echo(
-            f"{b.view}: {b.entities:,} entities rebuilt from {b.events:,} events known by {b.known_by.isoformat()}; "
-            f"group {group} goes on at offsets {_offsets(b.starts)}"
-        )
+        known = "" if b.known_by is None else f" known by {b.known_by.isoformat()}"
+        newer = f"; {b.fenced:,} were newer and stay" if b.fenced else ""
+        click.echo(f"{b.view}: {b.entities:,} entities rebuilt from {b.events:,} events{known}{newer}")
 
 
 @click.group()
@@ -140,7 +131,7 @@ def bootstrap(
         )
     at = at or datetime.now(UTC)
     group = group or default_group(store.project)
-    place = StreamPlace(settings.need("kafka_bootstrap_servers"), group)
+    place = StreamPlace(settings.need("kafka_bootstrap_servers"), group, settings.schema_registry_url)
     if rewind or dry_run:
         plans = plan_bootstrap(store, offline, at, clock=settings.clock, stream=place, views=views, rewind=rewind)
         for plan in plans:

@@ -69,7 +69,7 @@ def build_app(settings: Settings, options: ServeOptions) -> ASGIApp:
     from serving.limits import Admission, Gate, RequestLimits
     from serving.logs import use_json
     from serving.metrics import Metrics
-    from serving.online import OnlineService
+    from serving.online import FUNCTION_THREADS, OnlineService
     from serving.online_types import Limits
     from serving.plans import Plans
     from serving.push import Pusher
@@ -91,7 +91,11 @@ def build_app(settings: Settings, options: ServeOptions) -> ASGIApp:
     keys = Keys(options.api_keys) if options.api_keys else None
     reads = ThreadPoolExecutor(max_workers=HISTORICAL_THREADS, thread_name_prefix="historical")
     threads = ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1), thread_name_prefix="predict")
-    online = OnlineService(plans, models, served_log, metrics, threads, lambda: datetime.now(UTC), limits)
+    functions = ThreadPoolExecutor(FUNCTION_THREADS, thread_name_prefix="on-demand")
+    gate = Gate(keys, options.max_concurrent)
+    online = OnlineService(
+        plans, models, served_log, metrics, threads, lambda: datetime.now(UTC), limits, gate, functions
+    )
 
     async def ping() -> None:
         with answering(redis):
@@ -99,10 +103,10 @@ def build_app(settings: Settings, options: ServeOptions) -> ASGIApp:
 
     async def close() -> None:
         threads.shutdown(wait=False, cancel_futures=True)
+        functions.shutdown(wait=False, cancel_futures=True)
         reads.shutdown(wait=False, cancel_futures=True)
         await redis.aclose()
 
-    gate = Gate(keys, options.max_concurrent)
     pusher = Pusher(store, _clock(settings, store), gate=gate)
     app = create_app(
         Dependencies(

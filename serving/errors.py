@@ -6,6 +6,7 @@ On the routes of Feast's own server it is a JSON text as Feast writes it, from w
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -17,6 +18,8 @@ from starlette.responses import Response
 
 from feature_store.errors import NotFoundError, PredictFlowError, UnavailableError, UsageError
 from serving.encoding import JSONBytes, dumps
+
+log = logging.getLogger(__name__)
 
 RETRY_AFTER_SECONDS = 1
 STATUS_OF_CODE = {
@@ -107,6 +110,9 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(PredictFlowError)
     async def predictflow_error(request: Request, error: PredictFlowError) -> Response:
+        if status_of(error) == 500:  # not the request's fault: where it came from is for who runs the server
+            id_ = getattr(request.state, "request_id", None)
+            log.error("request failed: %s", error.what, exc_info=error, extra={"request_id": id_})
         return response_of(error, request.url.path)
 
     @app.exception_handler(RedisConnectionError)

@@ -61,6 +61,7 @@ class Calls:
             caller = self._gate.caller(metadata)
             refused = None if scope is None else self._gate.judge(caller, metadata, scope)
             held = False
+            self._metrics.in_flight.inc()
             try:
                 if refused is None:
                     refused = self._gate.acquire()
@@ -79,6 +80,7 @@ class Calls:
                 await context.abort(status, fault.format_message(), tuple(trailing))
                 raise  # abort raises; this is for the type checker
             finally:
+                self._metrics.in_flight.dec()
                 if held:
                     self._gate.release()
                 seconds = time.perf_counter() - started

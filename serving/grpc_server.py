@@ -173,9 +173,12 @@ class GrpcServer:
         if stored is None:
             read = await self._online.cells(entities, asked, None, names, request_id)
             return encode(read, self._heads, request.entities, versions)
-        wire = self._wires.of(stored.plan.reader.plan)
-        answer, counts = wire.answer(self._heads, stored.replies, stored.t_us, request.entities, versions)
-        self._online.served(stored, counts, request_id)
+        plan = stored.plan.reader.plan
+        wire = self._wires.of(plan)
+        answer, counts, windowed = wire.answer(
+            plan, self._heads, stored.replies, stored.t_us, request.entities, versions
+        )
+        self._online.served(stored, counts, request_id, windowed)
         return answer
 
     async def _push(self, body: bytes, request_id: str) -> bytes:

@@ -29,7 +29,7 @@ from serving.middleware import request_id_of
 if TYPE_CHECKING:
     from serving.metrics import Metrics
     from serving.online import OnlineService
-    from serving.online_types import Done, Limits
+    from serving.online_types import Begun, Done, Limits
 
 log = logging.getLogger(__name__)
 
@@ -109,6 +109,7 @@ class HotRoutes:
             if scope["type"] == "lifespan":
                 self._lines.flush()
             return
+        started = time.perf_counter()
         admitted = hot.guard.admit(scope["headers"])
         message = None if admitted is None else await self._first(hot, receive)
         if message is None:  # the application says what was wrong, or goes on waiting
@@ -124,7 +125,7 @@ class HotRoutes:
                     answered.set_result((status, body, request_id, more))
 
             client = scope["client"][0] if scope.get("client") else None
-            if self.begin(hot, scope["headers"], message.get("body", b""), client, answer, admitted):
+            if self.begin(hot, scope["headers"], message.get("body", b""), client, answer, admitted, started):
                 status, body, request_id, more = await answered
                 headers = [
                     (b"content-type", _JSON),
@@ -168,13 +169,15 @@ class HotRoutes:
         client: str | None,
         answer: Answer,
         admitted: Admitted | None = None,
+        started: float | None = None,
     ) -> bool:
         """Starts to answer a request whose body is complete. False: nothing was done, the application must.
 
         `headers`: names in lower case, as ASGI gives them. `answer` is called on the event loop, perhaps at once.
         `admitted`: the slot that `hot.guard` gave; it is given back here, whatever happens.
+        `started`: `time.perf_counter()` when its headers were complete, where that was before the call.
         """
-        started = time.perf_counter()
+        started = time.perf_counter() if started is None else started
         admitted = admitted or hot.guard.admit(headers)
         if admitted is None:
             return False
@@ -211,6 +214,13 @@ class HotRoutes:
         in_flight = self._metrics.in_flight
         told = False
         budget: asyncio.TimerHandle | None = None
+        cancel: Callable[[], bool] | None = None
+
+        def begun(drop: Callable[[], bool]) -> None:
+            nonlocal cancel
+            cancel = drop
+            if told and drop():  # the read alone took too long
+                hot.guard.release()
 
         def tell(content: bytes | None, error: Exception | None) -> None:
             nonlocal told
@@ -234,19 +244,21 @@ class HotRoutes:
         def too_late() -> None:
             if not told:
                 tell(None, TimeBudgetError.after(self.seconds))
+                if cancel is not None and cancel():  # it waited: nothing runs that the slot is for
+                    hot.guard.release()
 
         in_flight.inc()
-        if self._start(hot, body, request_id, done):
+        if self._start(hot, body, request_id, done, begun):
             if hot.model is not None and not told:  # reads have a time limit of their own
                 budget = asyncio.get_running_loop().call_later(self.seconds, too_late)
             return True
         in_flight.dec()
         return False
 
-    def _start(self, hot: Hot, body: bytes, request_id: str, done: Done) -> bool:
+    def _start(self, hot: Hot, body: bytes, request_id: str, done: Done, begun: Begun) -> bool:
         if hot.model is not None:
             rows = predict_body(body, self._limits.rows)
-            return rows is not None and self._online.begin_predict(hot.model, rows, request_id, done)
+            return rows is not None and self._online.begin_predict(hot.model, rows, request_id, done, begun)
         asked = online_body(body, self._limits.rows)
         return asked is not None and self._online.begin(*asked, request_id, done)
 

@@ -193,6 +193,7 @@ class Jobs:
             if self._stopping.is_set():
                 self._end(job, "failed", {"code": "stopped", "message": "the server was stopped"})
         except PredictFlowError as e:
+            log.warning("job failed: %s", e.what, extra={"job": job.id}, exc_info=e)
             self._end(job, "failed", {"code": e.code, "message": e.format_message()})
         except Exception:  # whatever it is must be told to who waits for the job, and to the log
             log.exception("job failed", extra={"job": job.id})

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from math import isfinite
 from typing import TYPE_CHECKING, Any
 
 import orjson
@@ -15,6 +16,7 @@ import orjson
 from feature_store.clock import from_micros
 from feature_store.redis_layout import decode_pair
 from feature_store.windows.state import NEVER
+from serving.encoding import dumps
 from serving.json_view import Caches, JsonView, Part, time_json
 from serving.served_log import Served, message_key
 
@@ -24,8 +26,16 @@ if TYPE_CHECKING:
     from feature_store.view_plan import ViewRow
 
 
+Windowed = tuple[int, "list[dict[int, ViewRow]]"]
+"""What `ReadPlan.windowed_at` says: t, and the answers of windowed views."""
+
+
 def _micros(us: int) -> bytes:
     return orjson.dumps(from_micros(us), option=orjson.OPT_UTC_Z)
+
+
+def _number(value: float) -> bytes:
+    return orjson.dumps(value) if isfinite(value) else dumps(value)  # orjson has null for what is not finite
 
 
 @dataclass(slots=True)
@@ -75,13 +85,19 @@ class JsonPlan:
         )
         self._bare = [v for v in self._views if v.n]
 
-    def answered(self, entities: Sequence[Mapping[str, Any]], replies: Sequence[Reply], t_us: int) -> Answered:
-        """What `ReadPlan.at` says, as fragments."""
+    def answered(
+        self,
+        entities: Sequence[Mapping[str, Any]],
+        replies: Sequence[Reply],
+        t_us: int,
+        windowed: Windowed | None = None,
+    ) -> Answered:
+        """What `ReadPlan.at` says, as fragments. `windowed`: what its windowed views said of these replies, where known."""
         width = self._width
         times = self._times
         answers: list[dict[int, ViewRow]] = []
         if self._windowed:
-            t_us, answers = self.plan.windowed_at(replies, t_us)
+            t_us, answers = windowed or self.plan.windowed_at(replies, t_us)
         t_ns = t_us * 1000
         columns = []
         for k, view in enumerate(self._views):
@@ -91,10 +107,16 @@ class JsonPlan:
                 columns.append(view.at(replies[view.group :: width], t_ns, times, self._values))
         return Answered(self, entities, t_us, list(zip(*columns)))
 
-    def later(self, entities: Sequence[Mapping[str, Any]], replies: Sequence[Reply], t_us: int) -> Answered:
+    def later(
+        self,
+        entities: Sequence[Mapping[str, Any]],
+        replies: Sequence[Reply],
+        t_us: int,
+        windowed: Windowed | None = None,
+    ) -> Answered:
         """As `answered`, decoded when, and as often as, its rows are asked for: by a log, after the answer."""
         if self._windowed:  # their states may move t
-            return self.answered(entities, replies, t_us)
+            return self.answered(entities, replies, t_us, windowed)
         return Answered(self, entities, t_us, _Later(self, replies, t_us))
 
     def of_cells(self, entities: Sequence[Mapping[str, Any]], t_us: int, answers: Sequence[list[ViewRow]]) -> Answered:
@@ -164,7 +186,7 @@ class JsonPlan:
                     orjson.dumps(dict(zip(self._names, values))),
                     statuses,
                     offsets,
-                    orjson.dumps(probabilities[i]),
+                    _number(probabilities[i]),
                 )
             )
         out.append(b"]}")
@@ -216,7 +238,7 @@ class JsonPlan:
                     b",".join(features),
                     b",".join(views),
                     model,
-                    b"null" if read.probabilities is None else orjson.dumps(read.probabilities[i]),
+                    b"null" if read.probabilities is None else _number(read.probabilities[i]),
                 ),
             )
 

@@ -23,7 +23,7 @@ class Metrics:
         self.registry = registry or CollectorRegistry()
         self.request_seconds = Histogram(
             "predictflow_request_seconds",
-            "Time from the request's first byte to the response's last, by route template",
+            "Time from the request's headers to its answer, by route template",
             ("method", "route", "status"),
             buckets=LATENCY_BUCKETS,
             registry=self.registry,

@@ -13,6 +13,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serving.access import scope_of
@@ -29,9 +30,13 @@ access = logging.getLogger("predictflow.access")
 log = logging.getLogger(__name__)
 
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._:/+=@-]{1,128}")
+ABORT = "predictflow.abort"
+"""ASGI extension of `hot_protocol`: closes the connection at once, whatever waits to be sent."""
 JOBS_PATH = "/api/v1/jobs/"
 QUIET_ROUTES = ("/healthz", "/readyz", "/metrics", "/health")
 """Polled every few seconds: logged at DEBUG."""
+CLIENT_LEFT = 499
+"""In metrics and access lines only, as nginx has it."""
 
 
 class RequestScope:
@@ -54,7 +59,8 @@ class RequestScope:
         request_id = request_id_of(headers.get(b"x-request-id"))
         caller = self._gate.caller(headers)
         scope.setdefault("state", {}).update(request_id=request_id, caller=caller)
-        status, waiting = 0, True
+        status = 0
+        download = _is_download(scope["path"])
         budget = asyncio.timeout(self._limits.seconds)
 
         async def send_with_id(message: Message) -> None:
@@ -62,8 +68,8 @@ class RequestScope:
             if message["type"] == "http.response.start":
                 status = message["status"]
                 message = {**message, "headers": [*message["headers"], (b"x-request-id", request_id.encode())]}
-                if waiting:
-                    budget.reschedule(None)  # a download may take as long as its reader does
+                if download and not budget.expired():
+                    budget.reschedule(None)  # it may take as long as its reader does, in a slot of its own
             await send(message)
 
         async def refuse(error: PredictFlowError) -> None:
@@ -73,10 +79,15 @@ class RequestScope:
             try:
                 async with budget:
                     await self._admit(scope, headers, receive, send_with_id, refuse)
+            except ClientDisconnect:  # amid its body: nobody is there to answer, and it is no fault of ours
+                status = status or CLIENT_LEFT
             except Exception as error:  # nothing may leave a client without an answer in the documented shape
-                waiting = False
-                if isinstance(error, TimeoutError) and budget.expired():
+                late = isinstance(error, TimeoutError) and budget.expired()
+                if late and status == 0:
                     await refuse(TimeBudgetError.after(self._limits.seconds))
+                elif late:  # a reader that does not read; the server closes what is left without its end
+                    log.warning("the answer was not read in time", extra={"request_id": request_id})
+                    scope.get("extensions", {}).get(ABORT, _leave)()
                 else:
                     log.exception("request failed", extra={"request_id": request_id})
                     if status == 0:
@@ -144,6 +155,10 @@ class RequestScope:
             return message
 
         return counted
+
+
+def _leave() -> None:
+    """Where the server offers no more: it closes a connection whose answer is not complete, once that is sent."""
 
 
 def _is_download(path: str) -> bool:

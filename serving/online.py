@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Executor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from datetime import datetime
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -13,16 +13,22 @@ from typing import TYPE_CHECKING, Any
 from feature_store.errors import PredictFlowError, UsageError
 from serving.encoding import plain
 from serving.errors import TooManyError
+from serving.limits import in_thread
 from serving.model_runs import ModelRuns
-from serving.online_types import CellRead, Done, Limits, StoredRead, entity_rows
+from serving.online_types import Begun, CellRead, Done, Limits, StoredRead, entity_rows
 from serving.served_log import Served, ServedLog
 
 if TYPE_CHECKING:
     from feature_store.read_plan import OnlineRow, OnlineRows
-    from serving.json_plan import Answered
+    from serving.json_plan import Answered, Windowed
+    from serving.limits import Gate
     from serving.metrics import Metrics
     from serving.models import Model, Models
     from serving.plans import Asked, Plans, ServicePlan
+
+
+FUNCTION_THREADS = 2
+"""For the functions of on-demand views: they are the user's, and must not hold the models' threads."""
 
 
 class OnlineService:
@@ -37,12 +43,17 @@ class OnlineService:
         threads: Executor,
         wall: Callable[[], datetime],
         limits: Limits,
+        gate: Gate | None = None,
+        functions: ThreadPoolExecutor | None = None,
     ) -> None:
+        """`threads` run models, `functions` those of on-demand views (None: threads of its own). What still runs when its
+        request has been given up keeps a slot of `gate`."""
         self._plans = plans
         self._models = models
         self._log = served_log
         self._metrics = metrics
-        self._threads = threads
+        self._gate = gate
+        self._functions = functions or ThreadPoolExecutor(FUNCTION_THREADS, thread_name_prefix="on-demand")
         self._runs = ModelRuns(threads)
         self._wall = wall
         self._limits = limits
@@ -88,8 +99,7 @@ class OnlineService:
         compiled = plan.reader.plan
         replies, now_us = await plan.reader.afetch(rows, at)
         if plan.computes:
-            loop = asyncio.get_running_loop()
-            t_us, answers = await loop.run_in_executor(self._threads, compiled.at, replies, now_us, rows)
+            t_us, answers = await in_thread(self._gate, self._functions, compiled.at, replies, now_us, rows)
         else:
             t_us, answers = compiled.at(replies, now_us, rows)
         if plan.json is not None:
@@ -111,13 +121,20 @@ class OnlineService:
         replies, t_us = await plan.reader.afetch(rows)
         return StoredRead(plan, rows, t_us, replies)
 
-    def served(self, read: StoredRead, counts: Sequence[tuple[str, str, int]], request_id: str) -> None:
-        """Counts and logs an answer to `stored`. `counts`: (view, status, number of values)."""
+    def served(
+        self,
+        read: StoredRead,
+        counts: Sequence[tuple[str, str, int]],
+        request_id: str,
+        windowed: Windowed | None = None,
+    ) -> None:
+        """Counts and logs an answer to `stored`. `counts`: (view, status, number of values); `windowed`: what its windowed
+        views said, so that they need not say it again."""
         self._metrics.add_rows(read.plan.name or "", len(read.entities))
         for count in counts:
             self._metrics.add_status(*count)
         if read.plan.json is not None:
-            answered = read.plan.json.later(read.entities, read.replies, read.t_us)
+            answered = read.plan.json.later(read.entities, read.replies, read.t_us, windowed)
             self._log.write_read(Served(request_id, self._wall(), self._plans.project), answered)
 
     async def _asked(
@@ -160,7 +177,9 @@ class OnlineService:
         except UsageError:
             return False
 
-    def begin_predict(self, model_name: str, rows: Sequence[Mapping[str, object]], request_id: str, done: Done) -> bool:
+    def begin_predict(
+        self, model_name: str, rows: Sequence[Mapping[str, object]], request_id: str, done: Done, begun: Begun
+    ) -> bool:
         """As `predict` at the clock, in the way of `begin`. False also for a model that is not loaded yet."""
         model = self._models.cached(model_name)
         plan = None if model is None else self._plans.cached(model.feature_service, False)
@@ -179,7 +198,7 @@ class OnlineService:
                 values = json.inputs(read)
                 if values is None:
                     values = _values(plan, reader.plan.decode(rows, found, t_us))
-                self._runs.start(model, plan.columns, values, partial(predicted, read))
+                begun(self._runs.start(model, plan.columns, values, partial(predicted, read)))
             except Exception as e:  # noqa: BLE001 - as in `begin`
                 done(None, e)
 
@@ -217,7 +236,7 @@ class OnlineService:
             model = await asyncio.to_thread(self._models.get, model_name)
         plan = await self._plan(model.feature_service, False)
         read = await self._read(plan, rows, at)
-        probabilities = await self._runs.run(model, plan.columns, _values(plan, read))
+        probabilities = await self._runs.run(model, plan.columns, _values(plan, read), self._gate)
         self._count(plan, read)
         served = Served(request_id, self._wall(), self._plans.project, model.name, model.version)
         self._log.write(served, plan, read, probabilities)
@@ -235,7 +254,7 @@ class OnlineService:
             return await plan.reader.aread(rows, at)
         replies, now_us = await plan.reader.afetch(rows, at)
         decode = plan.reader.plan.decode
-        return await asyncio.get_running_loop().run_in_executor(self._threads, decode, rows, replies, now_us)
+        return await in_thread(self._gate, self._functions, decode, rows, replies, now_us)
 
     async def _plan(self, asked: Asked, full_names: bool) -> ServicePlan:
         plan = self._plans.cached(asked, full_names)

@@ -17,6 +17,10 @@ Done = Callable[[bytes | None, Exception | None], None]
 """Called once, with the body of the answer or with the error."""
 
 
+Begun = Callable[[Callable[[], bool]], None]
+"""Called when a request begins to wait for a model, with what drops it while it waits; see `model_runs.Cancel`."""
+
+
 @dataclass(frozen=True)
 class Limits:
     """What one request may ask for."""

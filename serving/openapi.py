@@ -21,7 +21,7 @@ _FAULTS = {
     413: "Over a limit: rows, features or bytes",
     422: "The request does not have the documented shape",
     429: "Too many jobs; try again after Retry-After seconds",
-    500: "Unexpected error; the log has it under the request id",
+    500: "Unexpected error, or an on-demand view's function failed; the log has it under the request id",
     503: "A server behind this one does not answer, or this one is full; try again after Retry-After seconds",
     504: "No answer within the server's time budget",
 }

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from feature_store.read_command import Reply
     from feature_store.read_plan import ReadPlan
     from feature_store.view_plan import Cell, ViewPlan, ViewRow
+    from serving.json_plan import Windowed
 
 _PRESENT, _NULL, _NOT_FOUND = STATUS["PRESENT"], STATUS["NULL_VALUE"], STATUS["NOT_FOUND"]
 _OUTSIDE = STATUS["OUTSIDE_MAX_AGE"]
@@ -131,23 +132,30 @@ def spliced(column: Sequence[bytes]) -> bytes | None:
 
 
 class WirePlan:
-    """A read plan's answers as bytes. Immutable but for its cache of times."""
+    """A read plan's answers as bytes; does not hold the plan. Immutable but for its cache of times, which may be shared."""
 
-    def __init__(self, plan: ReadPlan) -> None:
-        self._plan = plan
+    def __init__(self, plan: ReadPlan, times: _Times | None = None) -> None:
         self._places = [(view.definition is not None, _WireView(view, g, start)) for view, g, start in plan.places()]
         self._windowed = any(windowed for windowed, _ in self._places)
-        self._times = _Times()
+        self._times = _Times() if times is None else times
 
     def answer(
-        self, heads: Heads, replies: Sequence[Reply], t_us: int, entities: Mapping[str, Any], with_versions: bool
-    ) -> tuple[bytes, Counts]:
-        """The response to a plan without on-demand views: see `grpc_wire.encode`; and what metrics count."""
-        plan, width = self._plan, self._plan.width
+        self,
+        plan: ReadPlan,
+        heads: Heads,
+        replies: Sequence[Reply],
+        t_us: int,
+        entities: Mapping[str, Any],
+        with_versions: bool,
+    ) -> tuple[bytes, Counts, Windowed | None]:
+        """The response to `plan`, this one's and without on-demand views: see `grpc_wire.encode`; what metrics count; and
+        what its windowed views said, for whoever needs that too."""
+        width = plan.width
         entities = {name: values for name, values in entities.items() if name in plan.key_types}
         answers: list[dict[int, ViewRow]] = []
+        read: Windowed | None = None
         if self._windowed:
-            t_us, answers = plan.windowed_at(replies, t_us)
+            read = t_us, answers = plan.windowed_at(replies, t_us)
         out = [heads.of(plan, tuple(entities), with_versions)]
         request_vectors(out, entities, len(replies) // width)
         counts: Counts = []
@@ -156,7 +164,7 @@ class WirePlan:
                 _windowed(out, view.plan, [row[k] for row in answers], counts)
             else:
                 view.vectors(out, replies[view.group :: width], t_us * 1000, self._times, counts)
-        return b"".join(out), counts
+        return b"".join(out), counts, read
 
 
 def _windowed(out: list[bytes], view: ViewPlan, answers: Sequence[ViewRow], counts: Counts) -> None:
@@ -174,13 +182,14 @@ def _windowed(out: list[bytes], view: ViewPlan, answers: Sequence[ViewRow], coun
 
 
 class Wires:
-    """The wire plan of each read plan; forgets a plan when nobody holds it."""
+    """The wire plan of each read plan, with one cache of times; forgets a plan when nobody else holds it."""
 
     def __init__(self) -> None:
+        self._times = _Times()
         self._plans: WeakKeyDictionary[ReadPlan, WirePlan] = WeakKeyDictionary()
 
     def of(self, plan: ReadPlan) -> WirePlan:
         made = self._plans.get(plan)
         if made is None:
-            made = self._plans[plan] = WirePlan(plan)
+            made = self._plans[plan] = WirePlan(plan, self._times)
         return made

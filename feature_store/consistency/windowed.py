@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import replace
-from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from feature_store.clock import EPOCH, MICROSECOND, from_micros, to_micros
@@ -31,6 +30,21 @@ _TOLERANCE = 1e-9
 """Of the sum of the absolute numbers: how far doubles may be apart that were added in another order."""
 _SCALE = "_scale_"
 _ZERO = Constant(0.0, "float64")
+
+
+_JUDGED = "_judged_events"
+
+
+def _judged_sql(definition: WindowedView) -> str:
+    """The log, whose first event of an id is no duplicate, whatever sync wrote: what it ignored wrongly must be seen."""
+    event_id = definition.source.event_id
+    if event_id is None:
+        return f"CREATE OR REPLACE TEMP VIEW {_JUDGED} AS SELECT * FROM {EVENTS}"
+    keys = ", ".join(ident(k) for k in (*definition.entity_key, event_id))
+    order = "_partition >= 0, _visible_at, _partition, _offset"
+    return f"""CREATE OR REPLACE TEMP VIEW {_JUDGED} AS SELECT * REPLACE (
+        CASE WHEN _dropped = 'duplicate' AND rank() OVER (PARTITION BY {keys} ORDER BY {order}) = 1 THEN NULL
+             ELSE _dropped END AS _dropped) FROM {EVENTS}"""
 
 
 def check_windowed(
@@ -58,7 +72,8 @@ def check_windowed(
         next_step = f"`predictflow backfill {view.name}`"
         source = open_source(con, view.name, [f"{place}/{part}" for part in (HISTORY, STREAM)], next_step)
         load_reads(con, view, definition.entity_key, checked)
-        columns = make_events(con, source, definition)
+        columns = make_events(con, source, definition, ids=True)
+        con.execute(_judged_sql(definition))
         with scanning(source, columns):
             found = _recomputed(con, definition)
         with reading(source.label):
@@ -85,18 +100,22 @@ def _equal(served: Any, recomputed: Any, scale: float | None) -> bool:
 
 
 def _recomputed(con: duckdb.DuckDBPyConnection, definition: WindowedView) -> dict[int, dict[str, Any]]:
-    """Record to its outputs, their scales and LAST_SEEN, whatever the ttl: what was too old is still not NOT_FOUND."""
+    """Record to its outputs, their scales and LAST_SEEN. What was too old is still not NOT_FOUND; but its outputs are not
+    computed, as they were not for the reader: they may overflow.
+    """
     keys = ", ".join(ident(k) for k in definition.entity_key)
     con.execute(
         f"CREATE OR REPLACE TEMP VIEW _asked AS SELECT id AS _row, {keys}, make_timestamptz(t_us) AS _t, "
         "offsets AS _offsets, watermark_us AS _watermark_us FROM read"
     )
-    found = con.sql(history_sql(with_scales(definition), "_asked", EVENTS, known="by_offset")).to_arrow_table()
+    found = con.sql(
+        history_sql(with_scales(definition), "_asked", _JUDGED, known="by_offset", any_age=True)
+    ).to_arrow_table()
     return {row["_row"]: row for row in found.to_pylist()}
 
 
 def with_scales(definition: WindowedView) -> WindowedView:
-    """The definition without a ttl, and for each output of doubles another one, of the size of the numbers in it."""
+    """The definition with another output for each of doubles: the size of the numbers in it."""
     statements = []
     for s in definition.statements:
         aggregates, outputs = list(s.aggregates), list(s.outputs)
@@ -110,7 +129,7 @@ def with_scales(definition: WindowedView) -> WindowedView:
                 total = scales[0] if len(scales) == 1 else _added(scales)
                 outputs.append(Output(_SCALE + o.name, total, "float64"))
         statements.append(Statement(s.window, tuple(aggregates), tuple(outputs)))
-    sized_view = replace(definition, ttl=timedelta(0), sql=f"{definition.sql}\n-- with scales")
+    sized_view = replace(definition, sql=f"{definition.sql}\n-- with scales")
     sized_view.__dict__["statements"] = tuple(statements)
     return sized_view
 
@@ -143,7 +162,7 @@ def _compared_with_log(con: duckdb.DuckDBPyConnection, definition: WindowedView)
                min(greatest(_visible_us, _us)) OVER ({order} ROWS BETWEEN CURRENT ROW AND UNBOUNDED FOLLOWING) AS _from_us,
                max(_visible_us) OVER ({order} ROWS UNBOUNDED PRECEDING) AS _until_us
         FROM (SELECT {keys}, _partition, _offset, min(epoch_us(_visible_at)) AS _visible_us, min(epoch_us({time})) AS _us
-              FROM {EVENTS} WHERE _dropped IS NULL AND _partition >= 0 AND ({keys}) IN (SELECT ({keys}) FROM read) GROUP BY ALL)"""
+              FROM {_JUDGED} WHERE _dropped IS NULL AND _partition >= 0 AND ({keys}) IN (SELECT ({keys}) FROM read) GROUP BY ALL)"""
     )
     con.execute(
         f"""CREATE OR REPLACE TEMP TABLE _reads AS

@@ -49,6 +49,7 @@ def connect(settings: EngineSettings) -> Iterator[duckdb.DuckDBPyConnection]:
             if not settings.memory_limit:  # the engine's default, 80%, knows the container's limit
                 con.execute(f"SET memory_limit = '{int(memory_limit(con) / 0.8 * MEMORY_SHARE)}B'")
             con.execute("SET TimeZone = 'UTC'")
+            con.execute("SET enable_progress_bar = false")  # it would be drawn on stdout, amid a command's JSON
             yield con
         finally:
             con.close()

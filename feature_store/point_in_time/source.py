@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from feature_store.errors import DataError, NotFoundError, UsageError
+from feature_store.log_merges import merged_files
 from feature_store.point_in_time.engine import ident, reading, text
 from feature_store.point_in_time.remote import copy_in
 from feature_store.point_in_time.types import kind
@@ -79,8 +80,9 @@ def parquet_files(place: str) -> tuple[str, ...]:
     if path.is_file():
         return (str(path),)
     if path.is_dir():
+        merged = merged_files(path)
         below = counting(path, lambda: [p for p in path.rglob("*.parquet") if p.is_file() and not _hidden(p, path)])
-        return tuple(sorted(map(str, below)))
+        return tuple(sorted(str(p) for p in below if p not in merged))
     if any(c in place for c in "*?["):
         root = Path(path.anchor) if path.is_absolute() else Path()
         found = root.glob(str(path.relative_to(path.anchor)))

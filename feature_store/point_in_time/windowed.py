@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from feature_store.errors import DataError
+from feature_store.event_log import HISTORY, STREAM
 from feature_store.point_in_time.engine import ident
 from feature_store.point_in_time.join import entity_keys, spread
 from feature_store.point_in_time.request import Feature, ViewRequest
@@ -20,8 +21,6 @@ from feature_store.point_in_time.types import as_declared, ns_per_tick, ticks
 from feature_store.windows.definition import STATE_FIELD, WindowedView
 from feature_store.windows.ir import Type
 
-HISTORY, STREAM = "history", "stream"
-"""Directories below a windowed view's path: what backfill wrote, and the log of what sync applied."""
 EVENTS = "_window_events"
 """The temporary view that `make_events` creates."""
 
@@ -43,16 +42,21 @@ def open_events(con: duckdb.DuckDBPyConnection, request: ViewRequest) -> Parquet
     return open_source(con, request.label, places, request.next_step)
 
 
-def make_events(con: duckdb.DuckDBPyConnection, source: ParquetSource, definition: WindowedView) -> list[str]:
+def make_events(
+    con: duckdb.DuckDBPyConnection, source: ParquetSource, definition: WindowedView, *, ids: bool = False
+) -> list[str]:
     """Creates the view EVENTS, the event log in the definition's types, and returns its columns.
 
-    Times finer than a microsecond are cut. DataError naming the column that no file holds, or that changes its kind.
+    `ids`: with the event id, which states keep; values need none, since the log says what was a repetition. Times finer than a microsecond are cut. DataError naming the column that no file holds, or that changes its kind.
     """
     times = [definition.source.timestamp, "_visible_at", "_watermark"]
     items = [ident(k) for k in definition.entity_key]
     for key in definition.entity_key:
         source.require(key, "an entity key")
-    for name, kind in {**definition.source.columns, **_LOG}.items():
+    read: dict[str, str] = {**definition.source.columns, **_LOG}
+    if ids and definition.source.event_id is not None:
+        read[definition.source.event_id] = "string"
+    for name, kind in read.items():
         if name in definition.entity_key:
             continue
         stored = source.require(name, "the event log")
@@ -60,7 +64,7 @@ def make_events(con: duckdb.DuckDBPyConnection, source: ParquetSource, definitio
     for name in times:
         stored = source.columns.get(name, "") if name == "_watermark" else source.require_time(name, "an event's time")
         items.append(f"{as_type(name, stored, _SQL['timestamp'])} AS {ident(name)}")
-    names = [*dict.fromkeys([*definition.entity_key, *definition.source.columns, *_LOG, *times])]
+    names = [*dict.fromkeys([*definition.entity_key, *read, *times])]
     require_same_kind(source, names)
     con.execute(f"CREATE OR REPLACE TEMP VIEW {EVENTS} AS SELECT {', '.join(items)} FROM {source.relation}")
     return [n for n in names if n in source.columns]

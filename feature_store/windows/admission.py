@@ -75,6 +75,19 @@ def remembered(ids: Rows, entity: Array, key: Array, time: Array) -> Rows:
     return ids.put(places, there, entity, np.stack([key, newest], axis=1))
 
 
+def newest_ids(ids: Rows, oldest: Array, cap: int) -> tuple[Rows, int]:
+    """The ids that an event may still repeat, of each entity the newest `cap` by event time; and how many went for the cap."""
+    ids = ids.keep(ids.data[:, 1] >= oldest[ids.entity])
+    over = ids.counts > cap
+    if not over.any():
+        return ids, 0
+    order = np.lexsort((ids.data[:, 0], ids.data[:, 1], ids.entity))
+    rank = np.empty(len(ids), np.int64)
+    rank[order] = np.arange(len(ids))
+    kept = rank >= (ids.starts[1:] - cap)[ids.entity]
+    return ids.keep(kept), int(np.count_nonzero(~kept))
+
+
 def read_to(partitions: Rows, entity: Array, partition: Array, offset: Array, watermark: Array) -> Rows:
     """With the offsets and the watermarks after log rows that were applied."""
     order = order_of(partitions.entities, entity, partition)

@@ -54,8 +54,8 @@ class EventSource:
 class WindowedView:
     """The outputs of `sql` (one or more SELECTs, `;` between them) as features of one entity.
 
-    An entity silent for longer than `ttl` (zero: never) has no value. Above `max_events_per_entity` kept events (OVER
-    windows) the online read is an error status.
+    An entity silent for longer than `ttl` (zero: never) has no value. Above `max_events_per_entity` kept events the
+    outputs of the OVER windows that need more are errors online; of so many event ids the oldest are forgotten.
     """
 
     name: str

@@ -59,7 +59,7 @@ def _head(d: WindowedView) -> str:
 
 def _statement(d: WindowedView, number: int, s: Statement, rate: float) -> str:
     inputs = plan_of(d).inputs[number - 1]
-    lines = [f"{number}. {window_text(s.window)}: {_reading(s)}"]
+    lines = [f"{number}. {window_text(s.window)}: {reading_text(s)}"]
     lines += [f"   {o.name} ({o.type}) = {output_text(s, o)}" for o in s.outputs]
     for a, i in zip(s.aggregates, inputs, strict=True):
         reads = [f"bit {i.bit}"] if i.bit is not None else ["every event"]
@@ -69,7 +69,8 @@ def _statement(d: WindowedView, number: int, s: Statement, rate: float) -> str:
     return "\n".join(lines)
 
 
-def _reading(s: Statement) -> str:
+def reading_text(s: Statement) -> str:
+    """What the window holds, read at t."""
     length = length_in_words(s.window.size_us)
     if s.window.on_close:
         return "the newest one that the watermark has closed"

@@ -29,15 +29,21 @@ Column = tuple[Array, Array]
 class Finals:
     """The outputs of n entities at their times.
 
-    `last_seen`: greatest time of a counted event by then. `errors`: why an entity has no values (they are null then).
-    `watermark`: what windows were closed by, NEVER without one.
+    `last_seen`: greatest time of a counted event by then. `watermark`: what windows were closed by, NEVER
+    without one. `errors`: of an entity, why an output has no value (it is null then).
     """
 
     def __init__(self, outputs: list[Output], last_seen: Array, watermark: Array) -> None:
         self.outputs, self.last_seen, self.watermark = outputs, last_seen, watermark
-        self.errors: dict[int, WindowStateError] = {}
+        self.errors: dict[int, dict[str, WindowStateError]] = {}
         self._made: dict[str, Column] = {}
         self._one: dict[str, Any] | None = None  # of one entity: the values as they are in `columns`
+
+    def fail(self, entity: int, outputs: Iterable[Output], error: WindowStateError) -> None:
+        """Says that an entity has no value of these outputs; the first reason stays."""
+        errors = self.errors.setdefault(entity, {})
+        for o in outputs:
+            errors.setdefault(o.name, error)
 
     @cached_property
     def arrays(self) -> dict[str, Column]:
@@ -75,69 +81,83 @@ def finals(layout: Layout, states: States, t: Array, watermark: Array, visible_a
     unseen = states.last_seen == NEVER
     out = Finals(layout.outputs, states.last_seen, watermark)
     for i in np.flatnonzero(t < visible_at).tolist():
-        out.errors[i] = WindowStateError(
+        early = WindowStateError(
             f"{name}: read at a time before the state's newest event was known",
             value=from_micros(int(t[i])).isoformat(),
             next_step=f"read at {from_micros(int(visible_at[i])).isoformat()} or later",
         )
-    if layout.over:
-        lost = states._lost
-        for i in np.flatnonzero((lost != NEVER) & (t - layout.over_size <= lost)).tolist():
-            out.errors.setdefault(
-                i,
-                TooManyEventsError(
-                    f"{name}: one entity has more events in its window than max_events_per_entity",
-                    value=layout.cap,
-                    next_step=f"raise max_events_per_entity, then `predictflow windows bootstrap {name}`",
-                ),
-            )
+        out.fail(i, layout.outputs, early)
+    if layout.over and (states._lost != NEVER).any():
+        _lost_events(layout, out, states._lost, t)
     if len(states) == 1:
-        out._one = _one(layout, states, t, watermark, bool(unseen[0]), out.errors)
+        out._one = _one(layout, states, t, watermark, bool(unseen[0]), out)
         return out
     for i, statement in enumerate(layout.statements):
-        columns = _results(layout, i, _window(layout, states, i, t, watermark), len(states), out.errors)
+        columns = _results(layout, i, _window(layout, states, i, t, watermark), len(states), out)
         for output in statement.outputs:
             if isinstance(output.expression, AggregateRef):
                 out._made[output.name] = columns[output.expression.index]
             else:
-                out._made[output.name] = _evaluated(name, output, columns, unseen, out.errors)
-    void = unseen
-    if out.errors:
-        void = unseen.copy()
-        void[list(out.errors)] = True
-    if void.any():
-        out._made = {k: (values, null | void) for k, (values, null) in out._made.items()}
+                out._made[output.name] = _evaluated(name, output, columns, unseen, out)
+    if unseen.any():
+        out._made = {k: (values, null | unseen) for k, (values, null) in out._made.items()}
+    failed: dict[str, list[int]] = {}
+    for entity, errors in out.errors.items():
+        for output_name in errors:
+            failed.setdefault(output_name, []).append(entity)
+    for output_name, entities in failed.items():
+        values, null = out._made[output_name]
+        null = null.copy()
+        null[entities] = True
+        out._made[output_name] = values, null
     return out
 
 
-def _one(
-    layout: Layout, states: States, t: Array, watermark: Array, unseen: bool, errors: dict[int, WindowStateError]
-) -> dict[str, Any]:
+def _lost_events(layout: Layout, out: Finals, lost: Array, t: Array) -> None:
+    """An OVER window that reaches back to an event that the cap removed has no value; a shorter one has."""
+    name = layout.definition.name
+    for number in layout.over:
+        statement = layout.statements[number]
+        for i in np.flatnonzero((lost != NEVER) & (t - statement.window.size_us <= lost)).tolist():
+            error = TooManyEventsError(
+                f"{name}: one entity has more events in its window than max_events_per_entity",
+                value=layout.cap,
+                next_step=f"raise max_events_per_entity, then `predictflow windows bootstrap {name}`",
+            )
+            out.fail(i, statement.outputs, error)
+
+
+def _one(layout: Layout, states: States, t: Array, watermark: Array, unseen: bool, said: Finals) -> dict[str, Any]:
     """The outputs of a single entity: what takes the time is then not the numbers but calls of numpy."""
     out: dict[str, Any] = {o.name: None for o in layout.outputs}
-    if unseen or errors:
+    failed = said.errors.get(0, {})
+    if unseen or len(failed) == len(out):
         return out
     for i, statement in enumerate(layout.statements):
         found = _window(layout, states, i, t, watermark)
         words = [c.item() for c in found.columns]
         values: list[Any] = []
-        at = 0
-        try:
-            for place in layout.places[i]:
-                if place.function == "count_distinct":
-                    values.append(int(found.sketch.numbers(1, place.at)[0]) if found.sketch is not None else 0)
-                elif not len(found.whose):
-                    values.append(0 if place.function == "count" else None)
-                else:
+        for place in layout.places[i]:
+            if place.function == "count_distinct":
+                values.append(int(found.sketch.numbers(1, place.at)[0]) if found.sketch is not None else 0)
+            elif not len(found.whose):
+                values.append(0 if place.function == "count" else None)
+            else:
+                try:
                     values.append(found.partials.one(place, words))
-                at += 1
-            for output in statement.outputs:
+                except OverflowError:
+                    _overflow(layout, said, 0, i, len(values))
+                    values.append(None)
+        failed = said.errors.get(0, {})
+        for output in statement.outputs:
+            if output.name in failed:
+                continue
+            try:
                 value = _expression(output, values)
-                out[output.name] = bool(value) if output.type == "bool" and value is not None else value
-        except OverflowError:
-            name = _named(statement.outputs, at) if at < len(layout.places[i]) else output.name
-            errors[0] = _overflow(layout.definition.name, name)
-            return dict.fromkeys(out)
+            except OverflowError:
+                said.fail(0, [output], _overflowed(layout.definition.name, output))
+                continue
+            out[output.name] = bool(value) if output.type == "bool" and value is not None else value
     return out
 
 
@@ -218,7 +238,7 @@ def _taken(data: Array, low: Array, high: Array) -> tuple[Array, Groups, Array]:
     return whose, Groups(starts, size), data if size == len(data) else data[ranges(low, high)[0]]
 
 
-def _results(layout: Layout, i: int, found: Found, n: int, errors: dict[int, WindowStateError]) -> list[Column]:
+def _results(layout: Layout, i: int, found: Found, n: int, said: Finals) -> list[Column]:
     """The aggregates of one statement, of all entities."""
     whose, out = found.whose, []
     for aggregate, place in zip(layout.statements[i].aggregates, layout.places[i], strict=True):
@@ -234,9 +254,8 @@ def _results(layout: Layout, i: int, found: Found, n: int, errors: dict[int, Win
         else:
             result = Result(np.zeros(len(whose), np.int64))
         if result.wrong is not None:
-            name = _named(layout.statements[i].outputs, len(out))
             for entity in whose[result.wrong].tolist():
-                errors.setdefault(entity, _overflow(layout.definition.name, name))
+                _overflow(layout, said, entity, i, len(out))
         if len(whose) == n:
             out.append((result.values, np.zeros(n, bool) if result.null is None else result.null))
             continue
@@ -247,32 +266,30 @@ def _results(layout: Layout, i: int, found: Found, n: int, errors: dict[int, Win
     return out
 
 
-def _named(outputs: Iterable[Output], index: int) -> str:
-    for o in outputs:
-        if isinstance(o.expression, AggregateRef) and o.expression.index == index:
-            return o.name
-    return f"aggregate {index + 1}"
+def _overflow(layout: Layout, said: Finals, entity: int, statement: int, aggregate: int) -> None:
+    """Every output that is made of an aggregate without a value has none."""
+    for o in layout.statements[statement].outputs:
+        if aggregate in layout.needs[o.name]:
+            said.fail(entity, [o], _overflowed(layout.definition.name, o))
 
 
-def _overflow(view: str, output: str) -> OverflowedError:
-    return OverflowedError(f"{view}.{output}: the result does not fit into 64 bits")
+def _overflowed(view: str, output: Output) -> OverflowedError:
+    return OverflowedError(f"{view}.{output.name}: the result does not fit into 64 bits")
 
 
-def _evaluated(
-    view: str, output: Output, columns: list[Column], unseen: Array, errors: dict[int, WindowStateError]
-) -> Column:
+def _evaluated(view: str, output: Output, columns: list[Column], unseen: Array, said: Finals) -> Column:
     """An expression over aggregates, entity by entity."""
     lists = [_listed(values, null, False) for values, null in columns]
     n = len(unseen)
     values = np.zeros(n, np.float64 if output.type == "float64" else np.int64)
     null = np.ones(n, bool)
     for i in np.flatnonzero(~unseen).tolist():
-        if i in errors:
+        if output.name in said.errors.get(i, ()):
             continue
         try:
             value = _expression(output, [column[i] for column in lists])
         except OverflowError:
-            errors[i] = _overflow(view, output.name)
+            said.fail(i, [output], _overflowed(view, output))
             continue
         if value is not None:
             values[i], null[i] = value, False

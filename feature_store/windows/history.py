@@ -18,13 +18,16 @@ from feature_store.windows.plan import Plan, plan_of
 from feature_store.windows.sql_text import expression_sql, identifier
 
 LAST_SEEN = "_last_seen"
-"""Extra column of the result: greatest event time seen by t, TIMESTAMPTZ; null where the row has no value."""
+"""Extra column of the result: greatest event time seen by t, TIMESTAMPTZ; null where the row has no value, or, with
+`any_age`, only where nothing was seen."""
 
 Known = Literal["by_time", "by_offset"]
 _NEVER = "(-9223372036854775807 - 1)"
 
 
-def history_sql(definition: WindowedView, entities: str, events: str, known: Known = "by_time") -> str:
+def history_sql(
+    definition: WindowedView, entities: str, events: str, known: Known = "by_time", *, any_age: bool = False
+) -> str:
     """A SELECT that gives `_row`, one column per output (BIGINT, DOUBLE, BOOLEAN, TIMESTAMPTZ) and `_last_seen`, once per
     row of `entities`.
 
@@ -53,15 +56,18 @@ def history_sql(definition: WindowedView, entities: str, events: str, known: Kno
         f"q._k, r._partition AS _p, r._offset AS _o, epoch_us(r.{time}) AS _us, epoch_us(r._visible_at) AS _vis, "
         f"epoch_us(r._watermark) AS _wm, {plan.numbers_sql()}"
     )
-    own = f"SELECT {row} FROM {events} AS r JOIN wanted AS q ON {on_keys} WHERE r._dropped IS NULL"
+    own = f"SELECT {row}, r._dropped FROM {events} AS r JOIN wanted AS q ON {on_keys} WHERE"
     ctes = [
         f"wanted AS MATERIALIZED (SELECT *, row_number() OVER () AS _k FROM (SELECT DISTINCT {named} FROM {entities}))",
         f"asked AS MATERIALIZED (SELECT r._row, q._k, epoch_us(r._t) AS _t{extra} FROM {entities} AS r JOIN wanted AS q ON {on_keys})",
-        # History has its own numbers, which only order it; the stream's rows may stand in two files for a while.
+        # History has its own numbers, which only order it; the stream's rows may stand in two files for a while. What
+        # became visible first counts, or was dropped: so the latter is asked last.
         f"""log AS MATERIALIZED (
-  {own} AND r._partition < 0
-  UNION ALL
-  SELECT DISTINCT ON (_p, _o) * FROM ({own} AND r._partition >= 0) ORDER BY _p, _o, _vis
+  SELECT * EXCLUDE (_dropped) FROM (
+    {own} r._partition < 0
+    UNION ALL
+    SELECT * FROM (SELECT DISTINCT ON (_p, _o) * FROM ({own} r._partition >= 0) ORDER BY _p, _o, _vis)
+  ) WHERE _dropped IS NULL
 )""",
     ]
     ctes.insert(0, f"every AS (SELECT r._row, epoch_us(r._t) AS _t FROM {entities} AS r)")
@@ -79,12 +85,13 @@ def history_sql(definition: WindowedView, entities: str, events: str, known: Kno
     return (
         "WITH "
         + ",\n".join([*relations, *ctes])
-        + f"\nSELECT _row,\n       {outputs},\n       {_last_seen()}\nFROM aggregated\n"
+        + f"\nSELECT _row,\n       {outputs},\n       {_last_seen(any_age)}\nFROM aggregated\n"
     )
 
 
-def _last_seen() -> str:
-    return f"CASE WHEN _valued THEN make_timestamptz(_last_us) END AS {LAST_SEEN}"
+def _last_seen(any_age: bool) -> str:
+    time = "make_timestamptz(_last_us)"
+    return f"{time if any_age else f'CASE WHEN _valued THEN {time} END'} AS {LAST_SEEN}"
 
 
 def _watermark_ctes(definition: WindowedView, events: str, on_keys: str) -> list[str]:

@@ -10,10 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from feature_store.windows.ir import Aggregate
-from feature_store.windows.plan import HASH_BITS, Input, Plan
-
-SKETCH_SIZE = 1024
-"""COUNT(DISTINCT) keeps so many smallest hashes: a standard error of about 1 / sqrt(SKETCH_SIZE - 2), 3.1%."""
+from feature_store.windows.plan import HASH_BITS, SKETCH_SIZE, Input, Plan
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from feature_store.windows.history_partials import SKETCH_SIZE, Partial, partials_of
-from feature_store.windows.plan import Plan
+from feature_store.windows.history_partials import Partial, partials_of
+from feature_store.windows.plan import SKETCH_SIZE, Plan
 
 SEEN = -1
 """The number of a statement that is in no definition: the newest event with time <= t."""

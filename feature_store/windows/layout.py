@@ -19,7 +19,7 @@ from functools import cached_property, lru_cache
 from typing import Literal
 
 from feature_store.windows.definition import WindowedView
-from feature_store.windows.ir import Aggregate
+from feature_store.windows.ir import Aggregate, AggregateRef, walk
 from feature_store.windows.partials import Partials, Place
 from feature_store.windows.plan import Input, Plan, plan_of
 from feature_store.windows.rows import NEVER
@@ -91,6 +91,10 @@ class Layout:
         kept = Partials(self.plan, [p for i in over for p in self.sources(i)])
         self.over_every, self.over_bits, self.over_values = kept.every_event, kept.bits, kept.values
         self.over_order = kept.needs_order
+        self.needs = {
+            o.name: frozenset(e.index for e in walk(o.expression) if isinstance(e, AggregateRef)) for o in self.outputs
+        }
+        """The aggregates that each output is made of."""
 
     def sources(self, statement: int) -> list[tuple[Aggregate, Input]]:
         return list(zip(self.statements[statement].aggregates, self.plan.inputs[statement], strict=True))

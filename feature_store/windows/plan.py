@@ -16,6 +16,8 @@ from feature_store.windows.ir import Aggregate, Expression
 from feature_store.windows.sql_text import expression_sql, identifier
 
 MASK_BITS = 63
+SKETCH_SIZE = 1024
+"""COUNT(DISTINCT) keeps so many smallest hashes: a standard error of about 1 / sqrt(SKETCH_SIZE - 2), 3.1%."""
 HASH_BITS = 63
 """COUNT(DISTINCT) counts hashes: the upper bits of `md5_number_lower` of the value as text (a time: its microseconds), so
 that they fit an int64."""

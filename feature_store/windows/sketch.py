@@ -1,6 +1,6 @@
-"""COUNT(DISTINCT): of each row of a track and each of its distinct counts, the K smallest hashes of the values seen.
+"""COUNT(DISTINCT): of each row of a track and each of its distinct counts, the SKETCH_SIZE smallest hashes of the values seen.
 
-Fewer than K are the exact number; K of them tell how dense the hashes are: the standard error is 1 / sqrt(K - 2), 3.1 %.
+Fewer are the exact number; so many tell how dense the hashes are.
 A union of sketches is the sketch of the union, whatever the order. Vectorised; pure.
 """
 
@@ -9,15 +9,15 @@ from __future__ import annotations
 import numpy as np
 
 from feature_store.windows.partials import Numbers, Partials
+from feature_store.windows.plan import SKETCH_SIZE
 from feature_store.windows.rows import Array
 
-K = 1024
 SLOT_BITS = 6
 """A definition has at most 63 bits, so at most as many distinct counts."""
 
 
 class Sketch:
-    """`code`: row << SLOT_BITS | slot; `hash`. Sorted by both, each pair once, at most K of a code."""
+    """`code`: row << SLOT_BITS | slot; `hash`. Sorted by both, each pair once, at most SKETCH_SIZE of a code."""
 
     __slots__ = ("code", "hash")
 
@@ -40,8 +40,8 @@ class Sketch:
                 code, hash = code[~again], hash[~again]
             first = np.flatnonzero(np.append(True, code[1:] != code[:-1]))
             sizes = np.diff(first, append=len(code))
-            if int(sizes.max()) > K:
-                kept = np.arange(len(code)) - np.repeat(first, sizes) < K
+            if int(sizes.max()) > SKETCH_SIZE:
+                kept = np.arange(len(code)) - np.repeat(first, sizes) < SKETCH_SIZE
                 code, hash = code[kept], hash[kept]
         return cls(code, hash)
 
@@ -80,7 +80,7 @@ class Sketch:
         mine = np.flatnonzero((self.code & ((1 << SLOT_BITS) - 1)) == slot)
         row = self.code[mine] >> SLOT_BITS
         out = np.bincount(row, minlength=groups).astype(np.int64)
-        full = np.flatnonzero(out >= K)
+        full = np.flatnonzero(out >= SKETCH_SIZE)
         if len(full):
             last = np.searchsorted(row, full, side="right") - 1
             for group, kth in zip(full.tolist(), self.hash[mine[last]].tolist()):
@@ -89,5 +89,5 @@ class Sketch:
 
 
 def estimate(kth: int) -> int:
-    """The number of different values whose K-th smallest hash is `kth` (not negative, below 2**63)."""
-    return round((K - 1) * 2.0**63 / float(kth)) if kth else 2**63 - 1
+    """The number of different values whose SKETCH_SIZE-th smallest hash is `kth` (not negative, below 2**63)."""
+    return round((SKETCH_SIZE - 1) * 2.0**63 / float(kth)) if kth else 2**63 - 1

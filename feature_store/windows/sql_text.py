@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from datetime import datetime, timedelta
 from typing import Literal
 
-from feature_store.windows.ir import AggregateRef, Column, Constant, Expression, Type
+from feature_store.windows.ir import AggregateRef, Call, Column, Constant, Expression, Type, walk
 
 Dialect = Literal["duckdb", "flink", "spark", "plain"]
 
@@ -48,8 +48,14 @@ def expression_sql(expression: Expression, dialect: Dialect, aggregates: Sequenc
     match expression.operator:
         case operator if operator in _SAME:
             return f"({parts[0]} {operator} {parts[1]})"
-        case "and" | "or":
-            return "(" + f" {expression.operator.upper()} ".join(parts) + ")"
+        case "and" | "or" as operator:
+            every = "(" + f" {operator.upper()} ".join(parts) + ")"
+            if dialect != "duckdb" or not any(_may_fail(a) for a in expression.arguments):
+                return every
+            # DuckDB looks at all parts of a condition or at some, in an order of its own; a CASE, at no more than decide.
+            decides = "NOT {}" if operator == "and" else "{}"
+            whens = " ".join(f"WHEN {decides.format(p)} THEN {'TRUE' if operator == 'or' else 'FALSE'}" for p in parts)
+            return f"CASE {whens} ELSE {every} END"
         case "neg":
             return f"(-{parts[0]})"
         case "not":
@@ -81,6 +87,12 @@ def expression_sql(expression: Expression, dialect: Dialect, aggregates: Sequenc
             return f"{_FUNCTION[name].get(dialect, name)}({', '.join(parts)})"
 
 
+def _may_fail(expression: Expression) -> bool:
+    """Whether DuckDB may raise an error for it: int64 arithmetic overflows."""
+    fails = ("+", "-", "*", "%", "neg", "abs")
+    return any(isinstance(e, Call) and e.type == "int64" and e.operator in fails for e in walk(expression))
+
+
 def _utc(timestamp: str, dialect: Dialect) -> str:
     """Parts of a time are taken in UTC, whatever the session's zone; Flink and Spark take it from the session (see `explain`)."""
     return f"({timestamp} AT TIME ZONE 'UTC')" if dialect == "duckdb" else timestamp
@@ -109,7 +121,12 @@ def constant_sql(value: int | float | str | bool | None, kind: Type, dialect: Di
     if kind == "timestamp":
         if dialect == "duckdb":
             return f"make_timestamptz({int(value)})"
-        return f"TO_TIMESTAMP_LTZ({int(value) // 1000}, 3)" if dialect == "flink" else f"timestamp_micros({int(value)})"
+        if (
+            dialect == "flink"
+        ):  # whose TO_TIMESTAMP_LTZ has milliseconds at most; the session's zone is UTC (`flink_sql`)
+            utc = datetime(1970, 1, 1) + timedelta(microseconds=int(value))  # noqa: DTZ001 - UTC, printed without zone
+            return f"CAST(TIMESTAMP '{utc.isoformat(' ', 'microseconds')}' AS TIMESTAMP_LTZ(6))"
+        return f"timestamp_micros({int(value)})"
     if kind == "float64":
         return f"CAST('{float(value)!r}' AS {_CAST[dialect]['float64']})"
     number = int(value)

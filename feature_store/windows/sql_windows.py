@@ -12,6 +12,8 @@ from feature_store.windows.sql_tree import TABLE_FORM, Function, Name, Node, Ove
 
 WINDOW_FUNCTIONS = ("TUMBLE", "HOP", "SESSION")
 BOUNDS = ("window_start", "window_end")
+MAX_TILES = 100_000
+"""A state holds tiles of the slide's length: so many in a window at most."""
 _LENGTHS = {"TUMBLE": ("the size",), "HOP": ("the slide", "the size"), "SESSION": ("the gap",)}
 
 
@@ -51,6 +53,12 @@ class WindowChecker:
                 nearest=self._group_form("TUMBLE(ts, INTERVAL '1' HOUR)"),
             )
         self._check_group([n for n in tree.group_by if not isinstance(n, Function)], tree.group_by, bounds=False)
+        if found.kind == "session" and tree.where is not None:
+            # Flink's GROUP BY SESSION forms sessions of what WHERE keeps, TABLE(SESSION) of all events, as we do.
+            raise SqlError(
+                tree.where.at, "WHERE before GROUP BY SESSION(...) would change the sessions, which are of all events",
+                nearest=f"FILTER (WHERE ...), or FROM TABLE(SESSION(TABLE {tree.table.text} PARTITION BY ..., ...)) WHERE ...",
+            )  # fmt: skip
         return found
 
     def _call_window(self, node: Function) -> Window:
@@ -107,7 +115,19 @@ class WindowChecker:
                 lengths[-1].at, "HOP's size (the second length) must be a multiple of its slide (the first)",
                 nearest=f"HOP(..., {interval_sql(slide)}, {interval_sql(multiple)})",
             )  # fmt: skip
+        self._check_tiles(lengths, size, slide)
         return Window("tumble" if kind == "TUMBLE" else "hop", size, slide, on_close)
+
+    def _check_tiles(self, lengths: Sequence[Interval], size: int, slide: int) -> None:
+        """That a state can hold a window's tiles, and number those of closed windows in 62 bits (`layout.Track.factor`)."""
+        tiles = size // slide
+        if tiles <= MAX_TILES:
+            return
+        fewer = next(n for n in range(MAX_TILES, 0, -1) if size % (n * 1000) == 0)
+        raise SqlError(
+            lengths[0].at, f"HOP's size is {tiles:,} slides, and a state holds at most {MAX_TILES:,}",
+            nearest=f"HOP(..., {_readable(size // fewer)}, {_readable(size)}), or an OVER window",
+        )  # fmt: skip
 
     def _group_form(self, window: str) -> str:
         return f"GROUP BY {', '.join([*self._key, window])}"
@@ -164,3 +184,8 @@ class WindowChecker:
         self._check_key(over.partition, over.partition[0].at, f"PARTITION BY {', '.join(self._key)}")
         self._check_time(over.order)
         return Window("over", over.size.us)
+
+
+def _readable(us: int) -> str:
+    """A length as this SQL takes it, which knows no fractions."""
+    return interval_sql(us) if us % 1_000_000 == 0 else f"INTERVAL '{us // 1000}' MILLISECONDS"

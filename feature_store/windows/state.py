@@ -22,6 +22,7 @@ from feature_store.windows.admission import (
     is_duplicate,
     is_late,
     is_replayed,
+    newest_ids,
     read_to,
     remembered,
 )
@@ -89,11 +90,13 @@ class States:
     """The states of n entities.
 
     `visible_at`: newest `_visible_at` applied. `last_seen`: greatest time of a counted event, pending ones left out. NEVER
-    where there is none.
+    where there is none. `ids_forgotten`: how many event ids went, since these States were made, because an entity had more
+    than `max_events_per_entity` of them: an event that repeats one counts again.
     """
 
     def __init__(self, layout: Layout, fixed: Array, sections: Sequence[Rows]) -> None:
         self._layout = layout
+        self.ids_forgotten = 0
         # `floor`: no watermark will be before it, as the entity's history says. `lost`: the greatest event time that the
         # cap removed although a window may still need it.
         self.visible_at, self.last_seen, self._floor, self._lost = np.ascontiguousarray(fixed.T)
@@ -276,7 +279,8 @@ class States:
                 kept = sessions_kept(track, held.rows, self.visible_at, horizon, oldest)
             self._tracks[i] = held.keep(kept)
         if layout.has_id:
-            self._ids = self._ids.keep(self._ids.data[:, 1] >= oldest[self._ids.entity])
+            self._ids, forgotten = newest_ids(self._ids, oldest, layout.cap)
+            self.ids_forgotten += forgotten
         if layout.over:
             self._events, self._lost = events_kept(layout, self._events, self.visible_at, self._lost)
 

@@ -144,6 +144,7 @@ def live_events(raw: Path, cut: datetime, limit: int) -> list[dict[str, Any]]:
     import duckdb
 
     with duckdb.connect() as con:
+        con.execute("SET enable_progress_bar = false")  # it would be drawn on stdout
         found = con.execute(
             "SELECT * FROM read_parquet(?) WHERE created > ? ORDER BY created, event_id LIMIT ?",
             [str(raw / "events.parquet"), cut, limit],

@@ -57,15 +57,15 @@ def histogram(samples: Sequence[float], label: str) -> str:
     return _svg(figure)
 
 
-def story(reads: Sequence[Mapping[str, Any]]) -> str:
-    """One customer's counts and churn probability over the times at which they were read."""
-    figure = _figure(8.6, 4.2)
+def story(reads: Sequence[Mapping[str, Any]], windows: Mapping[str, str]) -> str:
+    """One customer's counts and churn probability over the times at which they were read; `windows`: feature -> its window."""
+    figure = _figure(8.6, 4.8)
     top, bottom = figure.subplots(2, 1, sharex=True)
     if not reads:
         return _svg(figure)
     start = datetime.fromisoformat(reads[0]["t"])
     days = [(datetime.fromisoformat(r["t"]) - start).total_seconds() / 86400 for r in reads]
-    for name, colour in (("events_7d", ACCENT), ("events_30d", GOOD)):
+    for name, colour in (("events_7d", ACCENT), ("events_30d", GOOD), ("events_this_week", BAD)):
         top.step(
             days,
             [r["values"].get(name) or 0 for r in reads],
@@ -73,7 +73,7 @@ def story(reads: Sequence[Mapping[str, Any]]) -> str:
             marker="o",
             markersize=3,
             color=colour,
-            label=name,
+            label=f"{name}: {windows[name]}",
         )
     bottom.step(
         days,
@@ -88,7 +88,7 @@ def story(reads: Sequence[Mapping[str, Any]]) -> str:
     for axis in (top, bottom):
         if live:
             axis.axvline(live[-1], color=SOFT, linestyle=":", linewidth=1)
-        axis.legend(frameon=False, fontsize=9, loc="upper right")
+        axis.legend(frameon=False, fontsize=9, loc="lower left", bbox_to_anchor=(0, 1))  # above: lines are anywhere
     bottom.set_xlabel("days since the first read")
     return _svg(figure)
 

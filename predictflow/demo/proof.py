@@ -84,6 +84,7 @@ def lost_events(offline: Path, found: Findings) -> int:
     columns = ("event_id", "customer_id", "event_type", "quantity", "amount_cents")
     sent = Counter((*(e[c] for c in columns), to_micros(e["event_timestamp"])) for e in found.sent)
     with duckdb.connect() as con:
+        con.execute("SET enable_progress_bar = false")  # it would be drawn on stdout
         # `_dropped` holds why an event does not count: none of these is a duplicate.
         logged: Counter[tuple[Any, ...]] = Counter(
             con.execute(

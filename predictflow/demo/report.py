@@ -31,6 +31,7 @@ def write_report(folder: Path, summary: Mapping[str, Any], detail: Mapping[str, 
     """Write both files atomically into `folder`; returns the path of index.html.
 
     `summary` is written as it is; `detail` adds what only the page shows: `story` (one customer's reads, in order),
+    `windows` (of the windowed view, as `run.windows_of` tells them),
     `freshness_ms` and `online_ms` (all samples), `lineage` (lines of text), `addresses` (name -> address).
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -102,8 +103,13 @@ the event log and the Parquet rows by SQL that shares no code with the consumer 
     }</code>: live events raise the counts; without any new event
 the windows empty again as time passes, because values are finalised at the moment of reading.</p>
 <figure>{
-        plots.story(story)
+        plots.story(story, {f: w["window"] for w in detail["windows"] for f in w["features"]})
     }<figcaption>Read over REST at each marked time. Dotted line: the last live event.</figcaption></figure>
+
+<h2>Each kind of window, at moments of our choice</h2>
+<p>The same reads of the same customer. Every value is that of the moment it was asked for, between events too: one SQL text
+defines it for training, stream and serving.</p>
+{_windows(detail["windows"], story)}
 
 <h2>Freshness and latency</h2>
 <figure>{plots.histogram(detail["freshness_ms"], "ms from handing an event to Kafka to reading its effect over REST")}
@@ -122,6 +128,30 @@ the windows empty again as time passes, because values are finalised at the mome
 <p class="soft">Stop everything with <code>make down</code>; data stays for the next run.</p>
 </main></body></html>
 """
+
+
+def _windows(windows: Sequence[Mapping[str, Any]], story: Sequence[Mapping[str, Any]]) -> str:
+    """A row per windowed feature; a column per moment of the story: around the live events, and when they have left."""
+    live = [s for s in story if s["live"]]
+    later = [s for s in story if not s["live"]]
+    moments = [("before the stream", live[:1]), ("after it", live[-1:])]
+    moments += [(f"{n} days later", later[n - 1 : n]) for n in (8, 31, 45)]
+    shown = [(name, found[0]["values"]) for name, found in moments if found]
+    head = "".join(f"<th>{_e(h)}</th>" for h in ["window", "feature", *(name for name, _ in shown)])
+    body = ""
+    for w in windows:
+        title = f"<code>{_e(w['window'])}</code><br><span class='soft'>{_e(w['reading'])}</span>"
+        for i, feature in enumerate(w["features"]):
+            first = f'<td rowspan="{len(w["features"])}">{title}</td>' if i == 0 else ""
+            values = "".join(f'<td class="n">{_e(_number(v.get(feature)))}</td>' for _, v in shown)
+            body += f"<tr>{first}<td><code>{_e(feature)}</code></td>{values}</tr>"
+    return f"<table><tr>{head}</tr>{body}</table>"
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return "null"
+    return f"{value:,.2f}" if isinstance(value, float) else f"{value:,}"
 
 
 def _publish(path: Path, text: str) -> None:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -17,11 +17,14 @@ from feature_store.errors import NotFoundError, UsageError
 from feature_store.masking import masked
 from feature_store.topic import client_config, end_offsets, ensure_topic
 from predictflow.demo import stage
-from predictflow.demo.live import Applied, EventProducer, Findings, Rest, live_events, run_live
+from predictflow.demo.live import VIEW, Applied, EventProducer, Findings, Rest, live_events, run_live
 from predictflow.demo.proof import recompute
 from predictflow.demo.report import write_report
 from predictflow.settings import Settings
 from predictflow.wiring import feature_registry
+
+if TYPE_CHECKING:
+    from feast import FeatureStore
 
 Say = Callable[[str], None]
 
@@ -116,6 +119,7 @@ def run(settings: Settings, options: Options) -> dict[str, Any]:
     addresses = _addresses(settings, url)
     detail = {
         "story": found.story,
+        "windows": windows_of(store),
         "freshness_ms": found.freshness_ms,
         "online_ms": found.online_ms,
         "lineage": _lineage(settings, str(metrics["model_version"])),
@@ -209,6 +213,21 @@ def _story_lines(found: Findings) -> list[str]:
             f"  {label:<18} events_7d {_n(v['events_7d']):>5}  events_30d {_n(v['events_30d']):>5}  churn probability {s['probability']:.3f}"
         )
     return lines
+
+
+def windows_of(store: FeatureStore) -> list[dict[str, Any]]:
+    """Each window of the demo's windowed view: `window` (as in its SQL), `reading` (what it holds at t), `features`."""
+    from feature_store.windows.definition import definition_of
+    from feature_store.windows.explain import reading_text
+    from feature_store.windows.in_words import window_text
+
+    definition = definition_of(store.get_feature_view(VIEW))
+    if definition is None:
+        raise NotFoundError("the demo's view has no windows", value=VIEW, next_step="predictflow demo")
+    return [
+        {"window": window_text(s.window), "reading": reading_text(s), "features": [o.name for o in s.outputs]}
+        for s in definition.statements
+    ]
 
 
 def _n(value: object) -> str:

@@ -19,6 +19,7 @@ RETAIL = ROOT.parent / "shared" / "data" / "online_retail" / "online_retail.csv.
 ENV = 'eval "$(.venv/bin/predictflow env)"\n'
 SMALL = "--customers 600 --days 200 --events 400"
 RUN_HERE = (
+    "spell_events",
     "make demo\n",
     "AUC held-out",
     "make demo DATA=",
@@ -96,6 +97,11 @@ def test_every_block_of_the_readme_is_run_here(checkout: Checkout) -> None:
     for block in checkout.blocks():
         assert sum(text in block for text in (*RUN_HERE, *NOT_RUN_HERE)) == 1, block
     assert "pytest" in checkout.run(checkout.block("make test").replace("make", "make -n")).stdout
+
+
+def test_the_sql_of_the_readme_is_a_part_of_what_the_demo_serves(checkout: Checkout) -> None:
+    defined = " ".join((checkout.path / "features" / "behavioral_features.py").read_text().split())
+    assert " ".join(checkout.block("spell_events").split()) in defined
 
 
 def test_make_demo_runs_the_main_job_and_its_proof_holds(

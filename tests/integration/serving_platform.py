@@ -195,7 +195,7 @@ def platform(
         cells = {"event_type": "usage", "quantity": 3, "amount_cents": 2**53 + 1}
         states = states_of(window.definition, [(NOW - timedelta(days=age), cells) for age in (20, 3)], NOW)
         window.write([("C1",)], states)
-        window.set_clock(to_micros(NOW))
+        window.clock.set(to_micros(NOW))
         yield made
     postgres.drop_database(postgres_server, database)
 

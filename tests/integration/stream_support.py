@@ -259,8 +259,8 @@ def produce(kafka: str, topic: str, messages: list[tuple[bytes | None, bytes | N
     assert producer.flush(30) == 0
 
 
-def wait_until(condition, seconds: float = 60.0) -> None:
-    """Returns when `condition()` holds; fails after `seconds`."""
+def wait_until(condition, seconds: float = 240.0) -> None:
+    """Returns when `condition()` holds; fails after `seconds`, many more than any machine needs."""
     until = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < until, "timed out"

@@ -30,21 +30,27 @@ def views():
     source = FileSource(name="s", path="account", timestamp_field="event_timestamp", created_timestamp_column="created")
     schema = [Field(name="charges", dtype=Float64), Field(name="months", dtype=Int64), Field(name="plan", dtype=String)]
     account = FeatureView(name="account", entities=[customer], ttl=30 * DAY, schema=schema, source=source)
-    key = Field(name="customer_id", dtype=String)
-    account.entity_columns = [key]
+    account.entity_columns = [Field(name="customer_id", dtype=String)]
+    return [account, behaviour_of(30 * DAY)]
+
+
+def behaviour_of(ttl: timedelta):
+    from feast import Entity, Field, ValueType
+    from feast.types import String
+
     behaviour = windowed_feature_view(
         name="behaviour",
-        entity=customer,
+        entity=Entity(name="customer", join_keys=["customer_id"], value_type=ValueType.STRING),
         source=event_source(topic="events", columns={"kind": "string", "n": "int64"}, event_id="event_id"),
         path="events",
         sql="""SELECT customer_id, COUNT(*) OVER w AS count_7d, SUM(n) OVER w AS sum_7d,
                       COUNT(*) FILTER (WHERE kind IN ('ticket', 'it''s')) OVER w AS tickets_7d
                FROM events WINDOW w AS (PARTITION BY customer_id ORDER BY event_timestamp
                                         RANGE BETWEEN INTERVAL '7' DAYS PRECEDING AND CURRENT ROW)""",
-        ttl=30 * DAY,
+        ttl=ttl,
     )
-    behaviour.entity_columns = [key]
-    return [account, behaviour]
+    behaviour.entity_columns = [Field(name="customer_id", dtype=String)]
+    return behaviour
 
 
 def account_row(customer: str, at: datetime, created: datetime, charges=1.5, months=3, plan="basic") -> dict:
@@ -382,6 +388,19 @@ def test_a_window_that_lacks_an_event_visible_by_t_is_stale(offline, views):
     never["features"] = {k: v for k, v in never["features"].items() if v["view"] == "behaviour"}
     assert check([never], views, offline).stale == 3
     assert check(RIGHT, views, offline).stale == 0
+
+
+def test_what_overflows_in_an_entity_that_is_too_old_stops_no_check(offline, views):
+    big = [{**log_row(20 + i, "C2", T - 3 * DAY, T - 3 * DAY, partition=-1), "n": 2**62} for i in range(2)]
+    write(offline / "events" / "history" / "big.parquet", pa.Table.from_pylist(big, LOG))
+    with pytest.raises(DataError, match="does not fit into an int64"):  # while it is not too old it would
+        check([record("C2", T, of_account(), of_behaviour(offsets={"-1": 21}))], views, offline)
+    old = record("C2", T, of_account(), of_behaviour("OUTSIDE_MAX_AGE", None, None, None, offsets={"-1": 21}))
+    fresh = record("C1", T - HOUR, of_account(), of_behaviour(count=3, total=13, tickets=1, offsets={"-1": 2, "0": 10}))
+    for r in (old, fresh):
+        r["features"] = {k: v for k, v in r["features"].items() if v["view"] == "behaviour"}
+    result = check([old, fresh], [behaviour_of(DAY)], offline)
+    assert (result.checked, result.different) == (6, 0), result.examples
 
 
 def test_what_was_served_before_a_rewind_is_left_out_and_counted(offline, views):

@@ -53,7 +53,7 @@ def test_a_new_project_applies_and_is_listed_by_the_commands_of_its_readme(
     features = run("predictflow", "features", cwd=shop, env=servers)
     assert features.returncode == 0, features.stderr
     assert "account:yearly_charges" in features.stdout
-    assert "4 features" in features.stdout
+    assert "5 features" in features.stdout
     lineage = run("predictflow", "lineage", "feature_service:my_model_v1", cwd=shop, env=servers)
     assert "column:events.event_type" in lineage.stdout, lineage.stderr
 

@@ -9,6 +9,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import duckdb
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -206,6 +207,41 @@ def test_history_of_a_windowed_view_has_the_columns_of_the_event_log(tmp_path: P
     whole = contents(tmp_path / "off")
     backfill(behaviour_view(), raw_dir=tmp_path / "raw", offline_path=tmp_path / "off", start=at(2), known_by=at(9))
     assert contents(tmp_path / "off") == whole  # an event keeps its number, whatever the range
+
+
+def test_states_made_from_history_remember_the_ids_of_its_events(tmp_path: Path) -> None:
+    import numpy as np
+
+    from feature_store.bootstrap_states import LoggedStates
+    from feature_store.clock import to_micros
+    from feature_store.windows.definition import definition_of
+    from feature_store.windows.plan import hash_sql
+    from feature_store.windows.state import APPLIED, DUPLICATE, NEVER, Events
+
+    event = {"customer": "a", "kind": "ok", "quantity": 1, "event_timestamp": at(1), "created": at(1)}
+    write_events(tmp_path / "raw", [{**event, "event_id": "e1"}])
+    view = behaviour_view()
+    backfill(view, raw_dir=tmp_path / "raw", offline_path=tmp_path / "off")
+    definition = definition_of(view)
+    with LoggedStates(definition, tmp_path / "off/events", None) as logged:
+        (chunk,) = logged.chunks()
+    with duckdb.connect() as con:
+        ids = [con.execute(f"SELECT {hash_sql('?')}", [i]).fetchall()[0][0] for i in ("e1", "e2")]
+
+    def both(*values: int) -> np.ndarray[Any, Any]:
+        return np.array(values if len(values) == 2 else values * 2, np.int64)
+
+    t = to_micros(at(1))
+    again = Events(both(0), both(t), both(0), both(0, 1), both(t + 1), both(NEVER), both(0), both(*ids), [both(1)])
+    assert chunk.states.apply(again).tolist() == [DUPLICATE, APPLIED]
+
+
+def test_an_event_without_its_id_is_refused(tmp_path: Path) -> None:
+    """Two of them would count as one."""
+    event = {"customer": "a", "kind": "ok", "quantity": 1, "event_timestamp": at(1), "created": at(1)}
+    write_events(tmp_path / "raw", [{**event, "event_id": "e1"}, {**event, "event_id": None}])
+    with pytest.raises(DataError, match=r"1 row.* have no event_id"):
+        backfill(behaviour_view(), raw_dir=tmp_path / "raw", offline_path=tmp_path / "off")
 
 
 def test_history_may_not_reach_into_what_the_stream_has_logged(tmp_path: Path) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import time
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from feature_store import event_log
 from feature_store.errors import DataError
 from feature_store.event_log import LOG_FIELDS, UTC_MICROS, EventLog, log_files
 from feature_store.logged import NEVER
@@ -46,6 +48,15 @@ def offsets(log: EventLog) -> list[tuple[int, int]]:
 def logged(log: EventLog, partition: int, offset: int) -> dict[int, int]:
     found = log.logged(partition, offset)
     return dict(zip(found.offsets.tolist(), found.visible_at.tolist(), strict=True))
+
+
+def later(minutes: float) -> int:
+    """The machine's clock so long after the newest file was written, in microseconds."""
+    return int((time.time() + 60 * minutes) * 1e6)
+
+
+def on_disk(log: EventLog) -> list[str]:
+    return sorted(p.name for p in log.directory.glob("*.parquet"))
 
 
 def idle_row(offset, visible, watermark, partition=0):
@@ -97,19 +108,84 @@ def test_a_full_disk_leaves_nothing_behind(log, monkeypatch):
     assert list(log.directory.iterdir()) == []
 
 
-def test_compaction_merges_and_leaves_replaced_files_to_readers_for_one_round(log):
+def test_compaction_merges_and_leaves_replaced_files_to_readers_for_an_hour(log):
     for i in range(10):
         log.append(rows([i]))
     log.append(rows([0], partition=1))
-    log.compact(0, at_least=64)
+    log.compact(0, later(0), at_least=64)
     assert len(log.files(0)) == 10
-    log.compact(0, at_least=5)
-    assert len(log.files(0)) == 11
-    assert offsets(log) == [*((0, i) for i in range(10)), (1, 0)]
-    log.compact(0, at_least=5)
+    log.compact(0, later(0), at_least=5)
+    assert len(on_disk(log)) == 12
     assert len(log.files(0)) == 1
+    assert len(log_files(log.directory.parent)) == 2
+    assert offsets(log) == [*((0, i) for i in range(10)), (1, 0)]
+    log.compact(0, later(59), at_least=2)
+    assert len(on_disk(log)) == 12
+    log.compact(0, later(61), at_least=2)
+    assert len(on_disk(log)) == 2
     assert offsets(log) == [*((0, i) for i in range(10)), (1, 0)]
     assert logged(log, 0, 8) == {8: 8, 9: 9}
+
+
+def test_compaction_never_claims_what_a_large_file_holds(log, monkeypatch):
+    monkeypatch.setattr(event_log, "_SMALL_BYTES", 20_000)
+    for i in range(3):
+        log.append(rows([i]))
+    log.append(rows(range(3, 3000)))
+    for i in range(3000, 3003):
+        log.append(rows([i]))
+    for minutes in (0, 61, 122):
+        log.compact(0, later(minutes), at_least=2)
+        assert offsets(log) == [(0, i) for i in range(3003)]
+    assert [(f.first, f.last) for f in log.files()] == [(0, 2), (3, 2999), (3000, 3002)]
+    assert len(on_disk(log)) == 3
+    assert log.newest(0, 2000, "_visible_at") == (NEVER, 1999)
+
+
+def test_a_file_whose_range_covers_another_does_not_replace_it(log):
+    """What was refused first and counted later: its batch spans rows that stand in another file."""
+    log.append(rows([1, 2]))
+    log.append(rows([0, 3]))
+    for minutes in (0, 61, 122):
+        log.compact(0, later(minutes))
+        assert offsets(log) == [(0, 0), (0, 1), (0, 2), (0, 3)]
+    assert log.newest(0, 3, "_visible_at") == (NEVER, 2)
+    log.compact(0, later(0), at_least=2)
+    log.compact(0, later(61), at_least=2)
+    assert [(f.first, f.last) for f in log.files()] == [(0, 3)]
+    assert offsets(log) == [(0, 0), (0, 1), (0, 2), (0, 3)]
+
+
+def test_a_batch_of_the_same_range_keeps_the_rows_that_are_there(log):
+    log.append(rows([0, 1, 3], visible=10))
+    log.append(rows([0, 2, 3], visible=20))
+    assert logged(log, 0, 0) == {0: 10, 1: 10, 2: 20, 3: 10}
+
+
+def test_rewinding_forgets_also_in_files_that_were_merged(log):
+    for i in range(4):
+        log.append(rows([i]))
+    log.compact(0, later(0), at_least=2)
+    log.append(rows([4]))
+    log.compact(0, later(0), at_least=2)
+    assert log.rewind(2) == 2
+    assert len(on_disk(log)) == 1
+    for minutes in (0, 61):
+        log.compact(0, later(minutes), at_least=2)
+        assert offsets(log) == [(0, 0), (0, 1), (0, 2)]
+    log.append(rows([3]))
+    assert offsets(log) == [(0, 0), (0, 1), (0, 2), (0, 3)]
+
+
+def test_a_merged_file_that_is_written_again_counts_again(log):
+    log.append(rows([0, 2]))
+    log.append(rows([3]))
+    log.compact(0, later(0), at_least=2)
+    assert len(log.files()) == 1
+    log.append(rows([0, 1, 2]))
+    assert offsets(log) == [(0, 0), (0, 1), (0, 2), (0, 3)]
+    log.compact(0, later(61))
+    assert offsets(log) == [(0, 0), (0, 1), (0, 2), (0, 3)]
 
 
 def test_rewinding_forgets_what_became_visible_later(log):
@@ -158,8 +234,8 @@ def test_idle_rows_stand_beside_the_event_of_their_offset(log):
     assert logged(log, 0, 1) == {1: 1, 2: 2}
     assert log.idle(0) == [(1, 40), (1, 50)]
     assert log.idle(1) == []
-    log.compact(0, at_least=2)
-    log.compact(0, at_least=2)
+    log.compact(0, later(0), at_least=2)
+    log.compact(0, later(0), at_least=2)
     assert [len(log.files(0)), len(log.files(0, idle=True))] == [1, 1]
     assert offsets(log) == [(0, 0), (0, 1), (0, 1), (0, 1), (0, 2)]
     assert log.idle(0) == [(1, 40), (1, 50)]

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
+import weakref
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 from feast import Entity, FeatureStore, FeatureView, Field, FileSource, RepoConfig, ValueType
@@ -28,7 +32,7 @@ from serving.json_view import Caches, _value
 from serving.online import _row
 from serving.plans import Column, ServicePlan
 from serving.served_log import Served, message_key, records
-from serving.wire_plan import WirePlan, spliced
+from serving.wire_plan import WirePlan, Wires, spliced
 from tests.window_states import states_of
 
 T = datetime(2026, 1, 10, 12, 0, 0, 250_000, tzinfo=UTC)
@@ -67,7 +71,7 @@ behavior = windowed_feature_view(
 
 
 @pytest.fixture(scope="module")
-def plan(tmp_path_factory: pytest.TempPathFactory) -> ReadPlan:
+def plan_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[], ReadPlan]:
     home: Path = tmp_path_factory.mktemp("repo")
     store = FeatureStore(
         config=RepoConfig(
@@ -83,7 +87,12 @@ def plan(tmp_path_factory: pytest.TempPathFactory) -> ReadPlan:
     )
     store.apply([customer, mixed, doubles, behavior])
     names = [f"mixed:f{i}" for i in range(len(TYPES))] + [f"doubles:d{i}" for i in range(4)]
-    return ReadPlan.compile(store, [*names, "behavior:n", "behavior:total"])
+    return lambda: ReadPlan.compile(store, [*names, "behavior:n", "behavior:total"])
+
+
+@pytest.fixture(scope="module")
+def plan(plan_of: Callable[[], ReadPlan]) -> ReadPlan:
+    return plan_of()
 
 
 floats = st.floats(allow_nan=True, allow_infinity=True)
@@ -213,6 +222,17 @@ def test_a_null_of_a_type_that_is_told_apart_by_its_declaration_is_null(null: by
     assert _value(null, ValueType.UUID) is None  # Feast stores a null as empty bytes, which JSON cannot hold
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 0.1])
+def test_a_probability_is_the_same_text_on_both_ways(plan: ReadPlan, value: float) -> None:
+    made = JsonPlan(plan, "s")
+    read = made.answered([{"customer_id": "a"}], [[None] * 22], to_micros(T))
+    read.probabilities = [value]
+    wanted = b'"probability":' + dumps(value)
+    assert wanted in made.predictions(read, [value], "m", "1")
+    ((_, record),) = made.records(Served("r", T, "p", "m", "1"), read)
+    assert record.endswith(wanted + b"}")
+
+
 def test_plans_share_what_they_decoded(plan: ReadPlan) -> None:
     caches = Caches()
     stamp = encode_timestamp(nanos_of(T))
@@ -230,7 +250,7 @@ def test_the_wire_plan_writes_the_bytes_that_cells_make(plan: ReadPlan, rows: li
     asked = {"customer_id": RepeatedValue(val=[Value(string_val=f"C{i}") for i in range(len(rows))])}
     t_us, answers = plan.at(rows, to_micros(T))
     read: Any = SimpleNamespace(plan=SimpleNamespace(reader=SimpleNamespace(plan=plan)), rows=answers)
-    got, counts = WirePlan(plan).answer(Heads(), rows, to_micros(T), asked, True)
+    got, counts, windowed = WirePlan(plan).answer(plan, Heads(), rows, to_micros(T), asked, True)
     assert got == encode(read, Heads(), asked, True)
 
     made = JsonPlan(plan, "s")
@@ -238,7 +258,8 @@ def test_the_wire_plan_writes_the_bytes_that_cells_make(plan: ReadPlan, rows: li
     made.count(made.of_cells(entities, t_us, answers), lambda *count: wanted.append(count))
     assert sorted(counts) == sorted(wanted)
     served = Served("r", T, "p")
-    later = made.later(entities, rows, to_micros(T))
+    with patch.object(ReadPlan, "windowed_at", side_effect=AssertionError("twice")):
+        later = made.later(entities, rows, to_micros(T), windowed)
     assert list(made.records(served, later)) == list(made.records(served, made.answered(entities, rows, to_micros(T))))
 
 
@@ -249,3 +270,16 @@ def test_a_column_is_spliced_only_where_nothing_in_it_can_be_null(column: list[b
     if values is not None:
         assert values == b"".join(RepeatedValue(val=[Value.FromString(v)]).SerializeToString() for v in column)
         assert all(not v or decode_value(v) is not None for v in column)
+
+
+def test_a_plan_that_nobody_holds_is_forgotten_and_times_are_kept_once(
+    plan: ReadPlan, plan_of: Callable[[], ReadPlan]
+) -> None:
+    wires = Wires()
+    other = plan_of()
+    assert wires.of(other)._times is wires.of(plan)._times
+    assert wires.of(plan) is wires.of(plan)
+    gone = weakref.ref(other)
+    del other
+    gc.collect()
+    assert gone() is None

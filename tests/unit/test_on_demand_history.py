@@ -25,12 +25,12 @@ DEFINITIONS = """
     import pandas as pd
     from feast import Entity, FeatureService, FeatureView, Field, FileSource, RequestSource, ValueType
     from feast.on_demand_feature_view import on_demand_feature_view
-    from feast.types import Float64, Int64, String
+    from feast.types import Float64, Int32, Int64, String
 
     customer = Entity(name="customer", join_keys=["customer_id"], value_type=ValueType.STRING)
     account = FeatureView(
         name="account", entities=[customer],
-        schema=[Field(name="charges", dtype=Float64), Field(name="n", dtype=Int64)],
+        schema=[Field(name="charges", dtype=Float64), Field(name="n", dtype=Int64), Field(name="i", dtype=Int32)],
         source=FileSource(name="s", path="s.parquet", timestamp_field="event_timestamp"),
     )
     asked = RequestSource(name="asked", schema=[Field(name="factor", dtype=Float64)])
@@ -58,9 +58,13 @@ DEFINITIONS = """
     def of_request(inputs):
         return {"twice": [2 * f for f in inputs["factor"]]}
 
+    @on_demand_feature_view(sources=[account], schema=[Field(name="square", dtype=Int64)])
+    def narrow(inputs: pd.DataFrame) -> pd.DataFrame:
+        return pd.DataFrame({"square": inputs["i"] * inputs["i"]})
+
     service = FeatureService(name="service", features=[by_dict[["more"]], account[["charges"]], by_frame])
 """
-VIEWS = ("customer", "account", "by_frame", "by_dict", "by_row", "of_request", "service")
+VIEWS = ("customer", "account", "by_frame", "by_dict", "by_row", "narrow", "of_request", "service")
 
 
 @pytest.fixture
@@ -85,7 +89,13 @@ entity_key_serialization_version: 3
     times = pa.array([T - 2 * DAY, T, T], pa.timestamp("us", "UTC"))
     pq.write_table(
         pa.table(
-            {"customer_id": ["C1", "C1", "C2"], "event_timestamp": times, "charges": [1.5, 2.5, 4.0], "n": [1, 3, 7]}
+            {
+                "customer_id": ["C1", "C1", "C2"],
+                "event_timestamp": times,
+                "charges": [1.5, 2.5, 4.0],
+                "n": [1, 3, 7],
+                "i": [0, 100_000, 2],
+            }
         ),
         tmp_path / "s.parquet",
     )
@@ -172,3 +182,14 @@ def test_no_function_comes_out_of_the_registry_unless_that_is_allowed(
     store.config.online_store.pickled_functions = "run"
     assert rows(store, ("by_dict:more",)).column("more").to_pylist() == [2, 4, 8, None]
     assert set(taken) == {"by_dict"}
+
+
+def test_a_function_of_frames_is_given_wide_numbers(store: FeatureStore) -> None:
+    """Int32 is widened here, and in an online read: see test_on_demand_read."""
+    path = Path(str(store.repo_path)) / "s.parquet"
+    table = pq.read_table(path)
+    i = table.schema.get_field_index("i")
+    pq.write_table(table.set_column(i, "i", table.column("i").cast(pa.int32())), path)
+    known = {name: values[:3] for name, values in ENTITIES.items()}  # no null among them
+    assert rows(store, ("narrow:square",), **known).column("square").to_pylist() == [0, 10_000_000_000, 4]
+    assert rows(store, ("narrow:square",)).column("square").to_pylist() == [0, 10_000_000_000, 4, None]

@@ -34,12 +34,12 @@ DEFINITIONS = """
     import pandas as pd
     from feast import Entity, FeatureService, FeatureView, Field, FileSource, RequestSource, ValueType
     from feast.on_demand_feature_view import on_demand_feature_view
-    from feast.types import Float64, Int64, String
+    from feast.types import Float64, Int32, Int64, String
 
     customer = Entity(name="customer", join_keys=["customer_id"], value_type=ValueType.STRING)
     account = FeatureView(
         name="account", entities=[customer],
-        schema=[Field(name="charges", dtype=Float64), Field(name="n", dtype=Int64)],
+        schema=[Field(name="charges", dtype=Float64), Field(name="n", dtype=Int64), Field(name="i", dtype=Int32)],
         source=FileSource(name="s", path="s.parquet", timestamp_field="event_timestamp"),
     )
     asked = RequestSource(name="asked", schema=[Field(name="factor", dtype=Float64)])
@@ -62,6 +62,10 @@ DEFINITIONS = """
     )
     def by_row(inputs):
         return {"less": inputs["n"] - 1}
+
+    @on_demand_feature_view(sources=[account], schema=[Field(name="square", dtype=Int64)])
+    def narrow(inputs: pd.DataFrame) -> pd.DataFrame:
+        return pd.DataFrame({"square": inputs["i"] * inputs["i"]})
 
     service = FeatureService(name="service", features=[account[["n"]], by_frame, by_dict[["more"]]])
 """
@@ -93,14 +97,14 @@ def store(repo: Path) -> FeatureStore:
     (path,) = repo.glob("defined_*.py")
     module = importlib.import_module(path.stem)
     store = FeatureStore(repo_path=str(repo))
-    names = ("customer", "account", "asked", "by_frame", "by_dict", "by_row", "service")
+    names = ("customer", "account", "asked", "by_frame", "by_dict", "by_row", "narrow", "service")
     store.apply([getattr(module, n) for n in names if n != "asked"])
     return store
 
 
 def read(plan: ReadPlan, *entities: dict[str, Any]) -> list[OnlineRow]:
     """Rows of C1 (charges 2.5, n 3); any other customer was never written."""
-    values = {"charges": Value(double_val=2.5), "n": Value(int64_val=3)}
+    values = {"charges": Value(double_val=2.5), "n": Value(int64_val=3), "i": Value(int32_val=100_000)}
     key = plan.requests([{**entities[0], "customer_id": "C1"}])[0][0]
     times = {
         timestamp_field("account"): encode_timestamp(nanos_of(T)),
@@ -204,7 +208,7 @@ def test_no_read_unpickles_what_the_registry_holds(store: FeatureStore, tmp_path
 
     with pytest.raises(NotFoundError) as told:
         ReadPlan.compile(store, ["nothing:n"])
-    assert told.value.valid == ["account", "by_dict", "by_frame", "by_row", "flow"]
+    assert told.value.valid == ["account", "by_dict", "by_frame", "by_row", "flow", "narrow"]
     assert ReadPlan.compile(store, ["account:n", "flow:charges", "by_dict:more"]).feature_names[0] == "n"
 
     registry.enable_online_versioning = True
@@ -221,3 +225,9 @@ def test_no_read_unpickles_what_the_registry_holds(store: FeatureStore, tmp_path
     with pytest.raises(NotFoundError, match="account@v3"):
         ReadPlan.compile(store, ["account@v3:n"])
     assert not harm.exists()
+
+
+def test_a_function_of_frames_is_given_wide_numbers(store: FeatureStore) -> None:
+    """Int32 is widened here, and in history: see test_on_demand_history."""
+    plan = ReadPlan.compile(store, ["narrow:square"])
+    assert read(plan, {"customer_id": "C1"})[0].values["square"] == 10_000_000_000

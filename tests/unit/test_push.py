@@ -11,14 +11,17 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 from feast import Entity, FeatureStore, FeatureView, Field, FileSource, RepoConfig, ValueType
 from feast.data_source import PushSource
 from feast.on_demand_feature_view import on_demand_feature_view
+from feast.protos.feast.types.EntityKey_pb2 import EntityKey
+from feast.protos.feast.types.Value_pb2 import Value
 from feast.types import Array, Bool, Bytes, Float32, Float64, Int32, Int64, Json, String, UnixTimestamp, Uuid
 
 from feature_store.erasure_list import ErasureList
-from feature_store.errors import NotFoundError, UsageError
+from feature_store.errors import DataError, NotFoundError, UsageError
 from feature_store.proto_rows import batches_of_rows
 from feature_store.table_rows import batches_of_table
 from feature_store.view_plan import OnDemandViewError
@@ -209,6 +212,37 @@ def test_a_table_is_written_as_feasts_rows_are(store: FeatureStore, repeated: in
     _, by_table = batches_of_table(layout, table.rename_columns(names), None)
     _, by_rows = batches_of_rows(layout, feast_rows(view, table), None)
     assert [b.calls() for b in by_table] == [b.calls() for b in by_rows]
+
+
+@pytest.mark.parametrize("keys", [["a", "a"], ["a", "b"]])
+def test_a_number_that_does_not_fit_is_refused_whether_or_not_its_key_repeats(
+    store: FeatureStore, keys: list[str]
+) -> None:
+    source = FileSource(name="ints", path="ints.parquet", timestamp_field="at")
+    view = FeatureView(name="ints", entities=[customer], schema=[Field(name="n", dtype=Int64)], source=source)
+    store.apply([view])
+    layout = WriteLayout(store.config, store.get_feature_view("ints"))
+    table = pa.table({"customer_id": keys, "n": [1.0, 2.5], "at": pa.array([EVENT, EVENT], pa.timestamp("us", "UTC"))})
+    with pytest.raises(DataError, match="n"):
+        list(batches_of_table(layout, table, None)[1])
+
+
+def test_rows_of_protos_are_cut_at_two_megabytes(store: FeatureStore) -> None:
+    source = FileSource(name="texts", path="texts.parquet", timestamp_field="at")
+    view = FeatureView(name="texts", entities=[customer], schema=[Field(name="s", dtype=String)], source=source)
+    store.apply([view])
+    layout = WriteLayout(store.config, store.get_feature_view("texts"))
+    rows: list[Any] = [
+        (
+            EntityKey(join_keys=["customer_id"], entity_values=[Value(string_val=f"C{i}")]),
+            {"s": Value(string_val="x" * 900_000)},
+            EVENT,
+            None,
+        )
+        for i in range(5)
+    ]
+    _, batches = batches_of_rows(layout, rows, None)
+    assert [len(batch.keys) for batch in batches] == [2, 2, 1]
 
 
 def test_what_no_row_can_be_made_of_is_refused_before_anything_is_written(

@@ -31,6 +31,7 @@ from serving.served_log import Served, records
 
 T = datetime(2026, 1, 1, 12, 0, 0, 1, tzinfo=UTC)
 SERVED_AT = datetime(2026, 5, 5, tzinfo=UTC)
+WATERMARK = datetime(2026, 1, 1, 11, 30, tzinfo=UTC)
 COLUMNS = (Column("charges", "account", "charges", True), Column("method", "account", "method", False))
 
 
@@ -49,7 +50,7 @@ class FakeReader:
                 {"charges": 0.1 + 0.2, "method": None},
                 {"charges": "PRESENT", "method": "NULL_VALUE"},
                 {"charges": T, "method": T},
-                {"account": ViewRead(T, None, {-1: 9, 0: 2**53 + 1}, T)},
+                {"account": ViewRead(T, None, {-1: 9, 0: 2**53 + 1}, T, WATERMARK)},
             )
             for entity in entities
         ]
@@ -259,6 +260,7 @@ def test_what_was_served_is_logged_with_the_request_id(server: Server, client: T
                     "created": None,
                     "offsets": {"-1": 9, "0": 2**53 + 1},
                     "visible_at": str(T),
+                    "watermark": str(WATERMARK),
                 }
             },
             "model": "m",

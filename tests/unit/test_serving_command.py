@@ -57,7 +57,7 @@ def test_a_busy_port_is_one_clear_error() -> None:
     with listen("127.0.0.1", 0) as first:
         first.listen()
         port = first.getsockname()[1]
-        result = CliRunner().invoke(serve, ["--port", str(port)], env=COMPLETE)
+        result = CliRunner().invoke(serve, ["--port", str(port), "--grpc-port", "0"], env=COMPLETE)
     assert result.exit_code == 1
     assert f"cannot listen on 127.0.0.1:{port} (Address already in use)" in result.output
     assert not isinstance(result.exception, UsageError)

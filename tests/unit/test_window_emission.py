@@ -15,6 +15,7 @@ from feature_store.windows.explain import state_size
 from feature_store.windows.flink import flink_sql
 from feature_store.windows.in_words import output_columns, output_text
 from feature_store.windows.spark import spark_sql
+from feature_store.windows.sql_text import constant_sql
 
 EVERYTHING = """
     COUNT(*) AS c, COUNT(*) FILTER (WHERE kind = 'it''s \\ ok') AS f, COUNT(DISTINCT kind) AS d, SUM(n) AS s, AVG(n) AS a,
@@ -81,6 +82,15 @@ def test_flink_sql_says_what_it_computes_and_carries_the_watermark(kind: str) ->
     assert wanted[kind] in query
     # Flink has no FILTER with OVER.
     assert ("FILTER" in query) == (kind != "over")
+
+
+def test_times_in_flink_and_spark_keep_their_microseconds() -> None:
+    micros = -62_135_596_799_999_999  # the year 1
+    assert constant_sql(1_706_745_600_123_456, "timestamp", "flink") == (
+        "CAST(TIMESTAMP '2024-02-01 00:00:00.123456' AS TIMESTAMP_LTZ(6))"
+    )
+    assert "'0001-01-01 00:00:00.000001'" in constant_sql(micros, "timestamp", "flink")
+    assert constant_sql(1_706_745_600_123_456, "timestamp", "spark") == "timestamp_micros(1706745600123456)"
 
 
 def test_spark_over_gives_the_same_numbers_in_duckdb() -> None:

@@ -94,6 +94,30 @@ def test_overflow_is_an_error_on_both(connection, text):
         in_duckdb(connection, e, row)
 
 
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("i > 5 AND j * j > 0", False),
+        ("i < 5 OR j * j > 0", True),
+        ("j * j > 0 AND i > 5", OverflowError),
+        ("j * j > 0 OR i < 5", OverflowError),
+        ("x IS NULL AND (i > 5 AND j * j > 0)", False),
+        ("i > NULLIF(i, i) AND j * j > 0", OverflowError),
+        ("CASE WHEN j * j > 0 OR i < 5 THEN 1 ELSE 2 END", OverflowError),
+        ("CASE WHEN i > 5 AND j * j > 0 THEN 1 ELSE 2 END", 2),
+        ("(i > NULLIF(i, i) OR i > 5) AND i < 9", None),
+    ],
+)
+def test_what_a_condition_does_not_need_is_not_looked_at_and_what_it_needs_may_fail(connection, text, expected):
+    e, row = expression(text), ROW | {"i": 1, "j": 3 * 10**12, "x": None}
+    if expected is OverflowError:
+        for compute in (lambda: evaluate(e, names=row), lambda: in_duckdb(connection, e, row)):
+            with pytest.raises(OverflowError):
+                compute()
+    else:
+        assert evaluate(e, names=row) is in_duckdb(connection, e, row) is expected
+
+
 def test_random_expressions_agree(connection):
     rng = random.Random(5)
     numbers = {

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from feature_store.errors import DefinitionError
+from feature_store.events import LATEST_US
 from feature_store.windows.definition import EventSource
 from feature_store.windows.ir import (
     Aggregate,
@@ -24,6 +25,7 @@ from feature_store.windows.ir import (
 )
 from feature_store.windows.parse import parse
 from feature_store.windows.sql_tokens import SqlError
+from feature_store.windows.sql_windows import MAX_TILES
 
 MINUTE, HOUR, DAY = 60_000_000, 3_600_000_000, 86_400_000_000
 SOURCE = EventSource(
@@ -305,6 +307,9 @@ REFUSED = [
     ("SELECT ^COUNT(*) AS x FROM events", "an aggregate without a window", "OVER (PARTITION BY"),
     (f"SELECT COUNT(*) OVER ^(ORDER BY ts) AS x {TUMBLE}".replace("^(", "(^"), "begins with PARTITION BY", "PARTITION BY"),
     (f"SELECT COUNT(*) ^{OVER} AS x {TUMBLE}", "OVER within a GROUP BY", "two SELECTs"),
+    ("SELECT COUNT(*) AS x FROM e WHERE ^ok GROUP BY customer_id, SESSION(ts, INTERVAL '1' HOUR)", "would change the sessions", "FILTER (WHERE ...), or FROM TABLE(SESSION(TABLE e"),
+    ("SELECT COUNT(*) AS x FROM e GROUP BY customer_id, HOP(ts, ^INTERVAL '1' MILLISECOND, INTERVAL '1' DAY) EMIT ON WINDOW CLOSE", "86,400,000 slides", "HOP(..., INTERVAL '864' MILLISECONDS, INTERVAL '1' DAY), or an OVER"),
+    ("SELECT COUNT(*) AS x FROM TABLE(HOP(TABLE e, DESCRIPTOR(ts), ^INTERVAL '1' SECOND, INTERVAL '100001' SECONDS)) GROUP BY customer_id, window_start, window_end", "100,001 slides, and a state holds at most 100,000", "OVER window"),
     (f"SELECT COUNT(*) OVER ^v AS x {W}", "unknown window", "WINDOW v AS"),
     ("SELECT COUNT(*) OVER (PARTITION BY ^kind ORDER BY ts RANGE INTERVAL '7' DAYS PRECEDING) AS x FROM e", "not the entity's key", "PARTITION BY customer_id"),
     ("SELECT COUNT(*) OVER (PARTITION BY customer_id ORDER BY ^seen RANGE INTERVAL '7' DAYS PRECEDING) AS x FROM e", "not the time column", None),
@@ -354,6 +359,26 @@ def test_what_is_refused_names_its_place_the_reason_and_the_way_out(
             assert nearest in caught.value.next_step
         else:
             assert caught.value.valid or caught.value.value or "the text ends" in message
+
+
+def test_a_session_over_all_events_may_have_a_condition_and_other_windows_a_where() -> None:
+    table = "TABLE(SESSION(TABLE e PARTITION BY customer_id, DESCRIPTOR(ts), INTERVAL '1' HOUR))"
+    (filtered,) = read(
+        "SELECT COUNT(*) FILTER (WHERE ok) AS x FROM e GROUP BY customer_id, SESSION(ts, INTERVAL '1' HOUR)"
+    )
+    assert read(f"SELECT COUNT(*) AS x FROM {table} WHERE ok GROUP BY customer_id, window_start, window_end") == (
+        filtered,
+    )
+    read("SELECT COUNT(*) AS x FROM e WHERE ok GROUP BY customer_id, TUMBLE(ts, INTERVAL '1' HOUR)")
+
+
+def test_closed_windows_of_the_most_and_shortest_slides_are_numbered_in_62_bits() -> None:
+    (found,) = read(
+        "SELECT COUNT(*) AS x FROM e GROUP BY customer_id, HOP(ts, INTERVAL '1' MILLISECOND, INTERVAL '100' SECONDS) EMIT ON WINDOW CLOSE"
+    )
+    windows = found.window.size_us // found.window.slide_us
+    assert windows == MAX_TILES
+    assert (windows + 1) * (LATEST_US // found.window.slide_us + 1) < 2**62
 
 
 def test_an_unknown_column_names_the_valid_ones() -> None:

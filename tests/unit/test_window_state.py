@@ -13,9 +13,11 @@ import pytest
 
 from feature_store.errors import DefinitionError
 from feature_store.windows.definition import EventSource, WindowedView
-from feature_store.windows.ir import Aggregate, AggregateRef, Column, Output, Statement, Window
+from feature_store.windows.ir import Aggregate, AggregateRef, Call, Column, Constant, Output, Statement, Window
+from feature_store.windows.layout import layout_of
+from feature_store.windows.plan import SKETCH_SIZE as K
 from feature_store.windows.plan import plan_of
-from feature_store.windows.sketch import K, Sketch, estimate
+from feature_store.windows.sketch import Sketch, estimate
 from feature_store.windows.state import (
     APPLIED,
     DUPLICATE,
@@ -447,23 +449,63 @@ def test_above_the_cap_there_is_an_error_until_no_window_needs_what_was_dropped(
         states, _ = applied(definition, events, sizes=sizes)
         assert states.kept(0)["events"] == 3
         got = states.values(T + 1 + HOUR)
-        assert isinstance(got.errors[0], TooManyEventsError)
+        assert isinstance(got.errors[0]["w0_0"], TooManyEventsError)
         assert got.columns["w0_0"] == [None]
-        assert "predictflow windows bootstrap" in got.errors[0].message
+        assert "predictflow windows bootstrap" in got.errors[0]["w0_0"].message
         assert states.values(T + 2 + HOUR).columns["w0_0"] == [3]
     two, _ = applied(definition, [*events, E(T, 9, entity=1)], 2)
     assert two.values(T + HOUR).columns["w0_0"] == [None, 1]
 
 
 @pytest.mark.parametrize("n", [1, 2])
+def test_the_cap_takes_the_values_only_of_windows_that_reach_what_was_dropped(n):
+    definition = view(
+        Window("over", HOUR),
+        Window("over", 2),
+        Window("tumble", HOUR, HOUR),
+        aggregates=COUNT,
+        max_events_per_entity=3,
+    )
+    states, _ = applied(definition, [E(T + i, i, visible=T + i) for i in range(5)], n)
+    for t, expected in ((T + 4, [None, 3, 5]), (T + 3 + HOUR, [2, 0, 0])):
+        got = states.values(t)
+        assert [c[0] for c in got.columns.values()] == expected
+        assert {i: set(e) for i, e in got.errors.items()} == ({0: {"w0_0"}} if expected[0] is None else {})
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_an_aggregate_that_does_not_fit_takes_the_outputs_made_of_it(n):
+    definition = view(Window("over", HOUR), aggregates=(EVERY[2], EVERY[0]))
+    (statement,) = definition.statements
+    total, count = (AggregateRef(i, "int64") for i in range(2))
+    outputs = (
+        Output("direct", total, "int64"),
+        Output("made_of_it", Call("case", (Call("is_null", (total,), "bool"), total, count), "int64"), "int64"),
+        Output("own", Call("*", (Call("*", (count, Constant(2**61, "int64")), "int64"), count), "int64"), "int64"),
+        Output("count", count, "int64"),
+    )
+    definition.__dict__["statements"] = (replace(statement, outputs=outputs),)
+    layout_of.cache_clear()
+    got = applied(definition, [E(T, i, n=2**62) for i in range(2)], n)[0].values(T)
+    assert got.errors[0].keys() == {"direct", "made_of_it", "own"}
+    assert {k: c[0] for k, c in got.columns.items()} == {"direct": None, "made_of_it": None, "own": None, "count": 2}
+
+
+@pytest.mark.parametrize("n", [1, 2])
 def test_what_does_not_fit_is_an_error_and_not_a_value(n):
     definition = view(Window("over", HOUR), aggregates=(EVERY[2], Aggregate("sum", X, None, "float64")))
     events = [E(T, i, n=2**62, x=1e308) for i in range(2)]
-    for wrong in ([replace(e, x=0.0) for e in events], [replace(e, n=0) for e in events]):
+    for wrong, name, other in (
+        ([replace(e, x=0.0) for e in events], "w0_0", "w0_1"),
+        ([replace(e, n=0) for e in events], "w0_1", "w0_0"),
+    ):
         states, _ = applied(definition, wrong, n)
         got = states.values(T)
-        assert isinstance(got.errors[0], OverflowedError)
-        assert got.columns == {"w0_0": [None] * n, "w0_1": [None] * n}
+        assert got.errors.keys() == {0}
+        assert got.errors[0].keys() == {name}
+        assert isinstance(got.errors[0][name], OverflowedError)
+        assert f"v.{name}" in got.errors[0][name].message
+        assert got.columns == {name: [None] * n, other: [0] + [None] * (n - 1)}
     exact, _ = applied(definition, [E(T, 0, n=2**62), E(T, 1, n=2**62 - 1), E(T, 2, n=-(2**63)), E(T, 3, n=1)], n)
     assert exact.values(T).columns["w0_0"][0] == 0
     negative, _ = applied(definition, [E(T, 0, n=-(2**62)), E(T, 1, n=-(2**62))], n)
@@ -473,7 +515,7 @@ def test_what_does_not_fit_is_an_error_and_not_a_value(n):
 def test_a_read_before_the_newest_event_was_known_is_an_error():
     states, _ = applied(view(Window("over", HOUR), aggregates=COUNT), [E(T, 0, visible=T + 5)])
     got = states.values(T + 4)
-    assert "before the state's newest event was known" in got.errors[0].message
+    assert "before the state's newest event was known" in got.errors[0]["w0_0"].message
     assert states.values(T + 5).columns["w0_0"] == [1]
 
 
@@ -509,6 +551,19 @@ def test_a_state_holds_nothing_that_no_read_can_need():
     kept = states.kept(0)
     # On close, the newest closed session is an answer until the next one closes.
     assert {k: n for k, n in kept.items() if n != 1} == {"pending": 0, "sessions5": 2}
+
+
+def test_above_the_cap_the_ids_of_the_oldest_events_are_forgotten_and_counted():
+    definition = view(Window("tumble", HOUR, HOUR), aggregates=COUNT, max_events_per_entity=5)
+    states, outcome = applied(definition, [E(T + i, i, id=f"{i}") for i in range(5)] + [E(T, 5, id="x", entity=1)], n=2)
+    assert (states.kept(0)["ids"], states.ids_forgotten) == (5, 0)
+    # The oldest go by event time, not by arrival; the other entity keeps its own.
+    states.apply(events_of(definition, [E(T - 1, 6, id="early"), E(T + 9, 7, id="9"), E(T + 10, 8, id="10")]))
+    assert (states.kept(0)["ids"], states.kept(1)["ids"], states.ids_forgotten) == (5, 1, 3)
+    states = States.decode(definition, states.encode())
+    again = [E(T + i, 10 + i, id=f"{i}") for i in range(5)] + [E(T + 9, 20, id="9"), E(T, 21, id="x", entity=1)]
+    outcome = states.apply(events_of(definition, again))
+    assert outcome.tolist() == [APPLIED] * 2 + [DUPLICATE] * 5
 
 
 def test_damaged_blobs_and_those_of_another_definition_are_refused():

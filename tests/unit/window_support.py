@@ -209,7 +209,7 @@ def expected(
 
 
 def _watermark(d: WindowedView, rows: Sequence[Logged], key: str | None, t: int) -> int | None:
-    partitions = {r.partition for r in rows if r.key == key and r.partition >= 0 and r.visible <= t}
+    partitions = {r.partition for r in rows if r.key == key and r.visible <= t}
     found = []
     for r in rows:
         if r.partition in partitions and r.visible <= t:

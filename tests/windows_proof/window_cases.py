@@ -82,7 +82,7 @@ class Topic:
             [Read(entity, t, question.offsets, question.watermark)], "by_offset"
         )[0]
         for name, got in found.items():
-            assert got.error is None, f"{name}: {got.error}"
+            assert not got.errors, f"{name}: {got.errors}"
             assert got.values is not None
             _check(name, got, answer)
         values = found["state"].values

@@ -80,10 +80,10 @@ def view_of(
     )
 
 
-def random_definition(random: Random, *, event_id: bool, closes_sessions: bool = True) -> Meant:
+def random_definition(random: Random, *, event_id: bool, sessions: bool = True) -> Meant:
     unit = random.choice(["SECOND", "SECOND", "MINUTE", "HOUR", "DAY"])
     u = UNITS[unit]
-    maker = _Maker(random, unit, closes_sessions)
+    maker = _Maker(random, unit, sessions)
     made = [maker.statement() for _ in range(random.choice([1, 1, 2, 2, 3]))]
     view = view_of(
         ";\n".join(text for text, _ in made),
@@ -96,8 +96,8 @@ def random_definition(random: Random, *, event_id: bool, closes_sessions: bool =
 
 
 class _Maker:
-    def __init__(self, random: Random, unit: str, closes_sessions: bool) -> None:
-        self.closes_sessions = closes_sessions
+    def __init__(self, random: Random, unit: str, sessions: bool) -> None:
+        self.sessions = sessions
         self.random = random
         self.unit = unit
         self.u = UNITS[unit]
@@ -108,8 +108,8 @@ class _Maker:
 
     def statement(self) -> tuple[str, Statement]:
         r = self.random
-        kind = r.choice(["over", "over", "tumble", "hop", "hop", "session", "session"])
-        on_close = kind != "over" and r.random() < 0.45 and (self.closes_sessions or kind != "session")
+        kind = r.choice(["over", "over", "tumble", "hop", "hop", *["session"] * 2 * self.sessions])
+        on_close = kind != "over" and r.random() < 0.45
         where = self.condition(1) if r.random() < 0.25 else None
         self.aggregates: list[tuple[Aggregate, str]] = []
         over = " OVER w" if kind == "over" else ""
@@ -145,7 +145,7 @@ class _Maker:
                 "hop": f"{self.interval(slide)}, {self.interval(size)}",
                 "session": self.interval(size),
             }[kind]
-            if shorthand:
+            if shorthand and not (kind == "session" and where is not None):
                 sql = f"{head} FROM events{condition} GROUP BY k, {kind.upper()}({TIME}, {arguments}){emit}"
             else:
                 by = " PARTITION BY k" if kind == "session" else ""

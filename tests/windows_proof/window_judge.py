@@ -58,22 +58,25 @@ def judge(run: Run, make: MakeOracle = Oracle) -> tuple[Difference | None, Count
 
 
 def _compare(q: Read, e: Answer, counts: Counter[str]) -> str | None:
-    errors = [p for p in e.values.values() if p.error]
-    certain = any(p.low is None and not p.null for p in errors)
     if q.state is not None:
-        if q.too_early or certain:
-            counts["errors"] += 1
-            return "the state gives a value where there is none" if q.state.error is None else None
-        if q.state.error is not None:
-            counts["errors"] += 1
-            return None if errors else "the state gives an error"
+        counts["errors"] += bool(q.state.errors)
+        for n, p in e.values.items():
+            certain = p.error and p.low is None and not p.null
+            if (q.too_early or certain) and n not in q.state.errors:
+                return f"the state gives a value where there is none: {n}"
+            if n in q.state.errors and not (q.too_early or p.error):
+                return f"the state gives an error: {n}"
+        if q.too_early:
+            return None
     for name in ("state", "history_by_time", "history_by_offset"):
         got: Got | None = getattr(q, name)
-        if got is None or got.values is None:
+        if got is None:
             continue
         counts[f"compared: {name}"] += 1
         wrong = [
-            f"{n}: {got.values[n]!r} is not {_show(p)}" for n, p in e.values.items() if not p.allows(got.values[n])
+            f"{n}: {got.values[n]!r} is not {_show(p)}"
+            for n, p in e.values.items()
+            if n not in got.errors and not p.allows(got.values[n])
         ]
         seen = e.last_seen if name == "state" or e.status == "PRESENT" else None
         if got.last_seen != seen:

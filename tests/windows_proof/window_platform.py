@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import duckdb
@@ -37,11 +37,11 @@ class Row:
 
 @dataclass(frozen=True)
 class Got:
-    """An answer of the platform; `error` instead of values. A time is its microseconds."""
+    """An answer of the platform; `errors`: why an output is not among the values. A time is its microseconds."""
 
-    values: Mapping[str, Value] | None
+    values: Mapping[str, Value]
     last_seen: int | None
-    error: str | None = None
+    errors: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -143,15 +143,17 @@ class Platform:
             offsets = {p: o for p, o in states.offsets_of(i).items() if p >= 0}
             watermark = int(finals.watermark[i])
             out.append(Read("", t, offsets, None if watermark == NEVER else watermark))
-            error = finals.errors.get(i)
-            if error is not None:
-                out.append(Got(None, None, str(error)))
-                continue
+            errors = {n: str(e) for n, e in finals.errors.get(i, {}).items()}
             seen = finals.seen[i]
-            values = {n: plain(c[i]) for n, c in finals.columns.items()}
-            if seen is None or (self.ttl_us and t - seen > self.ttl_us):  # as a reader shows it
+            assert all(finals.columns[n][i] is None for n in errors)
+            values = {n: plain(c[i]) for n, c in finals.columns.items() if n not in errors}
+            # As a reader shows it: what is too old has no value, and no error in it.
+            expired = seen is not None and self.ttl_us and t - seen > self.ttl_us
+            if expired and t >= states.visible_at[i]:
+                values, errors = dict.fromkeys(finals.columns), {}
+            if seen is None or expired:
                 values = dict.fromkeys(values)
-            out.append(Got(values, None if seen is None else int(seen)))
+            out.append(Got(values, None if seen is None else int(seen), errors))
         return out
 
     def ask_history(self, reads: Sequence[Read], known: Literal["by_time", "by_offset"]) -> list[Got]:
