@@ -27,8 +27,8 @@ from feature_store.event_log import EventLog, log_files
 from feature_store.online_reader import OnlineReader
 from feature_store.read_plan import ReadPlan
 from feature_store.redis_connection import connect
+from feature_store.replay_clock import ReplayClock
 from feature_store.topic import client_config, ensure_topic
-from feature_store.window_store import WindowStore
 from feature_store.windows.declare import event_source, windowed_feature_view
 from feature_store.windows.definition import definition_of
 from feature_store.windows.history import history_sql
@@ -207,7 +207,8 @@ def check_log(project, view: str, events: int) -> None:
 
 
 def check_values(project, events: list[dict]) -> None:
-    t = from_micros(max(WindowStore(project.store, project.store.get_feature_view(v)).clock_us() or 0 for v in VIEWS))
+    redis = connect(project.environ["REDIS_URL"])
+    t = from_micros(ReplayClock(redis, project.store.project).now_us())
     unique = {e["event_id"]: e for e in events}.values()
     for view in VIEWS:
         online = read(project, view, t)
