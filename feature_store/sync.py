@@ -127,6 +127,7 @@ class Sync:
             log.info("group %s reads topic %s into %s", self._group, self._topic, ", ".join(v.name for v in self.views))
             self._consume()
         finally:
+            gc.unfreeze()  # else what is in a cycle is never freed, and its libraries complain at the end of the process
             self._consumer.close()
             for view in self.views:
                 view.close()

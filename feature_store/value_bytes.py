@@ -10,6 +10,7 @@ import math
 import struct
 from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, datetime
+from functools import lru_cache, partial
 from operator import attrgetter, methodcaller
 from typing import TYPE_CHECKING, Any
 
@@ -200,13 +201,7 @@ class ColumnEncoder:
             return None
         data = array.cast(wanted).cast(pa.binary())
 
-        def head(length: int) -> bytes:
-            if length < 0:
-                return self._prefix + b"\xa0"
-            inner = tag + varint(length)
-            return self._prefix + string_head(len(inner) + length) + inner
-
-        return [by_length(lengths_of(data), head), data.fill_null(b"") if data.null_count else data]
+        return [by_length(lengths_of(data), partial(_text_head, self._prefix, tag)), data.fill_null(b"") if data.null_count else data]
 
     def _lists(self, array: pa.Array) -> list[Piece] | None:
         tag, wanted = _LISTS[self._type.name]
@@ -244,6 +239,15 @@ class ColumnEncoder:
 
     def _wrong(self, why: str) -> DataError:
         return DataError(f"feature {self.name} must be {self._type.name} ({why[:200]})")
+
+
+@lru_cache(maxsize=65_536)  # states of windowed views have thousands of lengths, the same ones in every batch
+def _text_head(prefix: bytes, tag: bytes, length: int) -> bytes:
+    """What stands before a text or bytes of `length` (-1: null)."""
+    if length < 0:
+        return prefix + b"\xa0"
+    inner = tag + varint(length)
+    return prefix + string_head(len(inner) + length) + inner
 
 
 def times_of(array: pa.Array) -> Times:
