@@ -169,13 +169,13 @@ class _Maker:
         if shape == "is_null":
             return Call("is_null", (a,), "bool"), f"{at} IS NULL"
         b, bt = self.aggregate(where, over)
+        if a.type in ("int64", "float64") and b.type in ("int64", "float64"):
+            pair = self._of_two(shape, a, at, b, bt)
+            if pair is not None:
+                return pair
+        self.aggregates.pop()  # the text does not have it, and what is not in the text cannot overflow
         if a.type not in ("int64", "float64") or b.type not in ("int64", "float64"):
             return a, at
-        both: Type = "float64" if "float64" in (a.type, b.type) else "int64"
-        if shape == "ratio":
-            return Call("/", (a, b), "float64"), f"{at} / {bt}"
-        if shape == "minus":
-            return Call("-", (a, b), both), f"{at} - {bt}"
         if shape == "times":
             two = Constant(2, "int64")
             return Call("*", (a, two), a.type), f"{at} * 2"
@@ -183,17 +183,26 @@ class _Maker:
             return Call("abs", (a,), a.type), f"ABS({at})"
         if shape == "nullif" and a.type == "int64":
             return Call("nullif", (a, Constant(0, "int64")), "int64"), f"NULLIF({at}, 0)"
+        if shape == "share":
+            return Call("/", (a, Constant(3, "int64")), "float64"), f"{at} / 3"
+        return a, at
+
+    def _of_two(self, shape: str, a: AggregateRef, at: str, b: AggregateRef, bt: str) -> tuple[Expression, str] | None:
+        both: Type = "float64" if "float64" in (a.type, b.type) else "int64"
+        if shape == "ratio":
+            return Call("/", (a, b), "float64"), f"{at} / {bt}"
+        if shape == "minus":
+            return Call("-", (a, b), both), f"{at} - {bt}"
         if shape == "case" and a.type == "int64":
             test = Call(">", (a, Constant(2, "int64")), "bool")
             return (
                 Call("case", (test, b, Constant(None, b.type)), b.type),
                 f"CASE WHEN {at} > 2 THEN {bt} END",
             )
-        if shape == "share":
-            top = Call("+", (Call("cast", (a,), "float64"), b), "float64") if a.type == "int64" else a
-            text = f"(CAST({at} AS DOUBLE) + {bt})" if a.type == "int64" else at
-            return Call("/", (top, Constant(3, "int64")), "float64"), f"{text} / 3"
-        return a, at
+        if shape == "share" and a.type == "int64":
+            top = Call("+", (Call("cast", (a,), "float64"), b), "float64")
+            return Call("/", (top, Constant(3, "int64")), "float64"), f"(CAST({at} AS DOUBLE) + {bt}) / 3"
+        return None
 
     def aggregate(self, where: Expression | None, over: str) -> tuple[AggregateRef, str]:
         r = self.random
