@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 Row = tuple["EntityKey", Mapping[str, "Value"], datetime, "datetime | None"]
 """Key, values, event time, created (None: unknown)."""
 _SECOND = 1_000_000_000
+_NUMBER_BYTES = 11
 
 
 def batches_of_rows(layout: WriteLayout, rows: Sequence[Row], limit: Limit | None) -> tuple[int, Iterator[Batch]]:
@@ -67,9 +68,10 @@ def _batches(layout: WriteLayout, rows: Sequence[Row], keys: Cells, events: Time
         end = start + 1
         while end < min(start + CHUNK_ROWS, len(rows)) and rows[end][1].keys() == wanted:
             end += 1
-        end = _within_bytes(rows, start, end)
-        some = keys[start:end]
         fields = layout.fields(names)
+        varying = [n for e, n in zip(fields.encoders, names, strict=True) if e.varying]
+        end = _within_bytes(rows, start, end, varying, (len(names) - len(varying)) * _NUMBER_BYTES)
+        some = keys[start:end]
         event = events.slice(start, end)
         created = times_of_datetimes([row[3] for row in rows[start:end]])
         values = [row[1] for row in rows[start:end]]
@@ -89,14 +91,12 @@ def _batches(layout: WriteLayout, rows: Sequence[Row], keys: Cells, events: Time
         start = end
 
 
-def _within_bytes(rows: Sequence[Row], start: int, end: int) -> int:
-    """Where rows from `start` reach 2 MB, not counting keys; at least one row on."""
-    size = 0
-    for i in range(start, end):
-        size += sum([value.ByteSize() for value in rows[i][1].values()])
-        if size > CHUNK_BYTES and i > start:
-            return i
-    return end
+def _within_bytes(rows: Sequence[Row], start: int, end: int, varying: Sequence[str], fixed: int) -> int:
+    """Where rows from `start` reach 2 MB, not counting keys; at least one row on. `fixed`: bytes of all but `varying`."""
+    sizes = np.full(end - start, fixed, np.int64)
+    for name in varying:  # a call per cell: only where a cell may be large
+        sizes += [row[1][name].ByteSize() for row in rows[start:end]]
+    return start + max(1, int(np.searchsorted(np.cumsum(sizes), CHUNK_BYTES, side="right")))
 
 
 def times_of_datetimes(times: Sequence[datetime | None]) -> Times:

@@ -26,7 +26,8 @@ def batches_of_table(layout: WriteLayout, table: pa.Table, limit: Limit | None) 
     `OnlineWriter.write` says, before the first batch is made."""
     names = tuple(layout.types)
     wanted = [*layout.keys.names, *names, layout.event_column]
-    missing = [n for n in wanted if n not in table.column_names]
+    held = set(table.column_names)  # asked once: Arrow makes the list anew each time
+    missing = [n for n in wanted if n not in held]
     if missing:
         raise DataError(
             f"{layout.view}: the rows lack {'a column' if len(missing) == 1 else 'columns'}",
@@ -35,8 +36,8 @@ def batches_of_table(layout: WriteLayout, table: pa.Table, limit: Limit | None) 
         )
     left_out = 0
     if layout.windowed:
-        held = pc.binary_length(table.column(STATE_FIELD).cast(pa.large_binary())).fill_null(0)
-        stated = table.filter(pc.greater(held, 0))
+        sizes = pc.binary_length(table.column(STATE_FIELD).cast(pa.large_binary())).fill_null(0)
+        stated = table.filter(pc.greater(sizes, 0))
         left_out = table.num_rows - stated.num_rows
         layout.warn_stateless(left_out, table.num_rows)
         table = stated
@@ -45,7 +46,7 @@ def batches_of_table(layout: WriteLayout, table: pa.Table, limit: Limit | None) 
     columns = {_FEATURE + e.name: c if few else e.checked(c) for e in fields.encoders for c in [table.column(e.name)]}
     columns |= {KEY + n: layout.keys.checked(n, table.column(n)) for n in layout.keys.names}
     columns[_EVENT] = table.column(layout.event_column)
-    if layout.created_column in table.column_names and layout.created_column not in layout.types:
+    if layout.created_column in held and layout.created_column not in layout.types:
         columns[_CREATED] = table.column(layout.created_column)
     checked = pa.table(columns)
     for start in range(0, checked.num_rows, 1_000_000):  # all of it, before anything is written

@@ -6,10 +6,7 @@ Numbers, times, texts and lists of floats are encoded by column; every other typ
 
 from __future__ import annotations
 
-import math
-import struct
 from collections.abc import Callable, Iterable, Sequence
-from datetime import UTC, datetime
 from functools import lru_cache, partial
 from operator import attrgetter, methodcaller
 from typing import TYPE_CHECKING, Any
@@ -20,13 +17,13 @@ import pyarrow.compute as pc
 
 from feature_store.errors import DataError
 from feature_store.row_bytes import Piece, Times, by_length, lengths_of, short_cells, string_head, varint, varints
+from feature_store.value_cells import CELLS, SCALARS
 
 if TYPE_CHECKING:
     from feast import ValueType
     from feast.protos.feast.types.Value_pb2 import Value
 
 _UNITS = {"s": 1, "ms": 1_000, "us": 1_000_000, "ns": 1_000_000_000}
-_MASK = 2**64 - 1
 _INTEGERS = {"INT32": (b"\x18", pa.int32()), "INT64": (b"\x20", pa.int64())}
 _FLOATS = {"DOUBLE": (b"\x29", pa.float64(), "<f8"), "FLOAT": (b"\x35", pa.float32(), "<f4")}
 _TEXTS = {"STRING": (b"\x12", pa.string()), "BYTES": (b"\x0a", pa.binary())}
@@ -41,6 +38,7 @@ _PLAIN = {"INT32": ("int32_val", pa.int32()), "INT64": ("int64_val", pa.int64())
 _PLAIN |= {"DOUBLE": ("double_val", pa.float64()), "FLOAT": ("float_val", pa.float32())}
 _PLAIN |= {"STRING": ("string_val", pa.string()), "BYTES": ("bytes_val", pa.binary())}
 _PLAIN |= {"BOOL": ("bool_val", pa.bool_()), "UNIX_TIMESTAMP": ("unix_timestamp_val", pa.int64())}
+_NUMBERS = {*_INTEGERS, *_FLOATS, "BOOL", "UNIX_TIMESTAMP"}
 _SERIALISE = methodcaller("SerializeToString")
 
 
@@ -66,7 +64,9 @@ class ColumnEncoder:
             self._column = self._booleans
         elif kind == "UNIX_TIMESTAMP":
             self._column = self._seconds
-        self._scalar = _SCALARS.get(kind)
+        self.varying = kind not in _NUMBERS
+        self._scalar = SCALARS.get(kind)
+        self._cells = CELLS[kind](prefix, self._cell) if kind in CELLS else None
         field = _PLAIN.get(kind)
         self._plain_field = None if field is None else (field[0], attrgetter(field[0]), field[1])
 
@@ -141,7 +141,15 @@ class ColumnEncoder:
 
     def few(self, values: Sequence[Any]) -> list[bytes]:
         """As `column`, of few rows: of Python values as Arrow gives them, without numpy."""
+        if self._cells is not None:
+            try:
+                return self._cells(values)
+            except (ValueError, OverflowError):  # told, or seen to, value by value
+                return [self._cell(v) for v in values]
         return self._packed(self._protos(values) if self._scalar is None else map(self.one, values))
+
+    def _cell(self, value: Any) -> bytes:
+        return self._packed([self.one(value)])[0]
 
     def _packed(self, protos: Iterable[bytes]) -> list[bytes]:
         heads = self._heads
@@ -201,7 +209,10 @@ class ColumnEncoder:
             return None
         data = array.cast(wanted).cast(pa.binary())
 
-        return [by_length(lengths_of(data), partial(_text_head, self._prefix, tag)), data.fill_null(b"") if data.null_count else data]
+        return [
+            by_length(lengths_of(data), partial(_text_head, self._prefix, tag)),
+            data.fill_null(b"") if data.null_count else data,
+        ]
 
     def _lists(self, array: pa.Array) -> list[Piece] | None:
         tag, wanted = _LISTS[self._type.name]
@@ -274,71 +285,3 @@ def _numpy(array: pa.Array, null: Any) -> Any:
 
 def _nulls(array: pa.Array) -> Any:
     return array.is_null().to_numpy(zero_copy_only=False) if array.null_count else None
-
-
-# --- single values: None where Feast's converter is asked ---------------------------------------------------------------
-
-
-def _one_integer(tag: bytes, limit: int) -> Callable[[Any], bytes | None]:
-    def encode(value: Any) -> bytes | None:
-        if type(value) is float:  # a whole number with gaps, as pandas holds it
-            if value != value:
-                return b""
-            if not value.is_integer():
-                raise ValueError(f"{value} is no whole number")
-            value = int(value)
-        if type(value) is int and -limit <= value < limit:
-            return tag + varint(value & _MASK)
-        return None
-
-    return encode
-
-
-def _one_float(tag: bytes, layout: str) -> Callable[[Any], bytes | None]:
-    def encode(value: Any) -> bytes | None:
-        if type(value) is not float:
-            return None
-        if value != value:
-            return b""
-        try:
-            return tag + struct.pack(layout, value)
-        except OverflowError:  # a double beyond float32: infinite, as protobuf makes it
-            return None
-
-    return encode
-
-
-def _one_text(value: Any) -> bytes | None:
-    if type(value) is not str:
-        return None
-    data = value.encode()
-    return b"\x12" + varint(len(data)) + data
-
-
-def _one_bytes(value: Any) -> bytes | None:
-    return b"\x0a" + varint(len(value)) + value if type(value) is bytes else None
-
-
-def _one_boolean(value: Any) -> bytes | None:
-    return (b"\x38\x01" if value else b"\x38\x00") if type(value) is bool else None
-
-
-def _one_time(value: Any) -> bytes | None:
-    if not isinstance(value, datetime) or value != value:
-        return None
-    whole = (value if value.tzinfo else value.replace(tzinfo=UTC)).replace(microsecond=0)
-    return b"\x40" + varint(math.floor(whole.timestamp()) & _MASK)
-
-
-_SCALARS: dict[str, Callable[[Any], bytes | None]] = {
-    "INT32": _one_integer(b"\x18", 2**31),
-    "INT64": _one_integer(b"\x20", 2**63),
-    "DOUBLE": _one_float(b"\x29", "<d"),
-    "FLOAT": _one_float(b"\x35", "<f"),
-    "STRING": _one_text,
-    "BYTES": _one_bytes,
-    "PDF_BYTES": _one_bytes,
-    "IMAGE_BYTES": _one_bytes,
-    "BOOL": _one_boolean,
-    "UNIX_TIMESTAMP": _one_time,
-}
