@@ -52,6 +52,10 @@ class Answered:
     def __len__(self) -> int:
         return len(self.entities)
 
+    def first(self) -> Sequence[Part]:
+        """The first row, without decoding the others; there is one."""
+        return next(iter(self.rows.head() if isinstance(self.rows, _Later) else self.rows))
+
 
 class _Later:
     """The rows of a read, decoded when they are asked for."""
@@ -63,6 +67,11 @@ class _Later:
         plan, replies, t_us = self._made
         return iter(plan.answered((), replies, t_us).rows)
 
+    def head(self) -> Iterable[Sequence[Part]]:
+        """The first row."""
+        plan, replies, t_us = self._made
+        return plan.answered((), replies[: plan.width], t_us).rows
+
 
 class JsonPlan:
     """A read plan as JSON; `name` is the feature service's, None for a list of features. Immutable but for its caches,
@@ -73,7 +82,7 @@ class JsonPlan:
         self.plan = plan
         self.name = name
         self._views = [JsonView(view, group, start) for view, group, start in plan.places()]
-        self._width = plan.width
+        self.width = plan.width
         self._windowed = any(v.windowed for v in self._views)
         caches = caches or Caches()
         self._times = caches.times
@@ -93,7 +102,7 @@ class JsonPlan:
         windowed: Windowed | None = None,
     ) -> Answered:
         """What `ReadPlan.at` says, as fragments. `windowed`: what its windowed views said of these replies, where known."""
-        width = self._width
+        width = self.width
         times = self._times
         answers: list[dict[int, ViewRow]] = []
         if self._windowed:
@@ -212,6 +221,13 @@ class JsonPlan:
         for (name, status), n in counts.items():
             if n:
                 add(name, status, n)
+
+    def ages(self, read: Answered, add: Callable[[str, float], None]) -> None:
+        """Tells `add` (view, age in seconds) of the first row's views that have a row."""
+        for view, part in zip(self._views, read.first()):
+            ns = part.ns if part.answer is None else part.answer.event_ns
+            if ns is not None:
+                add(view.name, (read.t_us * 1000 - ns) / 1e9)
 
     def records(self, served: Served, read: Answered) -> Iterator[tuple[bytes, bytes]]:
         """(key, record) of each row for the served log: the JSON of `served_log.records`."""

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
 LATENCY_BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.0075, 0.01, 0.015, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
+
+_DAY = 86_400.0
+AGE_BUCKETS = (0.1, 0.5, 1.0, 5.0, 30.0, 60.0, 300.0, 1800.0, 3600.0, _DAY / 4, _DAY, 7 * _DAY, 30 * _DAY, 90 * _DAY)
+AGE_EVERY_SECONDS = 0.1
+"""Per service: ages change slowly, and a read should not pay for telling them."""
 
 
 class Metrics:
@@ -37,6 +43,20 @@ class Metrics:
         self.rows = Counter(
             "predictflow_served_rows", "Entity rows served, by feature service", ("service",), registry=self.registry
         )
+        self.service_seconds = Histogram(
+            "predictflow_service_seconds",
+            "Time from a request's input to its values, predictions included, by feature service",
+            ("service",),
+            buckets=LATENCY_BUCKETS,
+            registry=self.registry,
+        )
+        self.age_seconds = Histogram(
+            "predictflow_feature_age_seconds",
+            "Freshness: t less the event time of the row that was served, by view; the first row of some requests",
+            ("view",),
+            buckets=AGE_BUCKETS,
+            registry=self.registry,
+        )
         self.statuses = Counter(
             "predictflow_feature_status",
             "Feature values served, by view and status (hit: PRESENT; missing: NOT_FOUND; stale: OUTSIDE_MAX_AGE)",
@@ -64,7 +84,9 @@ class Metrics:
         )
 
         self._status: dict[tuple[str, str], Counter] = {}
-        self._rows: dict[str, Counter] = {}
+        self._reads: dict[str, tuple[Counter, Histogram]] = {}
+        self._ages: dict[str, Histogram] = {}
+        self._age_due: dict[str, float] = {}
         self._seconds: dict[tuple[str, str, int | str], Histogram] = {}
 
     # Looking a child up by its labels costs more than counting in it, so each is looked up once.
@@ -76,12 +98,28 @@ class Metrics:
             child = self._status[view, status] = self.statuses.labels(view, status)
         child.inc(n)
 
-    def add_rows(self, service: str, n: int) -> None:
-        """Counts n entity rows; `service` is empty for a list of features."""
-        child = self._rows.get(service)
+    def add_read(self, service: str, n: int, seconds: float) -> None:
+        """Counts n entity rows of one request; `service` is empty for a list of features."""
+        found = self._reads.get(service)
+        if found is None:
+            found = self._reads[service] = self.rows.labels(service), self.service_seconds.labels(service)
+        found[0].inc(n)
+        found[1].observe(seconds)
+
+    def wants_age(self, service: str) -> bool:
+        """Whether `add_age` should hear of the request in hand; true ten times a second."""
+        now = time.monotonic()
+        if now < self._age_due.get(service, 0.0):
+            return False
+        self._age_due[service] = now + AGE_EVERY_SECONDS
+        return True
+
+    def add_age(self, view: str, seconds: float) -> None:
+        """The age of a row that was served."""
+        child = self._ages.get(view)
         if child is None:
-            child = self._rows[service] = self.rows.labels(service)
-        child.inc(n)
+            child = self._ages[view] = self.age_seconds.labels(view)
+        child.observe(seconds)
 
     def observe(self, method: str, route: str, status: int | str, seconds: float) -> None:
         """One answered request."""

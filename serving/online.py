@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
@@ -74,10 +75,11 @@ class OnlineService:
             )
         if features is not None and len(features) > self._limits.features:
             raise TooManyError("features", len(features), self._limits.features)
+        started = time.perf_counter()
         rows = entity_rows(entities, self._limits.rows)
         plan = await self._plan(feature_service or tuple(features or ()), full_names)
         read = await self._read(plan, rows, at)
-        self._count(plan, read)
+        self._count(plan, read, started)
         self._log.write(Served(request_id, self._wall(), self._plans.project), plan, read)
         return {
             "t": read.t,
@@ -95,6 +97,7 @@ class OnlineService:
         request_id: str,
     ) -> CellRead:
         """As `features`, undecoded, for answers in Feast's own formats: a row view's cells are `Value` proto bytes."""
+        started = time.perf_counter()
         plan, rows = await self._asked(entities, asked, full_names)
         compiled = plan.reader.plan
         replies, now_us = await plan.reader.afetch(rows, at)
@@ -103,10 +106,10 @@ class OnlineService:
         else:
             t_us, answers = compiled.at(replies, now_us, rows)
         if plan.json is not None:
-            self._served(plan, plan.json.of_cells(rows, t_us, answers), request_id)
+            self._served(plan, plan.json.of_cells(rows, t_us, answers), request_id, started)
         else:
             read = compiled.rows(rows, t_us, answers)
-            self._count(plan, read)
+            self._count(plan, read, started)
             self._log.write(Served(request_id, self._wall(), self._plans.project), plan, read)
         return CellRead(plan, rows, t_us, answers)
 
@@ -115,11 +118,12 @@ class OnlineService:
     ) -> StoredRead | None:
         """As `cells` at the clock, as Redis replied; tell `served` what came of it. None for what must be computed with:
         `cells` does."""
+        started = time.perf_counter()
         plan, rows = await self._asked(entities, asked, full_names)
         if plan.json is None:
             return None
         replies, t_us = await plan.reader.afetch(rows)
-        return StoredRead(plan, rows, t_us, replies)
+        return StoredRead(started, plan, rows, t_us, replies)
 
     def served(
         self,
@@ -130,11 +134,14 @@ class OnlineService:
     ) -> None:
         """Counts and logs an answer to `stored`. `counts`: (view, status, number of values); `windowed`: what its windowed
         views said, so that they need not say it again."""
-        self._metrics.add_rows(read.plan.name or "", len(read.entities))
+        name = read.plan.name or ""
+        self._metrics.add_read(name, len(read.entities), time.perf_counter() - read.started)
         for count in counts:
             self._metrics.add_status(*count)
         if read.plan.json is not None:
             answered = read.plan.json.later(read.entities, read.replies, read.t_us, windowed)
+            if self._metrics.wants_age(name):
+                read.plan.json.ages(answered, self._metrics.add_age)
             self._log.write_read(Served(request_id, self._wall(), self._plans.project), answered)
 
     async def _asked(
@@ -153,6 +160,7 @@ class OnlineService:
         False, and `done` is not called, for what needs the other path: a plan that is not compiled yet or not plain, too
         many features, entities that `features` refuses.
         """
+        started = time.perf_counter()
         plan = self._plans.cached(asked, full_names)
         json = None if plan is None else plan.json
         if plan is None or json is None or (not isinstance(asked, str) and len(asked) > self._limits.features):
@@ -170,7 +178,7 @@ class OnlineService:
                 done(None, e)
                 return
             done(body, None)
-            self._served(plan, read, request_id)
+            self._served(plan, read, request_id, started)
 
         try:
             return bool(reader.start(rows, replied))
@@ -181,6 +189,7 @@ class OnlineService:
         self, model_name: str, rows: Sequence[Mapping[str, object]], request_id: str, done: Done, begun: Begun
     ) -> bool:
         """As `predict` at the clock, in the way of `begin`. False also for a model that is not loaded yet."""
+        started = time.perf_counter()
         model = self._models.cached(model_name)
         plan = None if model is None else self._plans.cached(model.feature_service, False)
         json = None if plan is None else plan.json
@@ -213,16 +222,21 @@ class OnlineService:
                 done(None, e)
                 return
             done(body, None)
-            self._served(plan, read, request_id, model)
+            self._served(plan, read, request_id, started, model)
 
         try:
             return bool(reader.start(rows, replied))
         except UsageError:
             return False
 
-    def _served(self, plan: ServicePlan, read: Answered, request_id: str, model: Model | None = None) -> None:
-        self._metrics.add_rows(plan.name or "", len(read))
+    def _served(
+        self, plan: ServicePlan, read: Answered, request_id: str, started: float, model: Model | None = None
+    ) -> None:
+        name = plan.name or ""
+        self._metrics.add_read(name, len(read), time.perf_counter() - started)
         read.plan.count(read, self._metrics.add_status)
+        if self._metrics.wants_age(name):
+            read.plan.ages(read, self._metrics.add_age)
         named = (None, None) if model is None else (model.name, model.version)
         self._log.write_read(Served(request_id, self._wall(), self._plans.project, *named), read)
 
@@ -230,6 +244,7 @@ class OnlineService:
         self, model_name: str, entities: Mapping[str, Sequence[object]], at: datetime | None, request_id: str
     ) -> dict[str, Any]:
         """The body of a PredictResponse; errors as `features`, and NotFoundError for a model without a champion."""
+        started = time.perf_counter()
         rows = entity_rows(entities, self._limits.rows)
         model = self._models.cached(model_name)
         if model is None:
@@ -237,7 +252,7 @@ class OnlineService:
         plan = await self._plan(model.feature_service, False)
         read = await self._read(plan, rows, at)
         probabilities = await self._runs.run(model, plan.columns, _values(plan, read), self._gate)
-        self._count(plan, read)
+        self._count(plan, read, started)
         served = Served(request_id, self._wall(), self._plans.project, model.name, model.version)
         self._log.write(served, plan, read, probabilities)
         return {
@@ -260,10 +275,15 @@ class OnlineService:
         plan = self._plans.cached(asked, full_names)
         return plan if plan is not None else await asyncio.to_thread(self._plans.get, asked, full_names)
 
-    def _count(self, plan: ServicePlan, read: OnlineRows) -> None:
-        self._metrics.add_rows(plan.name or "", len(read.rows))
+    def _count(self, plan: ServicePlan, read: OnlineRows, started: float) -> None:
+        name = plan.name or ""
+        self._metrics.add_read(name, len(read.rows), time.perf_counter() - started)
         counts = Counter((c.view, row.statuses[c.name]) for row in read.rows for c in plan.columns)
         self._metrics.count_statuses(counts.items())
+        if self._metrics.wants_age(name):
+            for view, held in [pair for row in read.rows[:1] for pair in row.views.items()]:
+                if held.event_timestamp is not None:
+                    self._metrics.add_age(view, (read.t - held.event_timestamp).total_seconds())
 
 
 def _values(plan: ServicePlan, read: OnlineRows) -> list[list[Any]]:

@@ -42,8 +42,9 @@ class CellRead:
 
 @dataclass(frozen=True)
 class StoredRead:
-    """What Redis replied, to be read at `t_us`; see `ReadPlan.at`."""
+    """What Redis replied, to be read at `t_us`; see `ReadPlan.at`. `started`: `time.perf_counter()` when it was asked for."""
 
+    started: float
     plan: ServicePlan
     entities: list[dict[str, object]]
     t_us: int

@@ -7,6 +7,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -246,6 +247,17 @@ def test_a_request_over_the_byte_limit_is_refused(repo: Repo) -> None:
     with serving(repo, request_bytes=1000) as (address, _), grpc.insecure_channel(address) as channel:
         error = refused(GrpcFeatureServerStub(channel).GetOnlineFeatures, request("C" * 2000))
         assert error.code() == Code.RESOURCE_EXHAUSTED
+
+
+def test_metrics_tell_latency_and_age(repo: Repo) -> None:
+    with serving(repo) as (address, server), grpc.insecure_channel(address) as channel:
+        asked = request("C1", "C2", features=pb2.FeatureList(val=["visits:visits"]))
+        GrpcFeatureServerStub(channel).GetOnlineFeatures(asked, timeout=10)
+        told = server._online._metrics.expose().decode().splitlines()
+    assert 'predictflow_service_seconds_count{service=""} 1.0' in told
+    assert 'predictflow_feature_age_seconds_count{view="visits"} 1.0' in told
+    (age,) = [float(line.split()[1]) for line in told if line.startswith("predictflow_feature_age_seconds_sum")]
+    assert abs(age - (datetime.now(UTC) - NOW).total_seconds()) < 120
 
 
 class KeyGate(Gate):

@@ -260,6 +260,32 @@ def test_metrics_count_statuses_by_view(url: str) -> None:
     assert 'route="/api/v1/features/online",status="200"' in metrics(url)
 
 
+@pytest.mark.parametrize("at", [None, NOW])
+def test_metrics_tell_latency_by_service_and_age_by_view(url: str, at: datetime | None) -> None:
+    """The short way of a request, and the other."""
+    names = {
+        "reads": f'predictflow_service_seconds_count{{service="{SERVICE}"}}',
+        "rows": 'predictflow_feature_age_seconds_count{view="churn_features"}',
+        "age": 'predictflow_feature_age_seconds_sum{view="churn_features"}',
+        "windowed": 'predictflow_feature_age_seconds_sum{view="customer_behavior"}',
+    }
+
+    def told() -> dict[str, float]:
+        found = dict(
+            line.rsplit(" ", 1) for line in metrics(url).splitlines() if line.startswith(tuple(names.values()))
+        )
+        return {name: float(found.get(line, 0)) for name, line in names.items()}
+
+    body: dict[str, Any] = {"feature_service": SERVICE, "entities": {"customer_id": ["C1", "C9"]}}
+    online(url, body)
+    time.sleep(0.2)  # ages are told of at most ten requests a second
+    before = told()
+    assert online(url, body if at is None else {**body, "at": at.isoformat()}).ok
+
+    day = 86_400.0
+    assert {n: v - before[n] for n, v in told().items()} == {"reads": 1, "rows": 1, "age": 2 * day, "windowed": 3 * day}
+
+
 def test_a_redis_that_is_down_is_a_503_and_coming_back_needs_no_restart(url: str, platform: Platform) -> None:
     body = {"feature_service": SERVICE, "entities": {"customer_id": ["C1"]}}
     good = online(url, body).json()

@@ -73,6 +73,9 @@ class Json:
     def count(self, read: Read, add: Callable[[str, str, int], None]) -> None:
         add("v", "PRESENT", len(read))
 
+    def ages(self, read: Read, add: Callable[[str, float], None]) -> None:
+        add("v", 1.0)
+
 
 class Read:
     probabilities: Sequence[float] | None = None

@@ -261,6 +261,10 @@ def test_the_wire_plan_writes_the_bytes_that_cells_make(plan: ReadPlan, rows: li
     with patch.object(ReadPlan, "windowed_at", side_effect=AssertionError("twice")):
         later = made.later(entities, rows, to_micros(T), windowed)
     assert list(made.records(served, later)) == list(made.records(served, made.answered(entities, rows, to_micros(T))))
+    ages: list[tuple[str, float]] = []
+    made.ages(later, lambda *age: ages.append(age))
+    found = [(v.name, a.event_ns) for v, a in zip(plan.view_plans, answers[0], strict=True) if a.event_ns is not None]
+    assert ages == [(name, (t_us * 1000 - ns) / 1e9) for name, ns in found]
 
 
 @settings(max_examples=200, deadline=None)
