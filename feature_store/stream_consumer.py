@@ -19,6 +19,7 @@ log = logging.getLogger(__name__)
 _POLL_SECONDS = 0.25
 _COMMITTED_SECONDS = 120.0
 _END_SECONDS = 1.0
+_WARN_SECONDS = 10.0
 _QUEUE_KB = 32 * 1024
 """Memory for messages fetched ahead, beside the batch in hand: enough that a batch is whole while the next is fetched."""
 
@@ -46,6 +47,7 @@ class StreamConsumer:
         self._committed: dict[int, int] = {}
         self._to_commit: deque[tuple[float, dict[int, int]]] = deque()
         self._recommit = False
+        self._warned: dict[int, float] = {}
         self._buffer: list[Any] = []
         self._consumer = self._made(config)
         self._consumer.subscribe([topic], on_assign=self._on_assign, on_revoke=self._on_revoke, on_lost=self._on_lost)
@@ -66,7 +68,8 @@ class StreamConsumer:
                 "queued.max.messages.kbytes": _QUEUE_KB,
                 "fetch.queue.backoff.ms": 10,  # a full queue is looked at again after this: the default is a second
                 "on_commit": self._on_commit,
-                "error_cb": lambda e: log.warning("Kafka: %s", e.str()),
+                "log_level": 2,  # `_warn` tells it, once in a while
+                "error_cb": self._warn,
             }
         )
 
@@ -190,6 +193,13 @@ class StreamConsumer:
             # Nothing is lost: the next owner gets these events again and recognises them.
             log.warning("offsets not committed: %s", e.args[0].str())
         self._committed |= due
+
+    def _warn(self, error: Any) -> None:
+        """Told by the client some twenty times a second while a broker is away."""
+        now = time.monotonic()
+        if now >= self._warned.get(error.code(), 0.0):
+            self._warned[error.code()] = now + _WARN_SECONDS
+            log.warning("Kafka: %s", error.str())
 
     def _on_commit(self, error: Any, _partitions: Any) -> None:
         from confluent_kafka import KafkaError

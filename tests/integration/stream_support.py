@@ -90,13 +90,13 @@ class Project:
     def view(self):
         return self.store.get_feature_view("customer_behavior")
 
-    def start(self, *command: str) -> subprocess.Popen:
-        """A predictflow command, running."""
+    def start(self, *command: str, errors: Any = subprocess.PIPE) -> subprocess.Popen:
+        """A predictflow command, running. `errors`: a file, for one that may say more than a pipe holds."""
         return subprocess.Popen(
             [sys.executable, "-m", "predictflow.cli", *command],
             cwd=self.repo,
             env={**os.environ, **self.environ},
-            stderr=subprocess.PIPE,
+            stderr=errors,
             stdout=subprocess.PIPE,
             text=True,
         )
