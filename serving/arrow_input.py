@@ -51,6 +51,10 @@ def _require_plain(field: pa.Field) -> None:
     import pyarrow.types as t
 
     kind = field.type
+    (
+        str(field.name),
+        str(getattr(kind, "tz", None)),
+    )  # both are bytes until asked for, and UnicodeDecodeError is ours to tell
     checks = (t.is_integer, t.is_floating, t.is_boolean, t.is_string, t.is_large_string, t.is_binary, t.is_large_binary)
     if not any(check(kind) for check in (*checks, t.is_timestamp, t.is_date, t.is_decimal)):
         raise ArrowError(

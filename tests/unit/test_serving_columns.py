@@ -146,6 +146,14 @@ def test_a_compressed_stream_is_refused_before_it_is_unpacked(compression: str) 
     assert pa.total_allocated_bytes() - before < 1_000_000
 
 
+@pytest.mark.parametrize("text", [b"a name", b"Europe/Paris"])
+def test_a_name_or_time_zone_that_is_no_text_is_refused(text: bytes) -> None:
+    body = stream(pa.table({"a name": pa.array([0], pa.timestamp("us", "Europe/Paris"))}))
+    assert read_stream(body, 10).num_rows == 1
+    with pytest.raises(ArrowError):
+        read_stream(body.replace(text, b"\xff" + text[1:]), 10)
+
+
 def test_no_damage_to_a_stream_is_more_than_an_error() -> None:
     whole = stream(TABLE)
     for at in range(0, len(whole), 7):
