@@ -63,7 +63,11 @@ status: .venv/.runtime ## Show what runs, and where
 
 .PHONY: test
 test: .venv/.dev ## Run the tests against real Postgres, Redis and Kafka
-	.venv/bin/python -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
+	.venv/bin/python -m pytest -n 2 --dist loadfile -m "not long" $(PYTEST_ARGS)
+
+.PHONY: test-long
+test-long: .venv/.dev ## Run the tests that `make test` leaves out for their time: planted faults, killed servers, one more demo
+	.venv/bin/python -m pytest -n 2 --dist loadfile -m long $(PYTEST_ARGS)
 
 .PHONY: lint
 lint: .venv/.dev ## Run ruff, mypy and the import-direction check

@@ -255,7 +255,7 @@ class WindowStore:
         _, damaged = decode_intact(self.definition, [blob_of(c) for c in self._ask(names)[1:]])
         with answering(self._redis):
             for i in damaged:
-                self._redis.hdel(names[i], self._field)
+                self._redis.hdel(names[i].as_py(), self._field)
         return len(damaged)
 
     def delete(self) -> None:

@@ -200,6 +200,7 @@ def test_lineage_leads_from_the_raw_column_to_the_endpoint(
         assert node in done.stdout
 
 
+@pytest.mark.long
 def test_a_demo_of_another_size_shows_its_own_figures_only(
     checkout: Checkout, first_run: tuple[str, dict[str, Any]]
 ) -> None:

@@ -20,7 +20,7 @@ from predictflow.local import kafka, redis
 from predictflow.local.ports import HOST, free_port
 from predictflow.local.watched import Watched
 
-pytestmark = pytest.mark.kafka
+pytestmark = [pytest.mark.kafka, pytest.mark.long]
 
 
 class Servers:

@@ -247,7 +247,7 @@ def test_a_damaged_state_stops_no_other_and_is_rebuilt_from_the_log(repo: Repo, 
     states = windows.load(KEYS)
     states.apply(events(states, {"time": T, "offset": 3}, {"entity": 1, "time": T, "offset": 4}))
     windows.write(KEYS, states)
-    first = windows._redis_keys(KEYS)[0]
+    first = windows._redis_keys(KEYS)[0].as_py()
     cell = bytearray(repo.redis.hget(first, windows._field))
     cell[(len(cell) - len(states.encode()[0]) if at >= 0 else 0) + at] ^= 0x40
     repo.redis.hset(first, windows._field, bytes(cell))

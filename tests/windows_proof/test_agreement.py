@@ -198,6 +198,7 @@ def run_of(seed: int) -> Run:
     return Run(random_scenario(seed)).go()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda c: c.__name__)
 def test_a_broken_rule_is_seen(fault):
     for seed in range(150):
