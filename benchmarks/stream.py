@@ -341,7 +341,7 @@ class Project:
                 while consumers[0].events() < before + rate * 2:
                     if time.monotonic() > until or load.poll() is not None:
                         raise SystemExit("the load did not start")
-                    time.sleep(0.1)
+                    time.sleep(0.1)  # between looks at the consumer's metrics
                 found = self._probe(port, seconds)
                 print(
                     f"{self.name}: freshness under {rate:,.0f} events per second, {consumers[0].batches():.1f} ms per batch"
@@ -357,7 +357,7 @@ class Project:
         while not consumer.listens():
             if time.monotonic() > until:
                 raise SystemExit("sync did not start")
-            time.sleep(0.1)
+            time.sleep(0.1)  # between looks at the consumer's metrics
         events = self.size.events // 3
         began = time.monotonic()
         self.produce(events)
@@ -385,7 +385,7 @@ class Project:
                 producer.produce(self.topic, key=b"probe", value=value, on_delivery=taken)
                 sent = number
                 producer.poll(0)
-                time.sleep(PROBE_SECONDS * rng.uniform(0.5, 1.5))
+                time.sleep(PROBE_SECONDS * rng.uniform(0.5, 1.5))  # not in step with the batches
             producer.flush(30)
 
         body = json.dumps({"features": ["bench:newest_probe"], "entities": {"customer_id": ["probe"]}}).encode()
@@ -403,7 +403,7 @@ class Project:
                 at = time.time() * 1000
                 for number in range(len(readable) + 1, newest + 1):
                     readable[number] = at
-                time.sleep(READ_SECONDS)
+                time.sleep(READ_SECONDS)  # reads share the two cores: more of them would be load
         finally:
             over.set()
             sender.join()

@@ -79,9 +79,9 @@ def test_killed_servers_come_back_and_every_event_counts_once(
                 ):
                     before = logged(project)
                     wait_until(lambda before=before: logged(project) > before, 120)
-                    time.sleep(rng.uniform(0, 0.5))
+                    time.sleep(rng.uniform(0, 0.5))  # anywhere in a batch
                     kill()
-                    time.sleep(rng.uniform(0.2, 1.5))
+                    time.sleep(rng.uniform(0.2, 1.5))  # it stays away for a while
                     start()
             assert consumer.poll() is None, said.read_text()
             finish(project, consumer, len(flow.events))

@@ -144,7 +144,7 @@ class Server:
         self.reader, self.guard, self.metrics, self.pipeline = Reader(), Guard(), Metrics(), Pipeline()
         limits = Limits(rows=3, body_bytes=5_000)
         online = OnlineService(
-            Plans(self.reader),  # type: ignore[arg-type]
+            Plans(self.reader),  # type: ignore[arg-type]  # stand-ins, these two
             Models(self.pipeline),  # type: ignore[arg-type]
             NoServedLog(),
             self.metrics,
