@@ -66,7 +66,7 @@ class Size:
     fresh_seconds: float
 
 
-SIZES = {"small": Size(300_000, 5_000, 1, 8.0), "full": Size(3_000_000, 50_000, 3, 60.0)}
+SIZES = {"small": Size(300_000, 5_000, 1, 8.0), "full": Size(1_500_000, 50_000, 2, 30.0)}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

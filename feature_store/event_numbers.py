@@ -1,4 +1,6 @@
-"""The numbers that a definition's aggregates need of a batch of events, by DuckDB; events that have none, with the reason.
+"""The numbers that a definition's aggregates need of a batch of events; events that have none, with the reason.
+
+By DuckDB, or of a few events by Arrow where the definition is plain enough (see `plain_numbers.py`).
 
 An expression that overflows, or gives NaN or an infinity, is the event's fault and no other's: it is found by halving the
 batch, and the others stay. Public: `EventNumbers`.
@@ -12,6 +14,7 @@ import duckdb
 import numpy as np
 import pyarrow as pa
 
+from feature_store.plain_numbers import most_events, plain_numbers
 from feature_store.windows.definition import WindowedView
 from feature_store.windows.plan import plan_of
 
@@ -23,7 +26,8 @@ class EventNumbers:
     """One definition's projection in a private DuckDB connection. DefinitionError: SQL that is not supported."""
 
     def __init__(self, definition: WindowedView) -> None:
-        plan = plan_of(definition)
+        self._plan = plan = plan_of(definition)
+        self._most = most_events(plan)
         self._sql = f"SELECT {plan.numbers_sql()}, {plan.event_id_sql()} FROM batch"
         self.values = [f"_v{i}" for i in range(len(plan.values))]
         self._types: dict[str, Any] = {"_mask": np.int64, "_id": np.int64} | {
@@ -37,7 +41,10 @@ class EventNumbers:
         """The numbers of each event (0 where refused), and place and reason of the refused. Pure."""
         parts: list[Numbers] = []
         refused: list[tuple[int, str]] = []
-        self._run(events, 0, parts, refused)
+        if 0 < events.num_rows <= self._most:
+            parts.append(plain_numbers(self._plan, events))
+        else:
+            self._run(events, 0, parts, refused)
         numbers: Numbers = {}
         for name, kind in self._types.items():
             columns = [p[name] for p in parts] or [np.empty(0, kind)]

@@ -13,7 +13,7 @@ from feature_store.errors import DataError
 from feature_store.redis_batch import Batch, Cells
 from feature_store.redis_layout import nanos_of
 from feature_store.row_bytes import Times
-from feature_store.value_bytes import times_of
+from feature_store.value_bytes import cells_of, times_of
 from feature_store.windows.definition import STATE_FIELD
 from feature_store.write_layout import CHUNK_BYTES, CHUNK_ROWS, FEW_ROWS, Limit, WriteLayout, first_after
 
@@ -83,7 +83,8 @@ def _batches(layout: WriteLayout, rows: Sequence[Row], keys: Cells, events: Time
             parts = [*fields.packer.pack_few(fields.packer.heads(event, created), few)]
             some = some if isinstance(some, list) else some.to_pylist()
         else:
-            cells = [e.of_protos([row[name] for row in values]) for e, name in zip(fields.encoders, names, strict=True)]
+            found = [e.of_protos([row[name] for row in values]) for e, name in zip(fields.encoders, names, strict=True)]
+            cells = cells_of(fields.encoders, found, fields.packer.parts == 1)
             known = None if created.known is not None and not created.known.any() else created
             parts = fields.packer.pack(event, known, cells)
             some = pa.array(some, pa.binary()) if isinstance(some, list) else some

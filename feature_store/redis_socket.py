@@ -99,9 +99,8 @@ class RedisSocket:
 
     def _checked(self, connection: _Connection, replies: Replies) -> Replies:
         self._idle.append(connection)
-        for reply in replies:
-            if isinstance(reply, Exception):
-                raise refused(self.address, reply)
+        if any(issubclass(kind, Exception) for kind in set(map(type, replies))):
+            raise refused(self.address, next(r for r in replies if isinstance(r, Exception)))
         return replies
 
     def _close_idle(self) -> None:

@@ -55,7 +55,7 @@ class SyncOptions:
     clock: ClockMode
     group: str | None = None
     topic: str | None = None
-    max_batch: int = 20_000
+    max_batch: int = 100_000
     report_seconds: float = 10.0
     commit_delay: float = 0.0
     schema_registry: str | None = None

@@ -13,7 +13,7 @@ from feature_store.errors import DataError
 from feature_store.key_bytes import KEY
 from feature_store.redis_batch import Batch
 from feature_store.row_bytes import Times
-from feature_store.value_bytes import times_of
+from feature_store.value_bytes import cells_of, times_of
 from feature_store.windows.definition import STATE_FIELD
 from feature_store.write_layout import CHUNK_BYTES, CHUNK_ROWS, FEW_ROWS, Fields, Limit, WriteLayout, first_after
 
@@ -70,8 +70,8 @@ def _batches(layout: WriteLayout, table: pa.Table, fields: Fields) -> Iterator[B
             keys, chunk, event = keys.take(pa.array(rows)), chunk.take(pa.array(rows)), event.take(rows)
             created = created.take(rows) if created is not None else None
         # Checked again: a table of few rows was left to `few`. Where it was checked before, this only looks at the type.
-        pieces = [e.column(_whole(e.checked(chunk.column(_FEATURE + e.name)))) for e in fields.encoders]
-        parts = fields.packer.pack(event, created, pieces)
+        arrays = [_whole(e.checked(chunk.column(_FEATURE + e.name))) for e in fields.encoders]
+        parts = fields.packer.pack(event, created, cells_of(fields.encoders, arrays, fields.packer.parts == 1))
         yield Batch(keys, parts, fields.head, fields.count)
 
 

@@ -16,7 +16,17 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from feature_store.errors import DataError
-from feature_store.row_bytes import Piece, Times, by_length, lengths_of, short_cells, string_head, varint, varints
+from feature_store.row_bytes import (
+    Narrow,
+    Piece,
+    Times,
+    by_length,
+    lengths_of,
+    short_cells,
+    string_head,
+    varint,
+    varints,
+)
 from feature_store.value_cells import CELLS, SCALARS
 
 if TYPE_CHECKING:
@@ -39,23 +49,23 @@ _PLAIN |= {"DOUBLE": ("double_val", pa.float64()), "FLOAT": ("float_val", pa.flo
 _PLAIN |= {"STRING": ("string_val", pa.string()), "BYTES": ("bytes_val", pa.binary())}
 _PLAIN |= {"BOOL": ("bool_val", pa.bool_()), "UNIX_TIMESTAMP": ("unix_timestamp_val", pa.int64())}
 _NUMBERS = {*_INTEGERS, *_FLOATS, "BOOL", "UNIX_TIMESTAMP"}
+_TOGETHER = {*_INTEGERS, *_FLOATS}
 _SERIALISE = methodcaller("SerializeToString")
 
 
 class ColumnEncoder:
-    """One feature: `column` makes the cells of packed rows, `one` a single `Value`. `prefix`: its packed hash field."""
+    """One feature: `column` makes the cells of packed rows, `one` a single `Value`. `prefix`: its packed hash field; `kind`: its type's name."""
 
     def __init__(self, name: str, value_type: ValueType, prefix: bytes) -> None:
         self.name = name
         self._type = value_type
-        self._prefix = prefix
+        self.prefix = prefix
         self._heads = [prefix + string_head(n) for n in range(32)]
         kind = value_type.name
+        self.kind: str = kind
         self._column: Callable[[pa.Array], list[Piece] | None] = lambda _: None
-        if kind in _INTEGERS:
-            self._column = self._integers
-        elif kind in _FLOATS:
-            self._column = self._floats
+        if kind in _INTEGERS or kind in _FLOATS:
+            self._column = lambda array: _numbers([self], [array]) if array.type == _COLUMNS[kind] else None
         elif kind in _TEXTS:
             self._column = self._texts
         elif kind in _LISTS:
@@ -104,17 +114,13 @@ class ColumnEncoder:
 
     def serialised(self, protos: pa.Array) -> list[Piece]:
         """The cells, from `Value` protos that are bytes already; null and zero bytes are null."""
-        heads = by_length(lengths_of(protos), lambda n: self._prefix + string_head(max(n, 0)))
+        heads = by_length(lengths_of(protos), lambda n: self.prefix + string_head(max(n, 0)))
         return [heads, protos.fill_null(b"") if protos.null_count else protos]
 
-    def of_protos(self, values: Sequence[Value]) -> list[Piece]:
-        """The cells, from `Value` protos: their bytes are those that protobuf writes."""
+    def of_protos(self, values: Sequence[Value]) -> pa.Array | list[Piece]:
+        """What `cells_of` takes, from `Value` protos: their bytes are those that protobuf writes."""
         plain = self._plain(values)
-        return (
-            self.serialised(pa.array(list(map(_SERIALISE, values)), pa.binary()))
-            if plain is None
-            else self.column(plain)
-        )
+        return self.serialised(pa.array(list(map(_SERIALISE, values)), pa.binary())) if plain is None else plain
 
     def _plain(self, values: Sequence[Value]) -> pa.Array | None:
         """The values as `column` encodes them, a third of the work of serialising each; None where there are others."""
@@ -153,7 +159,7 @@ class ColumnEncoder:
 
     def _packed(self, protos: Iterable[bytes]) -> list[bytes]:
         heads = self._heads
-        return [(heads[len(p)] if len(p) < len(heads) else self._prefix + string_head(len(p))) + p for p in protos]
+        return [(heads[len(p)] if len(p) < len(heads) else self.prefix + string_head(len(p))) + p for p in protos]
 
     def one(self, value: Any) -> bytes:
         """The `Value` of one Python value as Arrow gives it; zero bytes for null."""
@@ -170,36 +176,19 @@ class ColumnEncoder:
 
     # --- by column: None where the column's type is not one that is encoded here --------------------------------------
 
-    def _integers(self, array: pa.Array) -> list[Piece] | None:
-        tag, wanted = _INTEGERS[self._type.name]
-        return self._varint_cells(tag, array.cast(pa.int64())) if array.type == wanted else None
-
-    def _varint_cells(self, tag: bytes, array: pa.Array) -> list[Piece]:
-        data, lengths = varints(_numpy(array, 0))
-        return [short_cells(self._prefix, data, lengths, tag, _nulls(array))]
-
-    def _floats(self, array: pa.Array) -> list[Piece] | None:
-        tag, wanted, little_endian = _FLOATS[self._type.name]
-        if array.type != wanted:
-            return None
-        numbers = _numpy(array, np.nan).astype(little_endian, copy=False)
-        null = np.isnan(numbers)
-        data = np.ascontiguousarray(numbers)[:, None].view(np.uint8).reshape(len(array), -1)
-        return [short_cells(self._prefix, data, None, tag, null if null.any() else None)]
-
     def _booleans(self, array: pa.Array) -> list[Piece] | None:
         if not pa.types.is_boolean(array.type):
             return None
-        data = _numpy(array.cast(pa.uint8()), 0).astype(np.uint8)[:, None]
-        return [short_cells(self._prefix, data, None, b"\x38", _nulls(array))]
+        data = _numpy(array.cast(pa.uint8()), 0).astype(np.uint8)[:, None, None]
+        return [short_cells([self.prefix], data, None, b"\x38", _nulls([array]))]
 
     def _seconds(self, array: pa.Array) -> list[Piece] | None:
-        if array.type == pa.int64():
-            return self._varint_cells(b"\x40", array)
-        if not pa.types.is_timestamp(array.type):
-            return None
-        seconds = pa.array(times_of(array).seconds, mask=_nulls(array))
-        return self._varint_cells(b"\x40", seconds)
+        if array.type != pa.int64():
+            if not pa.types.is_timestamp(array.type):
+                return None
+            null = _nulls([array])
+            array = pa.array(times_of(array).seconds, mask=None if null is None else null[:, 0])
+        return [_varint_cells([self.prefix], b"\x40", [array])]
 
     def _texts(self, array: pa.Array) -> list[Piece] | None:
         tag, wanted = _TEXTS[self._type.name]
@@ -210,7 +199,7 @@ class ColumnEncoder:
         data = array.cast(wanted).cast(pa.binary())
 
         return [
-            by_length(lengths_of(data), partial(_text_head, self._prefix, tag)),
+            by_length(lengths_of(data), partial(_text_head, self.prefix, tag)),
             data.fill_null(b"") if data.null_count else data,
         ]
 
@@ -230,10 +219,10 @@ class ColumnEncoder:
 
         def head(count: int) -> bytes:
             if count < 0:
-                return self._prefix + b"\xa0"
+                return self.prefix + b"\xa0"
             inner = b"\x0a" + varint(count * size) if count else b""
             outer = tag + varint(len(inner) + count * size) + inner
-            return self._prefix + string_head(len(outer) + count * size) + outer
+            return self.prefix + string_head(len(outer) + count * size) + outer
 
         return [by_length(counts, head), data]
 
@@ -252,6 +241,43 @@ class ColumnEncoder:
         return DataError(f"feature {self.name} must be {self._type.name} ({why[:200]})")
 
 
+def cells_of(
+    encoders: Sequence[ColumnEncoder], columns: Sequence[pa.Array | list[Piece]], together: bool
+) -> list[list[Piece]]:
+    """The cells of all columns, `checked` arrays or cells already, each as `ColumnEncoder.column` makes them.
+
+    `together`: numbers of a kind at once, which is cheaper; then not in the columns' order nor one list per column.
+    """
+    out: list[list[Piece]] = []
+    alike: dict[str, list[int]] = {}
+    for i, (encoder, column) in enumerate(zip(encoders, columns, strict=True)):
+        if isinstance(column, list):
+            out.append(column)
+        elif together and encoder.kind in _TOGETHER and column.type == _COLUMNS[encoder.kind]:
+            alike.setdefault(encoder.kind, []).append(i)
+        else:
+            out.append(encoder.column(column))
+    return out + [_numbers([encoders[i] for i in some], [columns[i] for i in some]) for some in alike.values()]
+
+
+def _numbers(encoders: Sequence[ColumnEncoder], arrays: Sequence[pa.Array]) -> list[Piece]:
+    """Columns of integers, or of floats, of the same kind."""
+    kind, prefixes = encoders[0].kind, [e.prefix for e in encoders]
+    if kind in _INTEGERS:
+        return [_varint_cells(prefixes, _INTEGERS[kind][0], [a.cast(pa.int64()) for a in arrays])]
+    tag, _, little_endian = _FLOATS[kind]
+    numbers = np.stack([_numpy(a, np.nan) for a in arrays], axis=1).astype(little_endian, copy=False)
+    null = np.isnan(numbers)
+    data = numbers.view(np.uint8).reshape(*numbers.shape, -1)
+    return [short_cells(prefixes, data, None, tag, null if null.any() else None)]
+
+
+def _varint_cells(prefixes: Sequence[bytes], tag: bytes, arrays: Sequence[pa.Array]) -> Narrow:
+    numbers = np.stack([_numpy(a, 0) for a in arrays], axis=1)
+    data, lengths = varints(numbers.reshape(-1))
+    return short_cells(prefixes, data.reshape(*numbers.shape, -1), lengths.reshape(numbers.shape), tag, _nulls(arrays))
+
+
 @lru_cache(maxsize=65_536)  # states of windowed views have thousands of lengths, the same ones in every batch
 def _text_head(prefix: bytes, tag: bytes, length: int) -> bytes:
     """What stands before a text or bytes of `length` (-1: null)."""
@@ -268,9 +294,9 @@ def times_of(array: pa.Array) -> Times:
     if not pa.types.is_timestamp(array.type):
         array = array.cast(pa.timestamp("us")) if pa.types.is_date(array.type) else _no_time(array.type)
     unit = _UNITS[array.type.unit]
-    null = _nulls(array)
+    null = _nulls([array])
     seconds, rest = np.divmod(_numpy(array.cast(pa.int64()), 0), unit)
-    return Times(seconds, rest * (1_000_000_000 // unit), None if null is None else ~null)
+    return Times(seconds, rest * (1_000_000_000 // unit), None if null is None else ~null[:, 0])
 
 
 def _no_time(kind: pa.DataType) -> pa.Array:
@@ -283,5 +309,8 @@ def _numpy(array: pa.Array, null: Any) -> Any:
     return array.to_numpy(zero_copy_only=False)
 
 
-def _nulls(array: pa.Array) -> Any:
-    return array.is_null().to_numpy(zero_copy_only=False) if array.null_count else None
+def _nulls(arrays: Sequence[pa.Array]) -> Any:
+    """Which values are null, a column of truth values for each array; None: no value is."""
+    if not any(a.null_count for a in arrays):
+        return None
+    return np.stack([a.is_null().to_numpy(zero_copy_only=False) for a in arrays], axis=1)

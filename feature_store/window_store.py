@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,7 @@ import pyarrow as pa
 from feature_store.errors import DefinitionError, NotFoundError, UnavailableError
 from feature_store.key_bytes import KEY, KeyColumns
 from feature_store.online_write import OnlineWriter
+from feature_store.redis_batch import Batch
 from feature_store.redis_connection import answering
 from feature_store.redis_layout import feature_field
 from feature_store.redis_socket import RedisSocket
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
 
 _TIME = pa.timestamp("us", "UTC")
 _KEY_TYPES = {"string": pa.string(), "int64": pa.int64()}
+_BLOCK = 1_000
+"""Entities whose rows are made at once."""
 Key = tuple[str | int, ...]
 """An entity: the values of the definition's `entity_key`, in its order."""
 
@@ -59,6 +62,14 @@ class WriteResult:
 
     without_values: int = 0
     fenced: int = 0
+
+
+@dataclass
+class _Told:
+    """What is known of a write while it is made."""
+
+    without_values: int = 0
+    sent: int = 0
 
 
 class WindowStore:
@@ -198,41 +209,47 @@ class WindowStore:
         by which it is known), microseconds; they never go back. DefinitionError: Redis holds states of another
         definition. UnavailableError: no Redis, an unknown part is written.
         """
-        result = WriteResult()
-        if keys:
-            marks = {p: mark for p, (mark, _) in (watermarks or {}).items()}
-            finals = states.values(states.visible_at, marks)
-            blobs = states.encode()
-            table: dict[str, pa.Array] = self._key_table(keys)
+        marks = {p: mark for p, (mark, _) in (watermarks or {}).items()}
+        told = _Told()
+        from redis.exceptions import ResponseError  # loaded with the client that raises it
+
+        try:
+            written = sum(won for _, won in write(self._redis, self._batches(keys, states, marks, told)))
+        except ResponseError as e:
+            if OTHER_DEFINITION not in str(e):
+                raise
+            raise DefinitionError(
+                f"{self.name}: Redis holds states of another definition, which stay",
+                next_step=f"`predictflow windows bootstrap {self.name}`, then start `predictflow sync` again",
+            ) from e
+        if watermarks and self.definition.closes_windows:
+            args = [n for p, (mark, visible) in watermarks.items() for n in (p, mark, visible)]
+            with answering(self._redis):
+                self._move_marks(keys=[self._marks_key], args=args)
+        return WriteResult(told.without_values, told.sent - written)
+
+    def _batches(self, keys: Sequence[Key], states: States, marks: Mapping[int, int], told: _Told) -> Iterator[Batch]:
+        """Block by block, so that Redis writes one while the next is made, and a block stays in the processor's cache."""
+        for first in range(0, len(keys), _BLOCK):
+            some, held = keys[first : first + _BLOCK], states.slice(first, first + _BLOCK)
+            finals = held.values(held.visible_at, marks)
+            told.without_values += len(finals.errors)
+            blobs = held.encode()
+            table: dict[str, pa.Array] = self._key_table(some)
             for o in self.definition.outputs:
                 values, null = finals.arrays[o.name]
                 array = pa.array(values != 0 if o.type == "bool" else values, mask=null if null.any() else None)
                 table[o.name] = array.cast(_TIME) if o.type == "timestamp" else array
             table[STATE_FIELD] = pa.array(blobs, pa.binary())
-            seen = np.where(states.last_seen == NEVER, states.visible_at, states.last_seen)
+            seen = np.where(held.last_seen == NEVER, held.visible_at, held.last_seen)
             table[self._writer.event_column] = pa.array(seen).cast(_TIME)
-            table[self._writer.created_column] = pa.array(states.visible_at).cast(_TIME)
-            rows, sound = pa.table(table), [k not in self.damaged for k in keys]
-            if not all(sound):
+            table[self._writer.created_column] = pa.array(held.visible_at).cast(_TIME)
+            rows = pa.table(table)
+            if self.damaged:
+                sound = [k not in self.damaged for k in some]
                 rows, blobs = rows.filter(pa.array(sound)), [b for b, s in zip(blobs, sound, strict=True) if s]
-            batches = fenced(self._writer.batches(rows), self._field, blobs)
-            from redis.exceptions import ResponseError  # loaded with the client that raises it
-
-            try:
-                written = sum(won for _, won in write(self._redis, batches))
-            except ResponseError as e:
-                if OTHER_DEFINITION not in str(e):
-                    raise
-                raise DefinitionError(
-                    f"{self.name}: Redis holds states of another definition, which stay",
-                    next_step=f"`predictflow windows bootstrap {self.name}`, then start `predictflow sync` again",
-                ) from e
-            result = WriteResult(len(finals.errors), len(blobs) - written)
-        if watermarks and self.definition.closes_windows:
-            args = [n for p, (mark, visible) in watermarks.items() for n in (p, mark, visible)]
-            with answering(self._redis):
-                self._move_marks(keys=[self._marks_key], args=args)
-        return result
+            told.sent += len(blobs)
+            yield from fenced(self._writer.batches(rows), self._field, blobs)
 
     def rewrite(
         self, keys: Sequence[Key], states: States, watermarks: Mapping[int, tuple[int, int]] | None = None

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 @click.option("--group", default=None, help="Consumer group; default: predictflow-sync-PROJECT.")
 @click.option("--topic", default=None, help="Event topic; default: the only one that feeds the registry's views.")
 @click.option(
-    "--max-batch", type=click.IntRange(min=1), default=20_000, show_default=True, help="Messages at once, under load."
+    "--max-batch", type=click.IntRange(min=1), default=100_000, show_default=True, help="Messages at once, under load."
 )
 @click.option(
     "--commit-delay",

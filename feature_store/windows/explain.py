@@ -14,7 +14,8 @@ from feature_store.windows.spark import spark_sql
 from feature_store.windows.sql_intervals import length_in_words
 
 _DAY_US = 86_400_000_000
-_WORD = 8
+_WORD = 4
+"""Bytes of a word as stored, without the units of it that are zero; measured: 3."""
 _HEADER_WORDS = 12
 """Version, hash, fence, visible_at, last seen, watermark, counts, and one partition's offset."""
 _SKETCH = 1_024
@@ -24,7 +25,7 @@ _SUMMARY_WORDS = {"count": 1, "sum": 3, "avg": 3, "min": 2, "max": 2, "first": 3
 
 @dataclass(frozen=True)
 class StateSize:
-    """What a Statement keeps of one entity: `formula` in words, `words` of 8 bytes at the given rate of events."""
+    """What a Statement keeps of one entity: `formula` in words, `words` (see `blob.py`) at the given rate of events."""
 
     formula: str
     words: int

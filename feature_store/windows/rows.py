@@ -75,6 +75,11 @@ class Rows:
             there &= self.data[np.minimum(places, len(self.data) - 1), 0] == key
         return there
 
+    def slice(self, first: int, end: int) -> Rows:
+        """The rows of the entities from `first` to before `end`."""
+        starts = self.starts[first : end + 1]
+        return Rows(starts - starts[0], self.data[starts[0] : starts[-1]])
+
     def keep(self, wanted: Array) -> Rows:
         """The rows for which `wanted` is true."""
         if wanted.all():

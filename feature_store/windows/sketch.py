@@ -58,6 +58,13 @@ class Sketch:
     def __len__(self) -> int:
         return len(self.code)
 
+    def slice(self, first: int, end: int) -> Sketch:
+        """Those of the rows from `first` to before `end`."""
+        if not len(self):
+            return self
+        low, high = np.searchsorted(self.code, [first << SLOT_BITS, end << SLOT_BITS]).tolist()
+        return Sketch(self.code[low:high] - (first << SLOT_BITS), self.hash[low:high])
+
     @property
     def row(self) -> Array:
         return self.code >> SLOT_BITS

@@ -142,6 +142,18 @@ class States:
     def __len__(self) -> int:
         return len(self.visible_at)
 
+    def slice(self, first: int, end: int) -> States:
+        """The states of some of the entities, which share what they hold with these."""
+        if first <= 0 and end >= len(self):
+            return self
+        out = copy.copy(self)
+        for name in ("visible_at", "last_seen", "_floor", "_lost"):
+            setattr(out, name, getattr(self, name)[first:end])
+        for name in ("_partitions", "_ids", "_pending", "_events"):
+            setattr(out, name, getattr(self, name).slice(first, end))
+        out._tracks = [held.slice(first, end) for held in self._tracks]
+        return out
+
     @property
     def fences(self) -> Array:
         """The sum of (last offset + 1) over the log's partitions: of two states of one entity, the greater is the newer."""

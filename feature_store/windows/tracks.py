@@ -19,6 +19,11 @@ class Held:
     rows: Rows
     sketch: Sketch
 
+    def slice(self, first: int, end: int) -> Held:
+        """The rows of the entities from `first` to before `end`."""
+        row = self.rows.starts[[first, min(end, self.rows.entities)]]
+        return Held(self.rows.slice(first, end), self.sketch.slice(int(row[0]), int(row[1])))
+
     def keep(self, wanted: Array) -> Held:
         """The rows for which `wanted` is true."""
         if wanted.all():

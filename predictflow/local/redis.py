@@ -35,6 +35,8 @@ def start(
     argv += ["--appendonly", "yes" if durable else "no", "--save", ""]
     # As a list, a hash of 80 fields is scanned by every read and write. The old name is an alias from Redis 7 on.
     argv += ["--hash-max-ziplist-entries", "16"]
+    # A stream writes tens of MB a second: at the default of 64 the file would be rewritten, by a fork, every few seconds.
+    argv += ["--auto-aof-rewrite-min-size", "256mb"]
     launcher.start(Program("redis", argv, log, ready=lambda: answers_ping(HOST, port)))
 
 

@@ -351,6 +351,10 @@ def test_entities_of_a_batch_do_not_touch_each_other(seed):
         alone = one.values(t).columns
         assert {k: (v, alone[k][0]) for k, v in values.items() if not same(v, alone[k][0])} == {}
     assert States.decode(definition, [blobs[5], None, b"", blobs[0]]).encode()[::3] == [blobs[5], blobs[0]]
+    for first in range(0, len(states), 3):
+        some = states.slice(first, first + 3)
+        assert some.encode() == blobs[first : first + 3]
+        assert some.values(t).columns == {name: c[first : first + 3] for name, c in got.columns.items()}
 
 
 def test_a_replayed_batch_changes_nothing():
