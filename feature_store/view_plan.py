@@ -138,6 +138,7 @@ class ViewPlan:
             self.fields.append(feature_field(self.stored, STATE_FIELD))
         self.closes_windows = self.definition is not None and self.definition.closes_windows
         self._outputs: dict[str, Type] = {o.name: o.type for o in self.definition.outputs} if self.definition else {}
+        self._asked = self._outputs.keys() & set(names)
         self.key_parts = _key_parts(view)
 
     def parse(self, reply: Sequence[bytes | None]) -> Held:
@@ -180,7 +181,7 @@ class ViewPlan:
     ) -> list[ViewRow]:
         """The cells of a windowed view's rows at t, not before `windows.visible_at`. `watermarks`: of the partitions."""
         states = windows.states
-        finals = states.values(t_us, watermarks)
+        finals = states.values(t_us, watermarks, self._asked)
         marks = finals.watermark.tolist()
         visible = states.visible_at.tolist()
         columns: list[list[Any] | None] = []

@@ -230,8 +230,9 @@ class WindowStore:
 
     def _batches(self, keys: Sequence[Key], states: States, marks: Mapping[int, int], told: _Told) -> Iterator[Batch]:
         """Block by block, so that Redis writes one while the next is made, and a block stays in the processor's cache."""
-        for first in range(0, len(keys), _BLOCK):
-            some, held = keys[first : first + _BLOCK], states.slice(first, first + _BLOCK)
+        size = -(-len(keys) // max(1, round(len(keys) / _BLOCK)))  # alike: a small last one would cost as much
+        for first in range(0, len(keys), size or 1):
+            some, held = keys[first : first + size], states.slice(first, first + size)
             finals = held.values(held.visible_at, marks)
             told.without_values += len(finals.errors)
             blobs = held.encode()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -36,14 +36,18 @@ class Finals:
     def __init__(self, outputs: list[Output], last_seen: Array, watermark: Array) -> None:
         self.outputs, self.last_seen, self.watermark = outputs, last_seen, watermark
         self.errors: dict[int, dict[str, WindowStateError]] = {}
+        self._names = {o.name for o in outputs}
         self._made: dict[str, Column] = {}
         self._one: dict[str, Any] | None = None  # of one entity: the values as they are in `columns`
 
     def fail(self, entity: int, outputs: Iterable[Output], error: WindowStateError) -> None:
         """Says that an entity has no value of these outputs; the first reason stays."""
-        errors = self.errors.setdefault(entity, {})
-        for o in outputs:
-            errors.setdefault(o.name, error)
+        for o in self.wanted(outputs):
+            self.errors.setdefault(entity, {}).setdefault(o.name, error)
+
+    def wanted(self, outputs: Iterable[Output]) -> list[Output]:
+        """Those that were asked for."""
+        return [o for o in outputs if o.name in self._names]
 
     @cached_property
     def arrays(self) -> dict[str, Column]:
@@ -75,26 +79,33 @@ def _listed(values: Array, null: Array, truth: bool) -> list[Any]:
     return [None if n else v for v, n in zip(out, null.tolist())] if null.any() else out
 
 
-def finals(layout: Layout, states: States, t: Array, watermark: Array, visible_at: Array) -> Finals:
-    """The values of states in which no event is pending at t. `visible_at`: before pending events were counted."""
+def finals(
+    layout: Layout, states: States, t: Array, watermark: Array, visible_at: Array, only: Collection[str] | None = None
+) -> Finals:
+    """The values of states in which no event is pending at t. `visible_at`: before pending events were counted; `only`:
+    the outputs that are asked for (None: all)."""
     name = layout.definition.name
     unseen = states.last_seen == NEVER
-    out = Finals(layout.outputs, states.last_seen, watermark)
+    outputs = layout.outputs if only is None else [o for o in layout.outputs if o.name in only]
+    out = Finals(outputs, states.last_seen, watermark)
     for i in np.flatnonzero(t < visible_at).tolist():
         early = WindowStateError(
             f"{name}: read at a time before the state's newest event was known",
             value=from_micros(int(t[i])).isoformat(),
             next_step=f"read at {from_micros(int(visible_at[i])).isoformat()} or later",
         )
-        out.fail(i, layout.outputs, early)
+        out.fail(i, outputs, early)
     if layout.over and (states._lost != NEVER).any():
         _lost_events(layout, out, states._lost, t)
     if len(states) == 1:
         out._one = _one(layout, states, t, watermark, bool(unseen[0]), out)
         return out
     for i, statement in enumerate(layout.statements):
+        wanted = out.wanted(statement.outputs)
+        if not wanted:
+            continue
         columns = _results(layout, i, _window(layout, states, i, t, watermark), len(states), out)
-        for output in statement.outputs:
+        for output in wanted:
             if isinstance(output.expression, AggregateRef):
                 out._made[output.name] = columns[output.expression.index]
             else:
@@ -129,11 +140,14 @@ def _lost_events(layout: Layout, out: Finals, lost: Array, t: Array) -> None:
 
 def _one(layout: Layout, states: States, t: Array, watermark: Array, unseen: bool, said: Finals) -> dict[str, Any]:
     """The outputs of a single entity: what takes the time is then not the numbers but calls of numpy."""
-    out: dict[str, Any] = {o.name: None for o in layout.outputs}
+    out: dict[str, Any] = {o.name: None for o in said.outputs}
     failed = said.errors.get(0, {})
     if unseen or len(failed) == len(out):
         return out
     for i, statement in enumerate(layout.statements):
+        wanted = said.wanted(statement.outputs)
+        if not wanted:
+            continue
         found = _window(layout, states, i, t, watermark)
         words = [c.item() for c in found.columns]
         values: list[Any] = []
@@ -149,7 +163,7 @@ def _one(layout: Layout, states: States, t: Array, watermark: Array, unseen: boo
                     _overflow(layout, said, 0, i, len(values))
                     values.append(None)
         failed = said.errors.get(0, {})
-        for output in statement.outputs:
+        for output in wanted:
             if output.name in failed:
                 continue
             try:

@@ -8,7 +8,7 @@ epoch, UTC. Applying the same events in any batches gives the same values; so do
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -311,8 +311,13 @@ class States:
     # --- read ---------------------------------------------------------------------------------------------------------
 
     @_SILENT
-    def values(self, t_us: int | Array, watermarks: Mapping[int, int] | None = None) -> Finals:
-        """The values at t (one for all, or one each). Changes nothing.
+    def values(
+        self,
+        t_us: int | Array,
+        watermarks: Mapping[int, int] | None = None,
+        only: Collection[str] | None = None,
+    ) -> Finals:
+        """The values at t (one for all, or one each), of the outputs `only` (None: of all). Changes nothing.
 
         `watermarks`: of partitions, as far as they are known at t; those of the entity's own rows are in the state.
         Of partition -1: what history left off with.
@@ -329,7 +334,7 @@ class States:
             mark = np.maximum(mark, _each(self._partitions, np.array(known, np.int64), np.maximum, NEVER))
         if watermarks:  # an entity with a floor has rows of history
             mark = np.where(self._floor == NEVER, mark, np.maximum(mark, watermarks.get(HISTORY_PARTITION, NEVER)))
-        return finals(self._layout, held, t, mark, self.visible_at)
+        return finals(self._layout, held, t, mark, self.visible_at, only)
 
 
 def _each(rows: Rows, column: Array, reduce: np.ufunc, none: int) -> Array:
