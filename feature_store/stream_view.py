@@ -25,11 +25,12 @@ from feature_store.event_decode import ARROW, UTC_MICROS, Decoder, RawBatch
 from feature_store.event_log import IDLE, LOG_FIELDS, STREAM, EventLog
 from feature_store.event_numbers import EventNumbers, Numbers
 from feature_store.events import CREATED, MessageSchema
+from feature_store.held_states import Key
 from feature_store.logged import NEVER, Bools, Ints, Logged, LoggedTails
 from feature_store.topic_record import read_record
 from feature_store.visibility import ahead, too_far_ahead, visible_times
 from feature_store.watermarks import Watermarks
-from feature_store.window_store import Key, WindowStore
+from feature_store.window_store import HELD_BYTES, WindowStore
 from feature_store.windows.definition import WindowedView
 from feature_store.windows.state import APPLIED, DUPLICATE, LATE, REPLAYED, Events, States
 
@@ -90,7 +91,7 @@ class StreamView:
         *,
         schema_registry: str | None = None,
     ) -> None:
-        self.online = WindowStore(store, view)
+        self.online = WindowStore(store, view, HELD_BYTES)
         self.definition = self.online.definition
         self.name = view.name
         self.log = EventLog(log_directory(offline_path, view), self.definition.topic)
@@ -112,6 +113,7 @@ class StreamView:
 
     def start_partition(self, partition: int, from_offset: int, wall_us: int = 0) -> None:
         """Call when a partition is assigned: rows logged beyond its committed offset will be delivered again."""
+        self.online.forget()  # another process wrote the partition's entities
         self.log.compact(partition, wall_us)
         logged = self.log.logged(partition, from_offset)
         record = read_record(self.log)
@@ -144,6 +146,10 @@ class StreamView:
     def compact(self, partition: int, wall_us: int) -> None:
         """Merges the partition's small log files. `wall_us`: the machine's clock."""
         self.log.compact(partition, wall_us)
+
+    def went_back(self) -> None:
+        """Call when Redis lost what was written last."""
+        self.online.forget()
 
     def close(self) -> None:
         """Call when no batch will follow."""

@@ -236,6 +236,9 @@ class Sync:
         lost = self._place.lost()
         if not lost:
             return False
+        for view in self.views:
+            if isinstance(view, StreamView):
+                view.went_back()
         back = self._consumer.go_back()
         deeper = {p: held for p, held in lost.items() if held < back.get(p, 0)}
         if deeper:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 
 from feature_store.errors import DefinitionError, NotFoundError, UnavailableError
+from feature_store.held_states import HeldStates, Key
 from feature_store.key_bytes import KEY, KeyColumns
 from feature_store.online_write import OnlineWriter
 from feature_store.redis_batch import Batch
@@ -22,7 +23,7 @@ from feature_store.replay_clock import ReplayClock
 from feature_store.row_bytes import by_length, join, lengths_of
 from feature_store.view_plan import _key_parts as key_parts
 from feature_store.view_plan import blob_of
-from feature_store.window_write import OTHER_DEFINITION, WATERMARKS, fenced, state_key, watermarks_key
+from feature_store.window_write import OTHER_DEFINITION, STATE_GONE, WATERMARKS, fenced, state_key, watermarks_key
 from feature_store.windows.definition import STATE_FIELD, WindowedView, definition_of
 from feature_store.windows.intact import decode_intact
 from feature_store.windows.state import NEVER, States, WindowStateError
@@ -34,8 +35,8 @@ _TIME = pa.timestamp("us", "UTC")
 _KEY_TYPES = {"string": pa.string(), "int64": pa.int64()}
 _BLOCK = 1_000
 """Entities whose rows are made at once."""
-Key = tuple[str | int, ...]
-"""An entity: the values of the definition's `entity_key`, in its order."""
+HELD_BYTES = 128_000_000
+"""Of the states that one consumer keeps of a view."""
 
 
 def windowed_views(store: FeatureStore, names: Sequence[str] = ()) -> list[tuple[FeatureView, WindowedView]]:
@@ -47,6 +48,12 @@ def windowed_views(store: FeatureStore, names: Sequence[str] = ()) -> list[tuple
     if not views:
         raise NotFoundError("the registry holds no windowed feature view", next_step="feast apply")
     return [views[n] for n in names] if names else list(views.values())
+
+
+class StateMovedError(UnavailableError):
+    """A state in Redis is no longer the one that events were applied to: erased, expired or replaced. Apply them again."""
+
+    code = "state_moved"
 
 
 class StateLostError(UnavailableError):
@@ -69,13 +76,17 @@ class _Told:
     """What is known of a write while it is made."""
 
     without_values: int = 0
-    sent: int = 0
+    blobs: list[bytes] = field(default_factory=list)
 
 
 class WindowStore:
-    """One windowed view in Redis. `clock` is the project's replay clock."""
+    """One windowed view in Redis. `clock` is the project's replay clock.
 
-    def __init__(self, store: FeatureStore, view: FeatureView) -> None:
+    `held_bytes`: of the states written last, how many bytes are kept for the next `load`: for the only writer of the
+    entities, who calls `forget` when that, or Redis, may have changed.
+    """
+
+    def __init__(self, store: FeatureStore, view: FeatureView, held_bytes: int = 0) -> None:
         from feast.infra.online_stores.helpers import compute_versioned_name
 
         definition = definition_of(view)
@@ -97,6 +108,7 @@ class WindowStore:
         self._marker_key = state_key(store.project, stored).encode()
         self._marker: bytes | None = None
         self.damaged: dict[Key, WindowStateError] = {}
+        self._held = HeldStates(held_bytes)
         self._marks_key = watermarks_key(store.project, stored)
         self.clock = ReplayClock(self._redis, store.project)
         self._move_marks = self._redis.register_script(WATERMARKS)
@@ -159,7 +171,10 @@ class WindowStore:
         self.damaged = {}
         if not keys:
             return States.empty(self.definition, 0)
-        marker, *cells = self._ask(self._redis_keys(keys))
+        blobs = self._held.of(keys)
+        unknown = [i for i, b in enumerate(blobs) if b is None]
+        names = self._redis_keys([keys[i] for i in unknown]) if unknown else None
+        marker, *cells = self._ask(names)
         if self._marker is not None and marker != self._marker:
             if marker is None:
                 raise self._lost()
@@ -169,12 +184,22 @@ class WindowStore:
                 valid=[self._marker.decode()],
                 next_step="start `predictflow sync` again",
             )
-        states, damaged = decode_intact(self.definition, list(map(blob_of, cells)))
+        for i, b in zip(unknown, map(blob_of, cells), strict=True):
+            blobs[i] = b
+        states, damaged = decode_intact(self.definition, blobs)
         self.damaged = {keys[i]: e for i, e in damaged.items()}
+        states.read = np.fromiter(map(bool, blobs), bool, len(blobs))
         return states
 
-    def _ask(self, keys: pa.Array) -> list[bytes | None]:
+    def forget(self) -> None:
+        """Call when another process may have written these entities, or Redis may have lost something: all are read again."""
+        self._held.forget()
+
+    def _ask(self, keys: pa.Array | None) -> list[bytes | None]:
+        """The marker, and the states under these keys."""
         if self._socket is not None:
+            if keys is None:
+                return self._socket.ask(command(b"GET", self._marker_key), 1)
             tail = b"\r\n$%d\r\n%b\r\n" % (len(self._field), self._field)
             size = by_length(lengths_of(keys), lambda n: b"*3\r\n$4\r\nHGET\r\n$%d\r\n" % n)
             asked = join(len(keys), [size, keys, tail])
@@ -184,7 +209,7 @@ class WindowStore:
             return self._socket.ask(asked, len(keys) + 1)
         pipe = self._redis.pipeline(transaction=False)
         pipe.get(self._marker_key)
-        for key in keys.to_pylist():
+        for key in keys.to_pylist() if keys is not None else []:
             pipe.hget(key, self._field)
         with answering(self._redis):
             return list(pipe.execute())
@@ -207,7 +232,7 @@ class WindowStore:
         seen one (`visible_at` where nothing was seen), created is `visible_at`. A value that cannot be finalised
         is null: a reader without our store sees nothing wrong. `watermarks`: partition -> (watermark, time
         by which it is known), microseconds; they never go back. DefinitionError: Redis holds states of another
-        definition. UnavailableError: no Redis, an unknown part is written.
+        definition. UnavailableError: no Redis; StateMovedError: a state is not the one that `load` gave; an unknown part is written.
         """
         marks = {p: mark for p, (mark, _) in (watermarks or {}).items()}
         told = _Told()
@@ -215,18 +240,26 @@ class WindowStore:
 
         try:
             written = sum(won for _, won in write(self._redis, self._batches(keys, states, marks, told)))
-        except ResponseError as e:
-            if OTHER_DEFINITION not in str(e):
-                raise
-            raise DefinitionError(
-                f"{self.name}: Redis holds states of another definition, which stay",
-                next_step=f"`predictflow windows bootstrap {self.name}`, then start `predictflow sync` again",
-            ) from e
+        except BaseException as e:
+            held = len(self._held)
+            self._held.forget()  # an unknown part is written
+            if isinstance(e, ResponseError) and (STATE_GONE in str(e) or (held and OTHER_DEFINITION in str(e))):
+                raise StateMovedError(f"{self.name}: a state was erased, expired or replaced meanwhile") from e
+            if isinstance(e, ResponseError) and OTHER_DEFINITION in str(e):
+                raise DefinitionError(
+                    f"{self.name}: Redis holds states of another definition, which stay",
+                    next_step=f"`predictflow windows bootstrap {self.name}`, then start `predictflow sync` again",
+                ) from e
+            raise
+        if written < len(told.blobs):
+            self._held.forget()  # Redis holds newer ones
+        else:
+            self._held.put([k for k in keys if k not in self.damaged] if self.damaged else keys, told.blobs)
         if watermarks and self.definition.closes_windows:
             args = [n for p, (mark, visible) in watermarks.items() for n in (p, mark, visible)]
             with answering(self._redis):
                 self._move_marks(keys=[self._marks_key], args=args)
-        return WriteResult(told.without_values, told.sent - written)
+        return WriteResult(told.without_values, len(told.blobs) - written)
 
     def _batches(self, keys: Sequence[Key], states: States, marks: Mapping[int, int], told: _Told) -> Iterator[Batch]:
         """Block by block, so that Redis writes one while the next is made, and a block stays in the processor's cache."""
@@ -245,12 +278,13 @@ class WindowStore:
             seen = np.where(held.last_seen == NEVER, held.visible_at, held.last_seen)
             table[self._writer.event_column] = pa.array(seen).cast(_TIME)
             table[self._writer.created_column] = pa.array(held.visible_at).cast(_TIME)
-            rows = pa.table(table)
+            rows, read = pa.table(table), held.read if held.read is not None else np.zeros(len(held), bool)
             if self.damaged:
-                sound = [k not in self.damaged for k in some]
-                rows, blobs = rows.filter(pa.array(sound)), [b for b, s in zip(blobs, sound, strict=True) if s]
-            told.sent += len(blobs)
-            yield from fenced(self._writer.batches(rows), self._field, blobs)
+                sound = np.array([k not in self.damaged for k in some])
+                rows, read = rows.filter(pa.array(sound)), read[sound]
+                blobs = [b for b, s in zip(blobs, sound, strict=True) if s]
+            told.blobs += blobs
+            yield from fenced(self._writer.batches(rows), self._field, blobs, read.tolist())
 
     def rewrite(
         self, keys: Sequence[Key], states: States, watermarks: Mapping[int, tuple[int, int]] | None = None

@@ -8,8 +8,8 @@ from dataclasses import replace
 from feature_store.redis_batch import Batch
 from feature_store.windows.blob import FENCE_AT
 
-# ARGV: the state's field, two unused, parts per row, then the rows: format, definition and fence as in the state, and what
-# HSET takes. The held state is a Value proto: a tag, a varint length, the blob. Fences are compared as two numbers of 32
+# ARGV: the state's field, two unused, parts per row, then the rows: format, definition and fence as in the state, whether it
+# was made of one that Redis held, and what HSET takes. The held state is a Value proto: a tag, a varint length, the blob. Fences are compared as two numbers of 32
 # bits, because Lua compares strings by the server's locale. An owner of before a rebalance has the smaller fence.
 FENCED = f"""
 local call, fields, read = redis.call, cmsgpack.unpack, struct.unpack
@@ -26,6 +26,8 @@ for i = 1, #KEYS do
     local high, low = read('>I4I4', held, at + {FENCE_AT + 1})
     local new_high, new_low = read('>I4I4', new, {FENCE_AT + 1})
     wins = new_high > high or (new_high == high and new_low >= low)
+  elseif not held and ARGV[first]:byte({FENCE_AT + 9}) == 1 then
+    return redis.error_reply('STATEGONE')
   end
   if wins then
     for part = first + 1, first + parts - 1 do call('HSET', key, fields(ARGV[part])) end
@@ -35,6 +37,7 @@ end
 return written
 """
 OTHER_DEFINITION = "OTHERDEFINITION"
+STATE_GONE = "STATEGONE"
 
 # Field: partition; value: watermark, and the time by which it was known, in microseconds (exact as Lua numbers until 2255).
 WATERMARKS = """
@@ -74,12 +77,15 @@ def parse_watermarks(reply: Mapping[bytes, bytes] | Sequence[bytes]) -> tuple[di
     return marks, known
 
 
-def fenced(batches: Iterable[Batch], state_field: bytes, blobs: Sequence[bytes]) -> Iterator[Batch]:
-    """The batches, of rows in the order of `blobs`, so that the newest state wins."""
+def fenced(
+    batches: Iterable[Batch], state_field: bytes, blobs: Sequence[bytes], read: Sequence[bool]
+) -> Iterator[Batch]:
+    """The batches, of rows in the order of `blobs`, so that the newest state wins. `read`: was made of a state in Redis,
+    and is an error where that is gone."""
     start = 0
     for batch in batches:
         end = start + len(batch.keys)
-        heads = [b[: FENCE_AT + 8] for b in blobs[start:end]]
+        heads = [b[: FENCE_AT + 8] + b"\0\1"[r : r + 1] for b, r in zip(blobs[start:end], read[start:end], strict=True)]
         head = (state_field, b"", b"", b"%d" % (len(batch.rows) + 1))
         yield replace(batch, rows=[heads, *batch.rows], head=head, script=FENCED)
         start = end

@@ -91,12 +91,14 @@ class States:
 
     `visible_at`: newest `_visible_at` applied. `last_seen`: greatest time of a counted event, pending ones left out. NEVER
     where there is none. `ids_forgotten`: how many event ids went, since these States were made, because an entity had more
-    than `max_events_per_entity` of them: an event that repeats one counts again.
+    than `max_events_per_entity` of them: an event that repeats one counts again. `read`: which are made of a state that the
+    online store held; None: not known.
     """
 
     def __init__(self, layout: Layout, fixed: Array, sections: Sequence[Rows]) -> None:
         self._layout = layout
         self.ids_forgotten = 0
+        self.read: Array | None = None
         # `floor`: no watermark will be before it, as the entity's history says. `lost`: the greatest event time that the
         # cap removed although a window may still need it.
         self.visible_at, self.last_seen, self._floor, self._lost = np.ascontiguousarray(fixed.T)
@@ -152,6 +154,7 @@ class States:
         for name in ("_partitions", "_ids", "_pending", "_events"):
             setattr(out, name, getattr(self, name).slice(first, end))
         out._tracks = [held.slice(first, end) for held in self._tracks]
+        out.read = None if self.read is None else self.read[first:end]
         return out
 
     @property

@@ -20,7 +20,7 @@ from feature_store.clock import from_micros
 from feature_store.errors import DefinitionError
 from feature_store.online_reader import OnlineReader
 from feature_store.read_plan import ReadPlan
-from feature_store.window_store import StateLostError, WindowStore
+from feature_store.window_store import StateLostError, StateMovedError, WindowStore
 from feature_store.window_write import watermarks_key
 from feature_store.windows import definition as definitions
 from feature_store.windows.definition import STATE_FIELD, WINDOW_TAG, EventSource, WindowedView
@@ -209,6 +209,77 @@ def test_an_owner_of_before_cannot_move_a_state_back(repo: Repo) -> None:
     held = ours.load(KEYS)
     assert held.encode() == [ours_only.encode()[0], behind.encode()[1]]
     assert ours.write(KEYS[:1], ours_only).fenced == 0  # a repeated write of the same state goes through
+
+
+def holding(repo: Repo, keys: list[tuple[str, int]]) -> tuple[WindowStore, States]:
+    """A store that holds what it has written of these entities: one event each, offsets 10, 11, ..."""
+    windows = WindowStore(repo.store, repo.view, held_bytes=1_000_000)
+    windows.attach(applied=False, run_id="r1")
+    states = windows.load(keys)
+    states.apply(events(states, *({"entity": i, "time": T, "offset": 10 + i} for i in range(len(keys)))))
+    windows.write(keys, states)
+    return windows, states
+
+
+def later(windows: WindowStore, offset: int) -> States:
+    """The held states with one more event of the first entity."""
+    states = windows.load(KEYS)
+    states.apply(events(states, {"time": T + 1, "offset": offset}))
+    return states
+
+
+def test_what_was_written_last_is_not_read_again(repo: Repo) -> None:
+    windows, states = holding(repo, KEYS)
+    before = repo.redis.info("commandstats").get("cmdstat_hget", {"calls": 0})["calls"]
+    assert windows.load(KEYS).encode() == states.encode()
+    assert repo.redis.info("commandstats").get("cmdstat_hget", {"calls": 0})["calls"] == before
+    assert windows.load([("none", 3), *KEYS]).encode()[1:] == states.encode()
+    windows.forget()
+    assert windows.load(KEYS).encode() == states.encode()
+    assert repo.redis.info("commandstats")["cmdstat_hget"]["calls"] == before + 3
+
+
+def test_a_held_state_gives_way_to_a_newer_owner_s(repo: Repo) -> None:
+    windows, _ = holding(repo, KEYS)
+    other = WindowStore(repo.store, repo.view)
+    newer = later(other, 20)
+    other.write(KEYS, newer)
+    assert windows.write(KEYS, later(windows, 15)).fenced == 1
+    assert windows.load(KEYS).encode() == newer.encode()
+
+
+@pytest.mark.parametrize("held_bytes", [0, 1_000_000])
+def test_an_erased_state_does_not_come_back(repo: Repo, held_bytes: int) -> None:
+    """Erased between `load` and `write`, or since it was written last."""
+    windows, _ = holding(repo, KEYS)
+    if not held_bytes:
+        windows = WindowStore(repo.store, repo.view)
+        windows.attach(applied=True, run_id="r1")
+    states = later(windows, 15)
+    name = windows._redis_keys(KEYS)[0].as_py()
+    repo.redis.delete(name)
+    with pytest.raises(StateMovedError, match="erased"):
+        windows.write(KEYS, states)
+    assert not repo.redis.exists(name)
+    again = later(windows, 15)
+    assert again.offsets_of(0) == {0: 15}
+    assert windows.write(KEYS, again).fenced == 0
+    windows.clock.set(T + MINUTE)
+    assert [r.values["events"] for r in repo.reader().read([{"customer_id": "A", "shop_id": 1}]).rows] == [1]
+
+
+def test_a_held_state_does_not_hide_a_damaged_one(repo: Repo) -> None:
+    windows, _ = holding(repo, KEYS)
+    states = later(windows, 15)
+    name = windows._redis_keys(KEYS)[0].as_py()
+    cell = bytearray(repo.redis.hget(name, windows._field))
+    cell[-len(states.encode()[0]) + 2] ^= 0x40
+    repo.redis.hset(name, windows._field, bytes(cell))
+    with pytest.raises((StateMovedError, DefinitionError)):
+        windows.write(KEYS, states)
+    windows.load(KEYS)
+    assert windows.damaged.keys() == {KEYS[0]}
+    assert repo.redis.hget(name, windows._field) == bytes(cell)
 
 
 def test_watermarks_never_go_back(repo: Repo) -> None:

@@ -33,6 +33,10 @@ class Online:
         self.definition = definition
         self.held = {}
         self.damaged = {}
+        self.forgotten = 0
+
+    def forget(self):
+        self.forgotten += 1
 
     def load(self, keys):
         return (
@@ -138,3 +142,12 @@ def test_the_row_that_was_visible_first_says_whether_an_event_counts(world):
     counted = counted.set_column(place, "_visible_at", pa.array([T + 5 * SECOND]).cast(late["_visible_at"].type))
     view.log.append(counted)
     assert world.values(T + 60 * SECOND) == (1, 1)
+
+
+def test_states_are_read_again_when_another_process_may_have_written_them(world):
+    view = world.owner(0)
+    assert world.online.forgotten == 1
+    view.start_partition(1, 0, T)
+    assert world.online.forgotten == 2
+    view.went_back()
+    assert world.online.forgotten == 3
