@@ -217,6 +217,7 @@ def test_a_demo_of_another_size_shows_its_own_figures_only(
 
 
 @pytest.mark.skipif(not RETAIL.is_file(), reason="needs the UCI Online Retail file beside the checkout (shared/data)")
+@pytest.mark.long
 def test_the_demo_on_real_data_after_the_simulator(checkout: Checkout, first_run: tuple[str, dict[str, Any]]) -> None:
     # Where the README's command looks for it.
     copy = checkout.path / re.search(r"DATA=(\S+)", checkout.block("make demo DATA="))[1]

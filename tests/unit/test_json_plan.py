@@ -143,7 +143,7 @@ def replies(draw: st.DrawFn) -> Any:
     ]
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(rows=st.lists(replies(), min_size=1, max_size=6))
 def test_fragments_make_the_documents_of_python_values(plan: ReadPlan, rows: list[Any]) -> None:
     entities = [{"customer_id": f'"C{i}'} for i in range(len(rows))]
@@ -192,7 +192,7 @@ def test_fragments_make_the_documents_of_python_values(plan: ReadPlan, rows: lis
     assert not any(counts.values())
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(rows=st.lists(replies(), min_size=1, max_size=5))
 def test_undecoded_cells_make_the_same_document(plan: ReadPlan, rows: list[Any]) -> None:
     entities = [{"customer_id": f"C{i}"} for i in range(len(rows))]
@@ -243,7 +243,7 @@ def test_plans_share_what_they_decoded(plan: ReadPlan) -> None:
     assert caches.values[Value(int64_val=7).SerializeToString()] == 7
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(rows=st.lists(replies(), min_size=1, max_size=6))
 def test_the_wire_plan_writes_the_bytes_that_cells_make(plan: ReadPlan, rows: list[Any]) -> None:
     entities = [{"customer_id": f"C{i}"} for i in range(len(rows))]
