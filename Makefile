@@ -66,7 +66,7 @@ test: .venv/.dev ## Run the tests against real Postgres, Redis and Kafka
 	.venv/bin/python -m pytest -n 2 --dist loadfile -m "not long" $(PYTEST_ARGS)
 
 .PHONY: test-long
-test-long: .venv/.dev ## Run the tests that `make test` leaves out for their time: planted faults, killed servers, one more demo
+test-long: .venv/.dev ## Run the tests that `make test` leaves out for their time: planted faults, killed servers, more demos
 	.venv/bin/python -m pytest -n 2 --dist loadfile -m long $(PYTEST_ARGS)
 
 .PHONY: lint
