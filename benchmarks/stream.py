@@ -404,7 +404,7 @@ class Project:
                 at = time.time() * 1000
                 for number in range(len(readable) + 1, newest + 1):
                     readable[number] = at
-                time.sleep(READ_SECONDS)
+                time.sleep(READ_SECONDS)  # more reads would be load of their own
         finally:
             over.set()
             sender.join()

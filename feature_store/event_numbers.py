@@ -1,6 +1,6 @@
 """The numbers that a definition's aggregates need of a batch of events; events that have none, with the reason.
 
-By DuckDB, or of a few events by Arrow where the definition is plain enough (see `plain_numbers.py`).
+By DuckDB, or by Arrow where the definition is plain enough (see `plain_numbers.py`).
 
 An expression that overflows, or gives NaN or an infinity, is the event's fault and no other's: it is found by halving the
 batch, and the others stay. Public: `EventNumbers`.

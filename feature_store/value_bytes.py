@@ -54,7 +54,10 @@ _SERIALISE = methodcaller("SerializeToString")
 
 
 class ColumnEncoder:
-    """One feature: `column` makes the cells of packed rows, `one` a single `Value`. `prefix`: its packed hash field; `kind`: its type's name."""
+    """One feature: `column` makes the cells of packed rows, `one` a single `Value`.
+
+    `prefix`: its packed hash field; `kind`: its type's name.
+    """
 
     def __init__(self, name: str, value_type: ValueType, prefix: bytes) -> None:
         self.name = name

@@ -9,8 +9,9 @@ from feature_store.redis_batch import Batch
 from feature_store.windows.blob import FENCE_AT
 
 # ARGV: the state's field, two unused, parts per row, then the rows: format, definition and fence as in the state, whether it
-# was made of one that Redis held, and what HSET takes. The held state is a Value proto: a tag, a varint length, the blob. Fences are compared as two numbers of 32
-# bits, because Lua compares strings by the server's locale. An owner of before a rebalance has the smaller fence.
+# was made of one that Redis held, and what HSET takes. The held state is a Value proto: a tag, a varint length, the blob.
+# Fences are compared as two numbers of 32 bits, because Lua compares strings by the server's locale. An owner of before a
+# rebalance has the smaller fence.
 FENCED = f"""
 local call, fields, read = redis.call, cmsgpack.unpack, struct.unpack
 local state, parts = ARGV[1], tonumber(ARGV[4])

@@ -4,7 +4,8 @@ Header of five little-endian words of 8 bytes: magic and version | definition ha
 follow | sum of all words, this being 0. The words that follow are visible_at, last_seen, floor, lost_until, the number of
 rows of each section, the sections' rows (see `layout.py`; the first word of a row is the difference to that of the row
 before), and a 0 where their number would be odd. Of each word's four units of 16 bits only those are stored that are not
-zero, which most are: first four bits for each word, saying which units are there, then those units. The fence is the sum over the partitions of (last offset + 1): of two states of an entity, the greater is the newer.
+zero, which most are: first four bits for each word, saying which units are there, then those units. The fence is the sum
+over the partitions of (last offset + 1): of two states of an entity, the greater is the newer.
 """
 
 from __future__ import annotations
