@@ -81,6 +81,11 @@ class RawBatch:
     def __getitem__(self, i: int) -> Raw:
         return Raw(self.partitions[i], self.offsets[i], self.keys[i], self.values[i])
 
+    def __add__(self, later: RawBatch) -> RawBatch:
+        """These messages and later ones."""
+        columns = ("partitions", "offsets", "keys", "values")
+        return RawBatch(*([*getattr(self, c), *getattr(later, c)] for c in columns))
+
     def only(self, partitions: Container[int]) -> RawBatch:
         """The messages of some partitions."""
         return RawBatch.of([self[i] for i, p in enumerate(self.partitions) if p in partitions])

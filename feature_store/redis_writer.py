@@ -40,6 +40,41 @@ def write(client: Any, batches: Iterable[Batch], budget_seconds: float = BUDGET_
         lane.close()
 
 
+class Ahead:
+    """Batches that are sent, in order, and acknowledged but for the last: the server works on it until `finish`.
+
+    Errors of both as `write`; after one, and after `close`, nothing is in flight. A cluster's nodes are not run ahead of.
+    """
+
+    def __init__(self, client: Any, batches: Iterable[Batch], budget_seconds: float = BUDGET_SECONDS) -> None:
+        self._won = 0
+        self._lane = None if is_cluster(client) else _Lane(client, budget_seconds)
+        try:
+            for batch in batches:
+                if self._lane is None:
+                    self._won += write_to_cluster(client, batch, budget_seconds)
+                else:
+                    self._lane.pending.append(batch)
+                    self._won += sum(won for _, won in self._lane.pump(IN_FLIGHT - 1))
+        except BaseException:
+            self.close()
+            raise
+
+    def finish(self) -> int:
+        """How many rows won, when all are acknowledged."""
+        try:
+            if self._lane is not None:
+                self._won += sum(won for _, won in self._lane.pump(0))
+            return self._won
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """Waits for nothing: what is not acknowledged may be written or not."""
+        if self._lane is not None:
+            self._lane.close()
+
+
 class _Lane:
     """One connection to one server, with batches sent ahead of their replies."""
 

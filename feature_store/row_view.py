@@ -23,6 +23,7 @@ from feature_store.events import MessageSchema
 from feature_store.logged import Bools, Ints
 from feature_store.online_write import OnlineWriter
 from feature_store.replay_clock import ReplayClock
+from feature_store.stream_batch import Begun, Prepared
 from feature_store.visibility import ahead, too_far_ahead, visible_times
 from feature_store.windows.definition import definition_of
 
@@ -87,6 +88,14 @@ class RowView:
 
     def compact(self, partition: int, wall_us: int) -> None:
         """Nothing to do: there is no log."""
+
+    def prepare(self, batch: RawBatch, now_us: int, wall_us: int) -> Prepared:
+        """Nothing to do before the batch before is written."""
+        return Prepared(batch, now_us, wall_us, BatchResult())
+
+    def begin(self, prepared: Prepared) -> Begun:
+        """Errors as `apply`."""
+        return Begun(self.apply(prepared.batch, prepared.now_us, prepared.wall_us))
 
     def apply(self, batch: RawBatch, now_us: int, wall_us: int) -> BatchResult:
         """Writes the rows of a batch, newest wins. Safe to repeat. UnavailableError: no Redis."""

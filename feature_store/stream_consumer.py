@@ -1,7 +1,7 @@
 """One member of a consumer group on one topic: partitions come and go, messages come, offsets are committed, maybe late.
 
-Knows nothing of views: who follows the partitions is told by `start`, `stop`. Callbacks run within `messages` and
-`wait`, never while a batch is being applied.
+Knows nothing of views: who follows the partitions is told by `start`, `stop`, and by `settle` that what is not `done` had
+better be, partitions being about to go. Callbacks run within `messages`, `wait`, `go_back` and `close`.
 """
 
 from __future__ import annotations
@@ -37,13 +37,15 @@ class StreamConsumer:
         commit_delay: float,
         start: Callable[[int, int], None],
         stop: Callable[[int], None],
+        settle: Callable[[], object],
         assigned: Callable[[], None],
         stopping: Callable[[], bool],
     ) -> None:
         self.owned: dict[int, int] = {}
         self._group, self._topic = group, topic
         self._max_batch, self._delay = max_batch, commit_delay
-        self._start, self._stop, self._assigned, self._stopping = start, stop, assigned, stopping
+        self._start, self._stop, self._settle = start, stop, settle
+        self._assigned, self._stopping = assigned, stopping
         self._committed: dict[int, int] = {}
         self._to_commit: deque[tuple[float, dict[int, int]]] = deque()
         self._recommit = False
@@ -75,8 +77,9 @@ class StreamConsumer:
 
     # Messages
 
-    def messages(self) -> list[Any]:
-        """What has arrived of owned partitions: up to `max_batch`, as few as one when little is to do, none after 0.25 s.
+    def messages(self, at_once: bool = False) -> list[Any]:
+        """What has arrived of owned partitions: up to `max_batch`, as few as one when little is to do, none after 0.25 s
+        (`at_once`: none where there is none).
 
         DataError, NotFoundError, UnavailableError: the topic cannot be read on.
         """
@@ -84,7 +87,7 @@ class StreamConsumer:
 
         found, self._buffer = self._buffer, []
         if not found:
-            first = self._consumer.poll(_POLL_SECONDS)
+            first = self._consumer.poll(0 if at_once else _POLL_SECONDS)
             if first is None:
                 self._commit_due(again=self._recommit)
                 self._recommit = False
@@ -247,7 +250,8 @@ class StreamConsumer:
         return []
 
     def _on_revoke(self, consumer: Any, partitions: list[Any]) -> None:
-        self._commit_due(wait=True)
+        self._settle()
+        self._commit_due(again=True, wait=True)
         self._on_lost(consumer, partitions)
 
     def _on_lost(self, _consumer: Any, partitions: list[Any]) -> None:

@@ -7,8 +7,8 @@ event that is delivered again keeps the time at which it first became visible, a
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,10 +23,11 @@ from feature_store.erased_rows import ErasedRows
 from feature_store.errors import UsageError
 from feature_store.event_decode import ARROW, UTC_MICROS, Decoder, RawBatch
 from feature_store.event_log import IDLE, LOG_FIELDS, STREAM, EventLog
-from feature_store.event_numbers import EventNumbers, Numbers
+from feature_store.event_numbers import EventNumbers
 from feature_store.events import CREATED, MessageSchema
 from feature_store.held_states import Key
 from feature_store.logged import NEVER, Bools, Ints, Logged, LoggedTails
+from feature_store.stream_batch import Begun, GoodEvents, Placed, Prepared
 from feature_store.topic_record import read_record
 from feature_store.visibility import ahead, too_far_ahead, visible_times
 from feature_store.watermarks import Watermarks
@@ -39,43 +40,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 _REASONS = {LATE: "late", DUPLICATE: "duplicate"}
-
-
-@dataclass(frozen=True)
-class GoodEvents:
-    """Good events of a batch, by column; `entity` numbers the `keys`."""
-
-    rows: pa.Table
-    place: Ints
-    partition: Ints
-    offset: Ints
-    time: Ints
-    numbers: Numbers
-
-    def __len__(self) -> int:
-        return len(self.place)
-
-    def where(self, keep: Bools) -> GoodEvents:
-        if keep.all():
-            return self
-        numbers = {name: column[keep] for name, column in self.numbers.items()}
-        rows = self.rows.filter(pa.array(keep))
-        return GoodEvents(rows, self.place[keep], self.partition[keep], self.offset[keep], self.time[keep], numbers)
-
-
-@dataclass(frozen=True)
-class Placed:
-    """Events of a batch with what becomes of them: `logged`: in the log before; `before`: the watermark before each,
-    `after`: of each partition after the batch."""
-
-    events: GoodEvents
-    keys: list[Key]
-    states: States
-    visible: Ints
-    logged: Bools
-    before: Ints
-    after: dict[int, int]
-    outcome: np.ndarray[Any, Any]
 
 
 class StreamView:
@@ -134,14 +98,13 @@ class StreamView:
 
     def _not_in_history(self, batch: RawBatch) -> RawBatch:
         """Without messages that another view of the topic still needed, but whose events this view's history holds."""
-        kept = [m for i in range(len(batch)) if (m := batch[i]).offset >= self._starts.get(m.partition, 0)]
-        for m in kept:
-            self._starts.pop(m.partition, None)
-        return RawBatch.of(kept)
+        return RawBatch.of([m for i in range(len(batch)) if (m := batch[i]).offset >= self._starts.get(m.partition, 0)])
 
     def committed(self, partition: int, next_offset: int) -> None:
         """Call when offsets are committed: what was logged before `next_offset` will not be delivered again."""
         self._logged.committed(partition, next_offset)
+        if next_offset >= self._starts.get(partition, next_offset):
+            self._starts.pop(partition, None)
 
     def compact(self, partition: int, wall_us: int) -> None:
         """Merges the partition's small log files. `wall_us`: the machine's clock."""
@@ -158,11 +121,15 @@ class StreamView:
     # Batches
 
     def apply(self, batch: RawBatch, now_us: int, wall_us: int) -> BatchResult:
-        """Logs and applies messages (offsets ascending per partition). `now_us`: the clock, wall or replay; `wall_us`: the
-        machine's, beyond which nothing can have happened or been known yet, whatever the clock.
+        """`prepare`, `begin` and `finish`."""
+        return self.begin(self.prepare(batch, now_us, wall_us)).finish()
 
-        Safe to repeat after any error (UnavailableError: Redis; OSError: log not writable): nothing counts twice.
-        DataError: an erasure list that cannot be read.
+    def prepare(self, batch: RawBatch, now_us: int, wall_us: int) -> Prepared:
+        """Reads messages (offsets ascending per partition), and applies them to their states where all of them are kept from
+        the last writes. Writes nothing, and says nothing to Redis, which may still work on the last batch.
+
+        `now_us`: the clock, wall or replay; `wall_us`: the machine's, beyond which nothing can have happened or been known
+        yet, whatever the clock. DataError: an erasure list that cannot be read. UnavailableError: no schema registry.
         """
         result = BatchResult()
         if self._starts:
@@ -170,7 +137,22 @@ class StreamView:
         for p in set(batch.partitions):
             self._heard[p] = wall_us
             result.partitions[p] = PartitionResult()
-        placed = self._placed(batch, self._good(batch, wall_us, result), now_us, result)
+        events = self._good(batch, wall_us, result)
+        prepared = Prepared(batch, now_us, wall_us, result, events)
+        placed = self._placed(prepared, events, self.online.load_held)
+        return prepared if placed is None else replace(prepared, placed=placed)
+
+    def begin(self, prepared: Prepared) -> Begun:
+        """Logs and applies what `prepare` made, when the batch before is finished without a newer owner's states met.
+
+        Safe to repeat, with `prepare`, after any error (UnavailableError: Redis; OSError: log not writable): nothing counts twice.
+        """
+        result, placed = prepared.result, prepared.placed
+        assert prepared.events is not None
+        if placed is not None:
+            self.online.confirm()
+        else:
+            placed = self._loaded(prepared, prepared.events)
         again = dict.fromkeys(result.partitions, 0)
         while (behind := (placed.outcome == REPLAYED) & ~placed.logged).any():
             # Logged by another owner since we read the log; else it was refused when it came first, or left the log: it
@@ -178,23 +160,23 @@ class StreamView:
             gone = behind & ~self._read_again(placed.events, behind)
             for p in placed.events.partition[gone].tolist():
                 again[p] += 1
-            placed = self._placed(batch, placed.events.where(~gone), now_us, result)
+            placed = self._loaded(prepared, placed.events.where(~gone))
         result.refused.sort(key=lambda refused: refused[0][:2])
         events, visible, before, after = placed.events, placed.visible, placed.before, placed.after
         outcome = placed.outcome
         self._append(events, visible, before, outcome, placed.logged)
         result.ids_forgotten = placed.states.ids_forgotten
         self._watermarks.advance(after, _next_offsets(events))
-        if len(events) and not (outcome == REPLAYED).all():
-            self._tell_damaged(result)
-            written = self.online.write(placed.keys, placed.states, self._known_watermarks(events, visible, after))
-            result.without_value, result.fenced = written.without_values, written.fenced
         self._count(events, before, outcome, after, result)
         for p, n in again.items():
             result.partitions[p].replayed += n
         result.clock_us = int(np.max(visible, initial=0))
         self._visible_us = max(self._visible_us, result.clock_us)
-        return result
+        if not len(events) or (outcome == REPLAYED).all():
+            return Begun(result)
+        self._tell_damaged(result)
+        marks = self._known_watermarks(events, visible, after)
+        return Begun(result, self.online.begin_write(placed.keys, placed.states, marks))
 
     def listened(self, wall_us: int) -> None:
         """Call after a pause, for whatever reason: what was not heard meanwhile was no silence."""
@@ -250,11 +232,20 @@ class StreamView:
 
     # The steps of a batch
 
-    def _placed(self, batch: RawBatch, events: GoodEvents, now_us: int, result: BatchResult) -> Placed:
-        """The events applied to their entities' states as Redis holds them; nothing is written. Those ahead of the clock
-        are left out, and go into `result`."""
+    def _loaded(self, prepared: Prepared, events: GoodEvents) -> Placed:
+        placed = self._placed(prepared, events, self.online.load)
+        assert placed is not None
+        return placed
+
+    def _placed(
+        self, prepared: Prepared, events: GoodEvents, load: Callable[[Sequence[Key]], States | None]
+    ) -> Placed | None:
+        """The events applied to their entities' states; nothing is written. Those ahead of the clock are left out, and go
+        into the result. None: `load` does not have all states."""
         keys, entity = entities_of(events.rows, self.definition.entity_key)
-        states = self.online.load(keys)
+        states, now_us = load(keys), prepared.now_us
+        if states is None:
+            return None
         logged, first_visible, first_watermark = self._logged.find(events.partition, events.offset)
         # Strictly after everything that a reader may have been told at the present clock.
         floor = max([now_us if self._clock == "replay" else now_us - 1, self._visible_us, 0])
@@ -262,7 +253,7 @@ class StreamView:
             floor = max(floor, int(np.max(states.visible_at, initial=0)), int(np.max(first_visible, initial=0)))
         visible, early = visible_times(events.time, self._known(events), logged, first_visible, floor, self._clock)
         if early.any():
-            self._refuse_early(batch, events, visible, early, result)
+            self._refuse_early(prepared.batch, events, visible, early, prepared.result)
             keep = ~early
             events, visible, logged, first_watermark = (
                 events.where(keep),
@@ -271,7 +262,9 @@ class StreamView:
                 first_watermark[keep],
             )
             keys, entity = entities_of(events.rows, self.definition.entity_key)
-            states = self.online.load(keys)
+            states = load(keys)
+            if states is None:
+                return None
         before, after = self._watermarks.before(events.partition, events.offset, events.time, first_watermark)
         outcome = states.apply(
             Events(

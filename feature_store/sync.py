@@ -11,7 +11,8 @@ import gc
 import logging
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,8 +20,11 @@ from feature_store.clock import Clock, ClockMode, WallClock, to_micros
 from feature_store.dead_letters import DeadLetter, DeadLetterWriter, dead_letter_topic
 from feature_store.errors import DataError, UnavailableError
 from feature_store.event_decode import RawBatch
+from feature_store.in_hand import Delivered, InHand, drop
+from feature_store.log_keeper import LogKeeper
 from feature_store.redis_settings import warn_of_settings
 from feature_store.replay_clock import ReplayClock
+from feature_store.stream_batch import Begun, Prepared
 from feature_store.stream_consumer import StreamConsumer
 from feature_store.stream_metrics import StreamMetrics
 from feature_store.stream_place import StreamPlace
@@ -84,6 +88,8 @@ class Sync:
         self._wall = wall or WallClock()
         self._stop = threading.Event()
         self._batches = 0
+        self._in_hand: InHand | None = None
+        self._keeper = LogKeeper()
         self._idle_at = self._place_at = 0.0
 
     def stop(self) -> None:
@@ -120,6 +126,7 @@ class Sync:
             commit_delay=o.commit_delay,
             start=self._start_partition,
             stop=self._stop_partition,
+            settle=self._settled,
             assigned=self.assigned.set,
             stopping=self._stop.is_set,
         )
@@ -127,12 +134,19 @@ class Sync:
             log.info("group %s reads topic %s into %s", self._group, self._topic, ", ".join(v.name for v in self.views))
             self._consume()
         finally:
-            gc.unfreeze()  # else what is in a cycle is never freed, and its libraries complain at the end of the process
-            self._consumer.close()
-            for view in self.views:
-                view.close()
-            self.finished.set()
-            log.info("stopped: %s", self.metrics.line())
+            try:
+                self._settled()
+            finally:
+                self._close()
+
+    def _close(self) -> None:
+        gc.unfreeze()  # else what is in a cycle is never freed, and its libraries complain at the end of the process
+        self._consumer.close()
+        self._keeper.close()
+        for view in self.views:
+            view.close()
+        self.finished.set()
+        log.info("stopped: %s", self.metrics.line())
 
     def _record_lineage(self) -> None:
         if self._registry is not None:
@@ -149,6 +163,7 @@ class Sync:
     # Partitions
 
     def _start_partition(self, partition: int, offset: int) -> None:
+        self._keeper.wait()
         if partition >= self._partitions:  # the topic got partitions while we ran
             for view in self.views:
                 if isinstance(view, StreamView):
@@ -169,6 +184,8 @@ class Sync:
                 view.listened(to_micros(self._wall.now()))
 
     def _stop_partition(self, partition: int) -> None:
+        self._settled()
+        self._keeper.wait()
         self._place.forget(partition)
         self.metrics.gave_up(partition, [v.name for v in self.views])
         for view in self.views:
@@ -180,12 +197,9 @@ class Sync:
         reported = time.monotonic()
         gc.freeze()  # what stands now stays: the collector need not walk it while batches come and go
         while not self._stop.is_set():
-            messages = self._consumer.messages()
-            if messages:
-                batch = RawBatch.consumed(messages)
-                applied = self._apply(batch)
-                if applied is not None:
-                    self._done(applied, messages)
+            messages = self._consumer.messages(at_once=self._in_hand is not None)
+            if messages or self._in_hand is not None:
+                self._apply(_delivered(messages))
             else:
                 self._check_place()
             self._advance_idle()
@@ -202,19 +216,16 @@ class Sync:
                 self._place_at = time.monotonic() + _LONGEST_BACKOFF
                 log.warning("not known yet whether Redis holds what was written: %s", e)
 
-    def _apply(self, batch: RawBatch) -> RawBatch | None:
-        """Applies a batch, again and again while a server is away, and returns what of it is still ours and was applied;
-        None when stopped, all partitions lost, or it comes again."""
+    def _apply(self, batch: Delivered) -> None:
+        """Settles the batch in hand and begins this one, again and again while a server is away. Without messages: only the
+        first. What is not begun when stopped, or of a partition that was lost, comes again."""
         backoff, waited = 0.1, False
         try:
-            while len(batch) and not self._stop.is_set():
+            while not self._stop.is_set():
                 try:
-                    if self._went_back():
-                        return None
-                    with self.metrics.batch_seconds.time():
-                        applied = self._apply_once(batch)
-                    if applied:
-                        return batch
+                    with self.metrics.batch_seconds.time() if len(batch.raw) else nullcontext():
+                        self._begin(batch)
+                    return
                 except StateLostError:
                     raise  # waiting does not bring them back
                 except (UnavailableError, OSError) as e:
@@ -223,9 +234,10 @@ class Sync:
                     waited = True
                     self._consumer.wait(backoff)
                     backoff = min(2 * backoff, _LONGEST_BACKOFF)
-                    if not set(batch.partitions) <= set(self._consumer.owned):
-                        batch = batch.only(self._consumer.owned)
-            return None
+                    if self._in_hand is not None and not self._settled():
+                        batch, self._in_hand = self._in_hand.batch + batch, None
+                    if not set(batch.raw.partitions) <= set(self._consumer.owned):
+                        batch = Delivered(batch.raw.only(self._consumer.owned), batch.taken_ms)
         finally:
             if waited:
                 self._consumer.resume()
@@ -250,44 +262,81 @@ class Sync:
         log.warning("Redis lost what was written after %s: reading again from %s", lost, back)
         return True
 
-    def _apply_once(self, batch: RawBatch) -> bool:
-        """False: Redis went back meanwhile, which `_went_back` finds."""
-        newest = 0
-        for view in self.views:
-            wall_us = to_micros(self._wall.now())
-            now_us = wall_us if self._options.clock == "wall" else self._replay.now_us()
-            result = view.apply(batch, now_us, wall_us)
-            newest = max(newest, result.clock_us)
-            self.metrics.count(view.name, result, now_us)
-            for raw, reason in result.refused:
-                letter = DeadLetter(self._topic, raw.partition, raw.offset, reason, view.name, raw.key, raw.value)
-                self._letters.write(letter)
+    def _begin(self, batch: Delivered) -> None:
+        """Prepares a batch while Redis works on the one in hand, settles that, and takes this one in hand."""
+        ahead = None
+        if self._options.clock == "wall" and self._in_hand is not None and len(batch.raw):
+            ahead = self._prepared(batch)
+        if not self._settle():
+            ahead = None  # it was made on what another owner has replaced
+        if not len(batch.raw) or self._went_back():
+            return
+        ahead = ahead or self._prepared(batch)
+        begun: list[Begun] = []
+        try:
+            for view, prepared in zip(self.views, ahead, strict=True):
+                begun.append(view.begin(prepared))
+        except BaseException:
+            drop(begun)
+            raise
+        self._in_hand = InHand(batch, begun, ahead[0].now_us)
+
+    def _prepared(self, batch: Delivered) -> list[Prepared]:
+        wall_us = to_micros(self._wall.now())
+        now_us = wall_us if self._options.clock == "wall" else self._replay.now_us()
+        return [view.prepare(batch.raw, now_us, wall_us) for view in self.views]
+
+    def _settle(self) -> bool:
+        """Waits until what is in hand is written, counts it, and commits it. False: a newer owner's states were met.
+
+        UnavailableError: it must be applied again; it stays in hand.
+        """
+        in_hand = self._in_hand
+        if in_hand is None:
+            return True
+        results = in_hand.finish()
+        for view, result in zip(self.views, results, strict=True):
+            self.metrics.count(view.name, result, in_hand.now_us)
+        newest = max((r.clock_us for r in results), default=0)
         if newest and self._options.clock == "replay":
             self._replay.advance(newest)
+        next_offsets = _next_offsets(in_hand.batch.raw)
+        for view, result in zip(self.views, results, strict=True):
+            for refused, reason in result.refused:
+                letter = DeadLetter(
+                    self._topic, refused.partition, refused.offset, reason, view.name, refused.key, refused.value
+                )
+                self._letters.write(letter)
         self._letters.flush()
-        return self._place.note(_next_offsets(batch))
+        if not self._place.note(next_offsets):
+            raise UnavailableError("Redis lost what was written before")
+        self._in_hand = None
+        self._done(next_offsets, in_hand.batch.taken_ms)
+        return not any(r.fenced for r in results)
 
-    def _done(self, batch: RawBatch, messages: Sequence[Any]) -> None:
+    def _settled(self) -> bool:
+        """As `_settle`, where what is not written can only be applied again."""
+        try:
+            self._settle()
+            return True
+        except (UnavailableError, OSError) as e:
+            log.warning("batch not written, it comes again: %s", e)
+            return False
+
+    def _done(self, next_offsets: Mapping[int, int], taken_ms: Mapping[int, int]) -> None:
         now = to_micros(self._wall.now())
-        next_offsets = _next_offsets(batch)
-        first: dict[int, Any] = {}
-        for m in messages:
-            if (p := m.partition()) in next_offsets and p not in first:
-                first[p] = m
-                if len(first) == len(next_offsets):
-                    break
-        for p, m in first.items():
-            kind, produced_ms = m.timestamp()
-            if kind:
-                self.metrics.freshness_seconds.labels(str(p)).observe(max(0.0, now / 1e6 - produced_ms / 1e3))
+        for p, taken in taken_ms.items():
+            if p not in next_offsets:
+                continue
+            self.metrics.freshness_seconds.labels(str(p)).observe(max(0.0, now / 1e6 - taken / 1e3))
         self._consumer.done(next_offsets)
         self._batches += 1
         for p, offset in next_offsets.items():
             for view in self.views:
                 view.committed(p, offset)
-                if self._batches % _COMPACT_EVERY == 0:
-                    _compact(view, p, now)
             self.metrics.lag.labels(str(p)).set(self._consumer.lag(p) or 0)
+        if self._batches % _COMPACT_EVERY == 0:
+            self._keeper.start(self.views, self._consumer.owned, now)
 
     def _advance_idle(self) -> None:
         """Now and then: the watermark of partitions that are read to their end, and silent."""
@@ -313,9 +362,14 @@ def _next_offsets(batch: RawBatch) -> dict[int, int]:
     return {p: o + 1 for p, o in dict(zip(batch.partitions, batch.offsets, strict=True)).items()}
 
 
-def _compact(view: AnyView, partition: int, wall_us: int) -> None:
-    """Fewer log files, for readers; it can wait, for instance for room on the disk."""
-    try:
-        view.compact(partition, wall_us)
-    except OSError as e:
-        log.warning("event log of %s not compacted: %s", view.name, e)
+def _delivered(messages: Sequence[Any]) -> Delivered:
+    """What the consumer gave."""
+    raw = RawBatch.consumed(messages)
+    first: dict[int, Any] = {}
+    wanted = len(set(raw.partitions))
+    for p, m in zip(raw.partitions, messages, strict=True):
+        first.setdefault(p, m)
+        if len(first) == wanted:
+            break
+    stamps = {p: m.timestamp() for p, m in first.items()}
+    return Delivered(raw, {p: at for p, (kind, at) in stamps.items() if kind})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,7 @@ from feature_store.redis_connection import answering
 from feature_store.redis_layout import feature_field
 from feature_store.redis_socket import RedisSocket
 from feature_store.redis_wire import command
-from feature_store.redis_writer import write
+from feature_store.redis_writer import Ahead
 from feature_store.replay_clock import ReplayClock
 from feature_store.row_bytes import by_length, join, lengths_of
 from feature_store.view_plan import _key_parts as key_parts
@@ -77,6 +78,22 @@ class _Told:
 
     without_values: int = 0
     blobs: list[bytes] = field(default_factory=list)
+
+
+class Writing:
+    """A write of `WindowStore` that Redis has not wholly acknowledged."""
+
+    def __init__(self, store: WindowStore, rows: Ahead, told: _Told, marks: Mapping[int, tuple[int, int]]) -> None:
+        self._store, self._rows, self._told, self._marks = store, rows, told, marks
+
+    def finish(self) -> WriteResult:
+        """Returns when everything is written. Errors as `WindowStore.write`. Once."""
+        return self._store._finished(self._rows, self._told, self._marks)
+
+    def drop(self) -> None:
+        """Waits for nothing; an unknown part is written. Safe to call after `finish`."""
+        self._store.forget()
+        self._rows.close()
 
 
 class WindowStore:
@@ -175,17 +192,39 @@ class WindowStore:
         unknown = [i for i, b in enumerate(blobs) if b is None]
         names = self._redis_keys([keys[i] for i in unknown]) if unknown else None
         marker, *cells = self._ask(names)
-        if self._marker is not None and marker != self._marker:
-            if marker is None:
-                raise self._lost()
-            raise DefinitionError(
-                f"{self.name}: the online states were rebuilt meanwhile",
-                value=marker.decode(errors="replace"),
-                valid=[self._marker.decode()],
-                next_step="start `predictflow sync` again",
-            )
+        self._check(marker)
         for i, b in zip(unknown, map(blob_of, cells), strict=True):
             blobs[i] = b
+        return self._decoded(keys, blobs)
+
+    def load_held(self, keys: Sequence[Key]) -> States | None:
+        """As `load`, of states that are kept, without a word to Redis; None where one of them is not.
+
+        Before they are written again, `confirm` asks what `load` would have.
+        """
+        blobs = self._held.of(keys)
+        if not keys or None in blobs:
+            return None
+        self.damaged = {}
+        return self._decoded(keys, blobs)
+
+    def confirm(self) -> None:
+        """Whether Redis still holds the states of the same run: errors as `load`."""
+        self._check(self._ask(None)[0])
+
+    def _check(self, marker: bytes | None) -> None:
+        if self._marker is None or marker == self._marker:
+            return
+        if marker is None:
+            raise self._lost()
+        raise DefinitionError(
+            f"{self.name}: the online states were rebuilt meanwhile",
+            value=marker.decode(errors="replace"),
+            valid=[self._marker.decode()],
+            next_step="start `predictflow sync` again",
+        )
+
+    def _decoded(self, keys: Sequence[Key], blobs: Sequence[bytes | None]) -> States:
         states, damaged = decode_intact(self.definition, blobs)
         self.damaged = {keys[i]: e for i, e in damaged.items()}
         states.read = np.fromiter(map(bool, blobs), bool, len(blobs))
@@ -234,15 +273,41 @@ class WindowStore:
         by which it is known), microseconds; they never go back. DefinitionError: Redis holds states of another
         definition. UnavailableError: no Redis; StateMovedError: a state is not the one that `load` gave; an unknown part is written.
         """
-        marks = {p: mark for p, (mark, _) in (watermarks or {}).items()}
+        return self.begin_write(keys, states, watermarks).finish()
+
+    def begin_write(
+        self, keys: Sequence[Key], states: States, watermarks: Mapping[int, tuple[int, int]] | None = None
+    ) -> Writing:
+        """As `write`, but for the last of it, which Redis works on until `finish`: until then only what `holds` has may be
+        loaded, and nothing else be written."""
         told = _Told()
+        marks = {p: mark for p, (mark, _) in (watermarks or {}).items()}
+        with self._meant():
+            rows = Ahead(self._redis, self._batches(keys, states, marks, told))
+        self._held.put([k for k in keys if k not in self.damaged] if self.damaged else keys, told.blobs)
+        return Writing(self, rows, told, watermarks if watermarks and self.definition.closes_windows else {})
+
+    def _finished(self, rows: Ahead, told: _Told, marks: Mapping[int, tuple[int, int]]) -> WriteResult:
+        with self._meant():
+            written = rows.finish()
+        if written < len(told.blobs):
+            self._held.forget()  # Redis holds newer ones
+        if marks:
+            args = [n for p, (mark, visible) in marks.items() for n in (p, mark, visible)]
+            with answering(self._redis):
+                self._move_marks(keys=[self._marks_key], args=args)
+        return WriteResult(told.without_values, len(told.blobs) - written)
+
+    @contextmanager
+    def _meant(self) -> Iterator[None]:
+        """What the script's errors mean. After any error an unknown part is written."""
         from redis.exceptions import ResponseError  # loaded with the client that raises it
 
         try:
-            written = sum(won for _, won in write(self._redis, self._batches(keys, states, marks, told)))
+            yield
         except BaseException as e:
             held = len(self._held)
-            self._held.forget()  # an unknown part is written
+            self._held.forget()
             if isinstance(e, ResponseError) and (STATE_GONE in str(e) or (held and OTHER_DEFINITION in str(e))):
                 raise StateMovedError(f"{self.name}: a state was erased, expired or replaced meanwhile") from e
             if isinstance(e, ResponseError) and OTHER_DEFINITION in str(e):
@@ -251,15 +316,6 @@ class WindowStore:
                     next_step=f"`predictflow windows bootstrap {self.name}`, then start `predictflow sync` again",
                 ) from e
             raise
-        if written < len(told.blobs):
-            self._held.forget()  # Redis holds newer ones
-        else:
-            self._held.put([k for k in keys if k not in self.damaged] if self.damaged else keys, told.blobs)
-        if watermarks and self.definition.closes_windows:
-            args = [n for p, (mark, visible) in watermarks.items() for n in (p, mark, visible)]
-            with answering(self._redis):
-                self._move_marks(keys=[self._marks_key], args=args)
-        return WriteResult(told.without_values, len(told.blobs) - written)
 
     def _batches(self, keys: Sequence[Key], states: States, marks: Mapping[int, int], told: _Told) -> Iterator[Batch]:
         """Block by block, so that Redis writes one while the next is made, and a block stays in the processor's cache."""
