@@ -57,6 +57,8 @@ PROBE_SECONDS = 0.03
 READ_SECONDS = 0.02
 """Between two reads, which share the two cores with everything else; what is measured is late by up to that much."""
 FEWEST_PROBES = 200
+WARM_UP = 20_000
+"""Events before the rate is measured that a consumer keeps up with: joining its group is no part of it."""
 
 
 @dataclass(frozen=True)
@@ -65,9 +67,11 @@ class Size:
     entities: int
     rounds: int
     fresh_seconds: float
+    burst: int
+    """Events by which the rate is measured that a consumer keeps up with."""
 
 
-SIZES = {"small": Size(300_000, 5_000, 1, 8.0), "full": Size(1_500_000, 50_000, 2, 30.0)}
+SIZES = {"small": Size(600_000, 5_000, 1, 15.0, 100_000), "full": Size(1_500_000, 50_000, 2, 30.0, 500_000)}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -353,16 +357,17 @@ class Project:
                 load.wait()
 
     def _kept_up(self, consumer: Consumer) -> float:
-        """Events per second from the first to the last of a burst, which a producer sends meanwhile."""
+        """Events per second from the first to the last of many, which a producer sends meanwhile."""
         until = time.monotonic() + 120
         while not consumer.listens():
             if time.monotonic() > until:
                 raise SystemExit("sync did not start")
             time.sleep(0.1)  # between looks at the consumer's metrics
-        events = self.size.events // 3
+        self.produce(WARM_UP)
+        self._wait([consumer], WARM_UP)  # its partitions are assigned, and its first batches done
         began = time.monotonic()
-        self.produce(events)
-        return events / (self._wait([consumer], events).seconds - began)
+        self.produce(self.size.burst)
+        return self.size.burst / (self._wait([consumer], WARM_UP + self.size.burst).seconds - began)
 
     def _probe(self, port: int, seconds: float) -> list[float]:
         """A thread sends numbered events; here the greatest number is read: all up to it are readable by then."""

@@ -18,6 +18,8 @@ from feature_store.redis_connection import answering
 from feature_store.redis_retry import BUDGET_SECONDS, Pause, ScriptLost, checked, raise_meaning, retried
 
 IN_FLIGHT = 2
+AHEAD = 4
+"""In flight where the writer has other work meanwhile: a short wait for the server is then no wait of ours."""
 
 
 def write(client: Any, batches: Iterable[Batch], budget_seconds: float = BUDGET_SECONDS) -> Iterator[tuple[int, int]]:
@@ -41,7 +43,7 @@ def write(client: Any, batches: Iterable[Batch], budget_seconds: float = BUDGET_
 
 
 class Ahead:
-    """Batches that are sent, in order, and acknowledged but for the last: the server works on it until `finish`.
+    """Batches that are sent, in order, and acknowledged but for the last few: the server works on them until `finish`.
 
     Errors of both as `write`; after one, and after `close`, nothing is in flight. A cluster's nodes are not run ahead of.
     """
@@ -55,7 +57,7 @@ class Ahead:
                     self._won += write_to_cluster(client, batch, budget_seconds)
                 else:
                     self._lane.pending.append(batch)
-                    self._won += sum(won for _, won in self._lane.pump(IN_FLIGHT - 1))
+                    self._won += sum(won for _, won in self._lane.pump(AHEAD - 1))
         except BaseException:
             self.close()
             raise

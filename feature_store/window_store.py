@@ -14,6 +14,7 @@ from feature_store.errors import DefinitionError, NotFoundError, UnavailableErro
 from feature_store.held_states import HeldStates, Key
 from feature_store.key_bytes import KEY, KeyColumns
 from feature_store.online_write import OnlineWriter
+from feature_store.recent_states import RecentStates
 from feature_store.redis_batch import Batch
 from feature_store.redis_connection import answering
 from feature_store.redis_layout import feature_field
@@ -99,8 +100,8 @@ class Writing:
 class WindowStore:
     """One windowed view in Redis. `clock` is the project's replay clock.
 
-    `held_bytes`: of the states written last, how many bytes are kept for the next `load`: for the only writer of the
-    entities, who calls `forget` when that, or Redis, may have changed.
+    `held_bytes`: of the states written last, how many bytes are kept for the next `load`, and up to half as many more of the
+    newest as they stand in memory: for the only writer of the entities, who calls `forget` when that, or Redis, may have changed.
     """
 
     def __init__(self, store: FeatureStore, view: FeatureView, held_bytes: int = 0) -> None:
@@ -126,6 +127,7 @@ class WindowStore:
         self._marker: bytes | None = None
         self.damaged: dict[Key, WindowStateError] = {}
         self._held = HeldStates(held_bytes)
+        self._recent = RecentStates(held_bytes // 2)
         self._marks_key = watermarks_key(store.project, stored)
         self.clock = ReplayClock(self._redis, store.project)
         self._move_marks = self._redis.register_script(WATERMARKS)
@@ -195,7 +197,7 @@ class WindowStore:
         self._check(marker)
         for i, b in zip(unknown, map(blob_of, cells), strict=True):
             blobs[i] = b
-        return self._decoded(keys, blobs)
+        return self._made(keys, blobs)
 
     def load_held(self, keys: Sequence[Key]) -> States | None:
         """As `load`, of states that are kept, without a word to Redis; None where one of them is not.
@@ -206,7 +208,7 @@ class WindowStore:
         if not keys or None in blobs:
             return None
         self.damaged = {}
-        return self._decoded(keys, blobs)
+        return self._made(keys, blobs)
 
     def confirm(self) -> None:
         """Whether Redis still holds the states of the same run: errors as `load`."""
@@ -224,15 +226,25 @@ class WindowStore:
             next_step="start `predictflow sync` again",
         )
 
-    def _decoded(self, keys: Sequence[Key], blobs: Sequence[bytes | None]) -> States:
-        states, damaged = decode_intact(self.definition, blobs)
-        self.damaged = {keys[i]: e for i, e in damaged.items()}
+    def _made(self, keys: Sequence[Key], blobs: Sequence[bytes | None]) -> States:
+        """The states, of which as few as possible are unpacked."""
+        recent = self._recent.of(keys)
+        left = np.ones(len(keys), bool)
+        for _, _, places in recent:
+            left[places] = False
+        rest = np.flatnonzero(left)
+        states, damaged = decode_intact(self.definition, [blobs[i] for i in rest.tolist()] if recent else blobs)
+        self.damaged = {keys[rest[i]]: e for i, e in damaged.items()}
+        if recent:
+            parts = [*recent, (states, np.arange(len(rest)), rest)] if len(rest) else recent
+            states = States.gathered(self.definition, len(keys), parts)
         states.read = np.fromiter(map(bool, blobs), bool, len(blobs))
         return states
 
     def forget(self) -> None:
         """Call when another process may have written these entities, or Redis may have lost something: all are read again."""
         self._held.forget()
+        self._recent.forget()
 
     def _ask(self, keys: pa.Array | None) -> list[bytes | None]:
         """The marker, and the states under these keys."""
@@ -285,13 +297,17 @@ class WindowStore:
         with self._meant():
             rows = Ahead(self._redis, self._batches(keys, states, marks, told))
         self._held.put([k for k in keys if k not in self.damaged] if self.damaged else keys, told.blobs)
+        if self.damaged:
+            self._recent.forget()
+        else:
+            self._recent.put(keys, states)
         return Writing(self, rows, told, watermarks if watermarks and self.definition.closes_windows else {})
 
     def _finished(self, rows: Ahead, told: _Told, marks: Mapping[int, tuple[int, int]]) -> WriteResult:
         with self._meant():
             written = rows.finish()
         if written < len(told.blobs):
-            self._held.forget()  # Redis holds newer ones
+            self.forget()  # Redis holds newer ones
         if marks:
             args = [n for p, (mark, visible) in marks.items() for n in (p, mark, visible)]
             with answering(self._redis):
@@ -307,7 +323,7 @@ class WindowStore:
             yield
         except BaseException as e:
             held = len(self._held)
-            self._held.forget()
+            self.forget()
             if isinstance(e, ResponseError) and (STATE_GONE in str(e) or (held and OTHER_DEFINITION in str(e))):
                 raise StateMovedError(f"{self.name}: a state was erased, expired or replaced meanwhile") from e
             if isinstance(e, ResponseError) and OTHER_DEFINITION in str(e):

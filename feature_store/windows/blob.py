@@ -18,7 +18,7 @@ import numpy as np
 
 from feature_store.errors import DefinitionError
 from feature_store.windows.layout import Layout
-from feature_store.windows.rows import NEVER, Array, Rows
+from feature_store.windows.rows import NEVER, Array, Rows, copy_runs
 from feature_store.windows.state_errors import WindowStateError
 
 MAGIC = int.from_bytes(b"PFwin\x03\x00\x00", "little")
@@ -60,7 +60,8 @@ def decode(layout: Layout, blobs: Sequence[bytes | None]) -> tuple[Array, list[R
     for i, width in enumerate(layout.widths):
         ends = np.zeros(n + 1, np.int64)
         np.cumsum(counts[:, i], out=ends[1:])
-        section = words[_places(at, counts[:, i], ends, width)]
+        section = np.empty((int(ends[-1]), width), np.int64)
+        copy_runs(section.reshape(-1), ends[:-1] * width, words, at, counts[:, i] * width)
         if len(section) > 1:  # from differences within each entity
             keys = np.cumsum(section[:, 0])
             before = np.where(ends[:-1] > 0, keys[ends[:-1] - 1], 0)
@@ -146,13 +147,11 @@ def encode(layout: Layout, fixed: Array, fences: Array, sections: Sequence[Rows]
     at = starts + head
     for section, width in zip(sections, layout.widths, strict=True):
         if len(section):
-            places = _places(at, section.counts, section.starts, width)
-            words[places] = section.data
-            keys = section.data[:, 0].copy()
-            keys[1:] -= section.data[:-1, 0]
+            data = section.data.copy()
+            data[1:, 0] -= section.data[:-1, 0]
             starting = section.starts[:-1][section.counts > 0]
-            keys[starting] = section.data[starting, 0]
-            words[places[:, 0]] = keys
+            data[starting, 0] = section.data[starting, 0]
+            copy_runs(words, at, data.reshape(-1), section.starts[:-1] * width, section.counts * width)
         at = at + section.counts * width
     headers = np.empty((n, 5), np.int64)
     headers[:, 0], headers[:, 1], headers[:, 2] = MAGIC, layout.hash, fences.astype(np.int64).byteswap()
@@ -173,12 +172,6 @@ def encode(layout: Layout, fixed: Array, fences: Array, sections: Sequence[Rows]
 
 def _even(n: Any) -> Any:
     return n + (n & 1)
-
-
-def _places(at: Array, counts: Array, starts: Array, width: int) -> Array:
-    """Where the words of a section's rows are, entity i's beginning at `at[i]`."""
-    first = np.repeat(at - starts[:-1] * width, counts) + np.arange(int(starts[-1])) * width
-    return first[:, None] + np.arange(width)
 
 
 def _damaged(layout: Layout, size: int) -> WindowStateError:

@@ -18,6 +18,8 @@ NEVER = -(2**63)
 HISTORY_PARTITION = -1
 """`_partition` of the rows that were backfilled: what was before the stream."""
 LEAST, GREATEST = -(2**63), 2**63 - 1
+_LONG_RUN = 16
+"""Rows of a run from which on copying it by itself is cheaper than numbering its rows."""
 
 
 class Rows:
@@ -36,6 +38,19 @@ class Rows:
     def of(cls, entities: int, entity: Array, data: Array) -> Rows:
         """Rows that are sorted already; `entity` says whose each is."""
         return cls(_starts(entity, entities), data)
+
+    @classmethod
+    def gathered(cls, entities: int, width: int, parts: Sequence[tuple[Rows, Array, Array]]) -> Rows:
+        """Of each part the rows of some of its entities, which get these numbers here; each number once."""
+        counts = np.zeros(entities, np.int64)
+        for rows, some, places in parts:
+            counts[places] = rows.counts[some]
+        starts = np.zeros(entities + 1, np.int64)
+        np.cumsum(counts, out=starts[1:])
+        data = np.empty((int(starts[-1]), width), np.int64)
+        for rows, some, places in parts:
+            copy_runs(data, starts[places], rows.data, rows.starts[some], rows.counts[some])
+        return cls(starts, data)
 
     def __len__(self) -> int:
         return len(self.data)
@@ -96,12 +111,12 @@ class Rows:
             return Rows(self.starts, out)
         at = places[new] + np.arange(inserted)
         out = np.empty((len(self.data) + inserted, self.data.shape[1]), np.int64)
-        old = np.ones(len(out), bool)
-        old[at] = False
-        out[old] = self.data
+        cuts = np.concatenate([[0], places[new], [len(self.data)]])
+        copy_runs(out, cuts[:-1] + np.arange(inserted + 1), self.data, cuts[:-1], np.diff(cuts))
         out[at] = data[new]
         if inserted < len(new):
-            out[np.flatnonzero(old)[places[there]]] = data[there]
+            replaced = places[there]
+            out[replaced + np.searchsorted(places[new], replaced, side="right")] = data[there]
         added = np.zeros(len(self.starts), np.int64)
         np.cumsum(np.bincount(entity[new], minlength=self.entities), out=added[1:])
         return Rows(self.starts + added, out)
@@ -188,6 +203,15 @@ class Groups:
     def spread(self, of_group: Array) -> Array:
         """What each row's group has."""
         return np.repeat(of_group, self.sizes)
+
+
+def copy_runs(to: Array, at: Array, data: Array, first: Array, sizes: Array) -> None:
+    """Copies `sizes[i]` rows of `data` from `first[i]` on to the rows of `to` from `at[i]` on, for all i."""
+    if sizes.sum() < _LONG_RUN * len(sizes):
+        to[ranges(at, at + sizes)[0]] = data[ranges(first, first + sizes)[0]]
+        return
+    for a, f, n in zip(at.tolist(), first.tolist(), sizes.tolist()):
+        to[a : a + n] = data[f : f + n]
 
 
 def ranges(low: Array, high: Array) -> tuple[Array, Array]:

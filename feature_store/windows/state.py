@@ -129,6 +129,38 @@ class States:
         layout = layout_of(definition)
         return cls(layout, *blob.decode(layout, blobs))
 
+    @classmethod
+    def gathered(cls, definition: WindowedView, n: int, parts: Sequence[tuple[States, Array, Array]]) -> States:
+        """n states out of several: of each part its states, which of them, and their places here; each place once.
+
+        None of the parts may keep sketches (`has_sketches`).
+        """
+        layout = layout_of(definition)
+        fixed = np.empty((n, 4), np.int64)
+        for states, rows, places in parts:
+            for i, column in enumerate((states.visible_at, states.last_seen, states._floor, states._lost)):
+                fixed[places, i] = column[rows]
+        sections = [
+            Rows.gathered(n, width, [(states._sections[i], rows, places) for states, rows, places in parts])
+            for i, width in enumerate(layout.widths)
+        ]
+        return cls(layout, fixed, sections)
+
+    @property
+    def has_sketches(self) -> bool:
+        """Whether the definition counts distinct values."""
+        return any(t.partials.sketches for t in self._layout.tracks)
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the states."""
+        return 32 * len(self) + sum(s.data.nbytes + s.starts.nbytes for s in self._sections)
+
+    @property
+    def _sections(self) -> list[Rows]:
+        """All but the sketches."""
+        return [self._partitions, self._ids, self._pending, self._events, *(held.rows for held in self._tracks)]
+
     def encode(self) -> list[bytes]:
         """One blob for each entity. The same events give the same bytes, but for the rounding of doubles."""
         sections = [self._partitions, self._ids, self._pending, self._events]
@@ -175,8 +207,7 @@ class States:
     def kept(self, i: int) -> dict[str, int]:
         """How many rows of each kind an entity's state holds."""
         names = ["partitions", "ids", "pending", "events", *(f"{t.kind}{j}" for j, t in enumerate(self._layout.tracks))]
-        sections = [self._partitions, self._ids, self._pending, self._events, *(h.rows for h in self._tracks)]
-        return {name: int(s.counts[i]) for name, s in zip(names, sections, strict=True)}
+        return {name: int(s.counts[i]) for name, s in zip(names, self._sections, strict=True)}
 
     # --- change -------------------------------------------------------------------------------------------------------
 
