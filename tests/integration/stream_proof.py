@@ -48,9 +48,11 @@ GROUP BY customer_id, window_start, window_end EMIT ON WINDOW CLOSE
 """
 
 
-def project_of_two_views(tmp_path, postgres_url, redis_url, kafka, topic, monkeypatch):
-    """The views that are fed, every kind of window among them, over a little history that is bootstrapped."""
-    made = make_project(tmp_path, postgres_url, redis_url, kafka, topic, monkeypatch)
+def project_of_two_views(
+    tmp_path, postgres_url, redis_url, kafka, topic, monkeypatch, clock: str = "replay", start: datetime = T0
+):
+    """The views that are fed, every kind of window among them, over a little history that is bootstrapped, up to `start`."""
+    made = make_project(tmp_path, postgres_url, redis_url, kafka, topic, monkeypatch, clock=clock)
     ensure_topic(client_config(kafka), topic, partitions=PARTITIONS)
     source = event_source(
         topic=topic,
@@ -70,19 +72,24 @@ def project_of_two_views(tmp_path, postgres_url, redis_url, kafka, topic, monkey
     )
     made.store.apply([view])
     made.store.refresh_registry()
-    write_history(made.offline, [event(10_000_000 + i, CUSTOMERS[i % 8], T0 - timedelta(hours=i)) for i in range(40)])
+    write_history(
+        made.offline, [event(10_000_000 + i, CUSTOMERS[i % 8], start - timedelta(hours=i)) for i in range(40)]
+    )
     shutil.copytree(made.offline / "customer_events", made.offline / "customer_windows")
-    made.bootstrap()
+    made.bootstrap(start)
     return made
 
 
 class Flow:
-    """Produces events all the time, in a thread: some out of order, some late, some again with their id."""
+    """Produces events all the time, in a thread: some out of order, some late, some again with their id.
 
-    def __init__(self, project, seed: int) -> None:
+    `minute`: what stands for it in the times, so that they stay behind the machine's clock where that matters.
+    """
+
+    def __init__(self, project, seed: int, start: datetime = T0, minute: timedelta = timedelta(minutes=1)) -> None:
         self.project, self.random = project, random.Random(seed)
         self.events: list[dict] = []
-        self.at: datetime = T0
+        self.at, self._minute = start, minute
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run)
 
@@ -103,7 +110,7 @@ class Flow:
         r = self.random
         fresh = []
         for _ in range(n):
-            self.at += timedelta(minutes=r.choice([0, 0, 1, 3]))
+            self.at += self._minute * r.choice([0, 0, 1, 3])
             happened = self.at - timedelta(minutes=r.choice([0, 0, 0, 30, 200, 6000]))
             again = bool(self.events) and r.random() < 0.05
             customer = r.choice(CUSTOMERS)
@@ -146,11 +153,11 @@ def finish(project, consumer: subprocess.Popen, events: int) -> None:
     assert consumer.returncode == 0, errors
 
 
-def check_all(project, events: list[dict]) -> None:
+def check_all(project, events: list[dict], start: datetime = T0) -> None:
     """The log holds every event, and online values equal history's SQL and a count by hand."""
     for view in VIEWS:
         check_log(project, view, len(events))
-    check_values(project, events)
+    check_values(project, events, start)
 
 
 def check_log(project, view: str, events: int) -> None:
@@ -170,37 +177,43 @@ def check_log(project, view: str, events: int) -> None:
         assert gaps == []
 
 
-def check_values(project, events: list[dict]) -> None:
+def check_values(project, events: list[dict], start: datetime = T0) -> None:
     redis = connect(project.environ["REDIS_URL"])
-    t = from_micros(ReplayClock(redis, project.store.project).now_us())
+    at = None
+    if project.clock == "replay":
+        at = from_micros(ReplayClock(redis, project.store.project).now_us())
     unique = {e["event_id"]: e for e in events}.values()
     for view in VIEWS:
-        online = read(project, view, t)
+        t, online = read(project, view, at)
         history = history_of(project, view, t)
         for customer, a, b in zip(CUSTOMERS, online, history, strict=True):
             for name in a:
-                assert a[name] == pytest.approx(b[name], rel=1e-9), (view, customer, name, a, b)
+                if None in (a[name], b[name]):
+                    assert a[name] == b[name], (view, customer, name, t, a, b)
+                else:
+                    assert a[name] == pytest.approx(b[name], rel=1e-9), (view, customer, name, t, a, b)
         if view == "customer_behavior":
             for customer, got in zip(CUSTOMERS, online):
                 mine = [e for e in unique if e["customer_id"] == customer and t - 7 * DAY <= e["event_timestamp"] <= t]
                 past = [
-                    T0 - timedelta(hours=i)
+                    start - timedelta(hours=i)
                     for i in range(40)
-                    if CUSTOMERS[i % 8] == customer and T0 - timedelta(hours=i) >= t - 7 * DAY
+                    if CUSTOMERS[i % 8] == customer and start - timedelta(hours=i) >= t - 7 * DAY
                 ]
                 assert got["events_7d"] == len(mine) + len(past)
                 total = sum(e["quantity"] for e in mine) + len(past)
                 assert got["quantity_7d"] == (total if mine or past else None)
 
 
-def read(project, view: str, t: datetime) -> list[dict]:
+def read(project, view: str, at: datetime | None) -> tuple[datetime, list[dict]]:
+    """The time of the values (None: the machine's clock says it), and the values of every customer."""
     names = [o.name for o in definition_of(project.store.get_feature_view(view)).outputs]
     plan = ReadPlan.compile(project.store, [f"{view}:{n}" for n in names])
-    reader = OnlineReader(plan, connect(project.environ["REDIS_URL"]), project.store.project, "replay")
-    rows = reader.read([{"customer_id": c} for c in CUSTOMERS], t)
-    assert rows.t == t
+    reader = OnlineReader(plan, connect(project.environ["REDIS_URL"]), project.store.project, project.clock)
+    rows = reader.read([{"customer_id": c} for c in CUSTOMERS], at)
+    assert at in (None, rows.t)
     assert not any(s in ("INVALID",) for r in rows.rows for s in r.statuses.values())
-    return [{n: r.values[n] for n in names} for r in rows.rows]
+    return rows.t, [{n: r.values[n] for n in names} for r in rows.rows]
 
 
 def history_of(project, view: str, t: datetime) -> list[dict]:

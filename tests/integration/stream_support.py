@@ -79,6 +79,10 @@ class Project:
         return Path(self.environ["PREDICTFLOW_OFFLINE"])
 
     @property
+    def clock(self) -> Any:
+        return self.environ["PREDICTFLOW_CLOCK"]
+
+    @property
     def kafka(self) -> str:
         return self.environ["KAFKA_BOOTSTRAP_SERVERS"]
 
@@ -103,13 +107,13 @@ class Project:
 
     def bootstrap(self, known_by: datetime = T0, **options):
         place = StreamPlace(self.kafka, self.group)
-        return bootstrap(self.store, str(self.offline), known_by, clock="replay", stream=place, **options)
+        return bootstrap(self.store, str(self.offline), known_by, clock=self.clock, stream=place, **options)
 
     @contextmanager
     def syncing(self, **options) -> Iterator[Sync]:
         """A consumer in a thread of this process, from its assignment on; its errors are raised at the end."""
         consumer = Sync(
-            self.store, SyncOptions(self.kafka, str(self.offline), "replay", report_seconds=3600, **options)
+            self.store, SyncOptions(self.kafka, str(self.offline), self.clock, report_seconds=3600, **options)
         )
         with ThreadPoolExecutor(1) as pool:
             done = pool.submit(consumer.run)
@@ -180,7 +184,14 @@ class Project:
 
 
 def make_project(
-    tmp_path: Path, postgres_url: str, redis_url: str, kafka: str, topic: str, monkeypatch, name: str = "predictflow"
+    tmp_path: Path,
+    postgres_url: str,
+    redis_url: str,
+    kafka: str,
+    topic: str,
+    monkeypatch,
+    name: str = "predictflow",
+    clock: str = "replay",
 ) -> Project:
     """A project with one windowed view of `topic`, applied to a registry of the test's own."""
     from feast import Entity, FeatureStore, ValueType
@@ -194,7 +205,7 @@ def make_project(
         "REDIS_URL": redis_url,
         "KAFKA_BOOTSTRAP_SERVERS": kafka,
         "PREDICTFLOW_OFFLINE": str(tmp_path / "offline"),
-        "PREDICTFLOW_CLOCK": "replay",
+        "PREDICTFLOW_CLOCK": clock,
         "PREDICTFLOW_REPO": str(repo),
         "PREDICTFLOW_HOME": str(tmp_path / "home"),
     }
