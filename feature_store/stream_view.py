@@ -172,11 +172,13 @@ class StreamView:
             result.partitions[p].replayed += n
         result.clock_us = int(np.max(visible, initial=0))
         self._visible_us = max(self._visible_us, result.clock_us)
-        if not len(events) or (outcome == REPLAYED).all():
-            return Begun(result)
+        keys, states, marks = placed.keys, placed.states, self._known_watermarks(events, visible, after)
+        if (outcome == REPLAYED).all():
+            if not marks:
+                return Begun(result)
+            keys, states = [], states.slice(0, 0)  # who wrote them may have been killed before it told the watermarks
         self._tell_damaged(result)
-        marks = self._known_watermarks(events, visible, after)
-        return Begun(result, self.online.begin_write(placed.keys, placed.states, marks))
+        return Begun(result, self.online.begin_write(keys, states, marks))
 
     def listened(self, wall_us: int) -> None:
         """Call after a pause, for whatever reason: what was not heard meanwhile was no silence."""

@@ -34,6 +34,7 @@ class Online:
         self.held = {}
         self.damaged = {}
         self.forgotten = 0
+        self.marks = {}
 
     def forget(self):
         self.forgotten += 1
@@ -52,6 +53,7 @@ class Online:
         return SimpleNamespace(finish=lambda: self.write(keys, states, watermarks))
 
     def write(self, keys, states, watermarks=None):
+        self.marks |= watermarks or {}
         for k, blob in zip(keys, states.encode(), strict=True):
             if not self.held.get(k) or self.held[k][16:24] <= blob[16:24]:
                 self.held[k] = blob
@@ -157,3 +159,12 @@ def test_states_are_read_again_when_another_process_may_have_written_them(world)
     assert world.online.forgotten == 2
     view.went_back()
     assert world.online.forgotten == 3
+
+
+def test_watermarks_that_a_killed_owner_did_not_tell_are_told_when_its_events_come_again(tmp_path, monkeypatch):
+    world = World(tmp_path, monkeypatch, sql=CLOSING)
+    both = batch(message(0, T), message(1, T + 90 * SECOND, "b"))
+    world.owner().apply(both, T + 100 * SECOND, T + 100 * SECOND)
+    told, world.online.marks = world.online.marks, {}
+    assert world.owner().apply(both, T + 101 * SECOND, T + 101 * SECOND).total("replayed") == 2
+    assert world.online.marks == told == {0: (T + 90 * SECOND, T + 100 * SECOND)}

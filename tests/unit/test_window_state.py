@@ -360,6 +360,27 @@ def test_entities_of_a_batch_do_not_touch_each_other(seed):
         assert {name for errors in found.errors.values() for name in errors} <= set(wanted)
 
 
+@pytest.mark.parametrize("size", [3, 60, 300])  # short rows are copied by number, long ones by run
+def test_states_gathered_out_of_several_are_those_that_were_there(size):
+    random_ = random.Random(size)
+    definition = view(*WINDOWS, aggregates=EVERY[:-1])
+    parts, blobs = [], {}
+    places = random_.sample(range(9), 9)
+    for n in (4, 5):
+        states, _ = applied(
+            definition, [e for i in range(n) for e in (replace(e, entity=i) for e in history(random_, size))], n
+        )
+        rows = random_.sample(range(n), n)
+        mine, places = places[:n], places[n:]
+        parts.append((states, np.array(rows), np.array(mine)))
+        blobs |= {place: states.encode()[row] for row, place in zip(rows, mine, strict=True)}
+    gathered = States.gathered(definition, 9, parts)
+    assert gathered.encode() == [blobs[i] for i in range(9)]
+    before = [states.encode() for states, _, _ in parts]
+    gathered.apply(events_of(definition, [replace(e, entity=3, offset=e.offset + 1000) for e in history(random_, 20)]))
+    assert [states.encode() for states, _, _ in parts] == before  # they are kept, and gathered from again
+
+
 def test_a_replayed_batch_changes_nothing():
     definition = view(*WINDOWS)
     events = history(random.Random(5), 60)
