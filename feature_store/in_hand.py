@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from feature_store.batch_result import BatchResult
 from feature_store.errors import UnavailableError
@@ -17,6 +18,31 @@ class Delivered:
 
     raw: RawBatch
     taken_ms: dict[int, int]
+
+    @classmethod
+    def of(cls, messages: Sequence[Any]) -> Delivered:
+        """confluent_kafka messages without error."""
+        raw = RawBatch.consumed(messages)
+        first: dict[int, Any] = {}
+        wanted = len(set(raw.partitions))
+        for partition, message in zip(raw.partitions, messages, strict=True):
+            first.setdefault(partition, message)
+            if len(first) == wanted:
+                break
+        stamps = {p: m.timestamp() for p, m in first.items()}
+        return cls(raw, {p: at for p, (kind, at) in stamps.items() if kind})
+
+    def __len__(self) -> int:
+        return len(self.raw)
+
+    @property
+    def next_offsets(self) -> dict[int, int]:
+        """Partition -> the offset after its last message; offsets ascend."""
+        return {p: o + 1 for p, o in dict(zip(self.raw.partitions, self.raw.offsets, strict=True)).items()}
+
+    def only(self, partitions: Container[int]) -> Delivered:
+        """The messages of some partitions."""
+        return Delivered(self.raw.only(partitions), {p: at for p, at in self.taken_ms.items() if p in partitions})
 
     def __add__(self, later: Delivered) -> Delivered:
         """These messages and later ones."""

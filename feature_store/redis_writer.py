@@ -1,6 +1,6 @@
 """Writes packed rows into Redis, batch by batch: blocking, and in an event loop.
 
-The next batch is encoded while the server works on the last one; at most two are in flight, so memory stays bounded. A lost
+The next batch is encoded while the server works on the last one; a few are in flight at most, so memory stays bounded. A lost
 connection is waited for with jitter, and what was not acknowledged is sent again: a write may be repeated.
 """
 

@@ -1,8 +1,9 @@
 """The Kafka consumer that keeps features current: effectively once, whatever stops it.
 
-Per micro-batch: check messages (bad ones to the dead-letter topic) → load states → log the events → write states and
-values → advance the replay clock → commit offsets. Offsets are committed last; whatever is delivered again is recognised
-by the offsets within each state and by the log, so that a kill anywhere neither loses nor double-counts.
+Per micro-batch: check messages → load states → log the events → write states and values → bad messages to the dead-letter
+topic → advance the replay clock → commit offsets. The next batch is checked while Redis works on the last one (`in_hand.py`).
+Offsets are committed last; whatever is delivered again is recognised by the offsets within each state and by the log, so
+that a kill anywhere neither loses nor double-counts.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import gc
 import logging
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,6 @@ from typing import TYPE_CHECKING, Any
 from feature_store.clock import Clock, ClockMode, WallClock, to_micros
 from feature_store.dead_letters import DeadLetter, DeadLetterWriter, dead_letter_topic
 from feature_store.errors import DataError, UnavailableError
-from feature_store.event_decode import RawBatch
 from feature_store.in_hand import Delivered, InHand, drop
 from feature_store.log_keeper import LogKeeper
 from feature_store.redis_settings import warn_of_settings
@@ -199,7 +199,7 @@ class Sync:
         while not self._stop.is_set():
             messages = self._consumer.messages(at_once=self._in_hand is not None)
             if messages or self._in_hand is not None:
-                self._apply(_delivered(messages))
+                self._apply(Delivered.of(messages))
             else:
                 self._check_place()
             self._advance_idle()
@@ -223,7 +223,7 @@ class Sync:
         try:
             while not self._stop.is_set():
                 try:
-                    with self.metrics.batch_seconds.time() if len(batch.raw) else nullcontext():
+                    with self.metrics.batch_seconds.time() if len(batch) else nullcontext():
                         self._begin(batch)
                     return
                 except StateLostError:
@@ -237,7 +237,7 @@ class Sync:
                     if self._in_hand is not None and not self._settled():
                         batch, self._in_hand = self._in_hand.batch + batch, None
                     if not set(batch.raw.partitions) <= set(self._consumer.owned):
-                        batch = Delivered(batch.raw.only(self._consumer.owned), batch.taken_ms)
+                        batch = batch.only(self._consumer.owned)
         finally:
             if waited:
                 self._consumer.resume()
@@ -265,11 +265,11 @@ class Sync:
     def _begin(self, batch: Delivered) -> None:
         """Prepares a batch while Redis works on the one in hand, settles that, and takes this one in hand."""
         ahead = None
-        if self._options.clock == "wall" and self._in_hand is not None and len(batch.raw):
+        if self._options.clock == "wall" and self._in_hand is not None and len(batch):
             ahead = self._prepared(batch)
         if not self._settle():
             ahead = None  # it was made on what another owner has replaced
-        if not len(batch.raw) or self._went_back():
+        if not len(batch) or self._went_back():
             return
         ahead = ahead or self._prepared(batch)
         begun: list[Begun] = []
@@ -300,7 +300,7 @@ class Sync:
         newest = max((r.clock_us for r in results), default=0)
         if newest and self._options.clock == "replay":
             self._replay.advance(newest)
-        next_offsets = _next_offsets(in_hand.batch.raw)
+        next_offsets = in_hand.batch.next_offsets
         for view, result in zip(self.views, results, strict=True):
             for refused, reason in result.refused:
                 letter = DeadLetter(
@@ -326,8 +326,6 @@ class Sync:
     def _done(self, next_offsets: Mapping[int, int], taken_ms: Mapping[int, int]) -> None:
         now = to_micros(self._wall.now())
         for p, taken in taken_ms.items():
-            if p not in next_offsets:
-                continue
             self.metrics.freshness_seconds.labels(str(p)).observe(max(0.0, now / 1e6 - taken / 1e3))
         self._consumer.done(next_offsets)
         self._batches += 1
@@ -355,21 +353,3 @@ class Sync:
                     view.advance_idle({p: o for p, o in silent.items() if asked[p]}, wall_us)
                 except (UnavailableError, OSError) as e:
                     log.warning("watermarks of idle partitions not advanced: %s", e)
-
-
-def _next_offsets(batch: RawBatch) -> dict[int, int]:
-    """Partition -> the offset after its last message; offsets ascend."""
-    return {p: o + 1 for p, o in dict(zip(batch.partitions, batch.offsets, strict=True)).items()}
-
-
-def _delivered(messages: Sequence[Any]) -> Delivered:
-    """What the consumer gave."""
-    raw = RawBatch.consumed(messages)
-    first: dict[int, Any] = {}
-    wanted = len(set(raw.partitions))
-    for p, m in zip(raw.partitions, messages, strict=True):
-        first.setdefault(p, m)
-        if len(first) == wanted:
-            break
-    stamps = {p: m.timestamp() for p, m in first.items()}
-    return Delivered(raw, {p: at for p, (kind, at) in stamps.items() if kind})
