@@ -15,7 +15,7 @@ from feature_store.redis_layout import nanos_of
 from feature_store.row_bytes import Times
 from feature_store.value_bytes import cells_of, times_of
 from feature_store.windows.definition import STATE_FIELD
-from feature_store.write_layout import CHUNK_BYTES, CHUNK_ROWS, FEW_ROWS, Limit, WriteLayout, first_after
+from feature_store.write_layout import CHUNK_BYTES, FEW_ROWS, Limit, WriteLayout, first_after, rows_at_once
 
 if TYPE_CHECKING:
     from feast.protos.feast.types.EntityKey_pb2 import EntityKey
@@ -65,8 +65,8 @@ def _batches(layout: WriteLayout, rows: Sequence[Row], keys: Cells, events: Time
     while start < len(rows):
         wanted = rows[start][1].keys()
         names = tuple(wanted)
-        end = start + 1
-        while end < min(start + CHUNK_ROWS, len(rows)) and rows[end][1].keys() == wanted:
+        end, most = start + 1, start + rows_at_once(len(rows), len(names))
+        while end < min(most, len(rows)) and rows[end][1].keys() == wanted:
             end += 1
         fields = layout.fields(names)
         varying = [n for e, n in zip(fields.encoders, names, strict=True) if e.varying]

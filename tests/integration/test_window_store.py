@@ -248,6 +248,42 @@ def test_a_held_state_gives_way_to_a_newer_owner_s(repo: Repo) -> None:
     assert windows.load(KEYS).encode() == newer.encode()
 
 
+def test_a_write_under_way_is_what_the_next_batch_begins_with(repo: Repo) -> None:
+    windows, _ = holding(repo, KEYS)
+    states = windows.load_held(KEYS)
+    assert states is not None
+    states.apply(events(states, {"time": T + 1, "offset": 15}))
+    writing = windows.begin_write(KEYS, states)
+    under_way = windows.load_held(KEYS)
+    assert under_way is not None
+    assert under_way.encode() == states.encode()
+    assert windows.load_held([*KEYS, ("none", 3)]) is None
+    assert writing.finish().fenced == 0
+    windows.confirm()
+    assert WindowStore(repo.store, repo.view).load(KEYS).encode() == states.encode()
+
+
+def test_what_was_begun_beside_a_newer_owner_or_dropped_is_not_built_upon(repo: Repo) -> None:
+    windows, _ = holding(repo, KEYS)
+    other = WindowStore(repo.store, repo.view)
+    other.write(KEYS, later(other, 20))
+    writing = windows.begin_write(KEYS, later(windows, 15))
+    assert writing.finish().fenced == 1
+    assert windows.load_held(KEYS) is None
+    dropped = windows.begin_write(KEYS, later(windows, 30))
+    dropped.drop()
+    assert windows.load_held(KEYS) is None
+    assert windows.write(KEYS, later(windows, 31)).fenced == 0  # on a connection without the answers of the last one
+
+
+def test_a_batch_of_kept_states_is_not_written_after_redis_lost_them(repo: Repo) -> None:
+    windows, _ = holding(repo, KEYS)
+    assert windows.load_held(KEYS) is not None
+    repo.redis.flushdb()
+    with pytest.raises(StateLostError):
+        windows.confirm()
+
+
 @pytest.mark.parametrize("held_bytes", [0, 1_000_000])
 def test_an_erased_state_does_not_come_back(repo: Repo, held_bytes: int) -> None:
     """Erased between `load` and `write`, or since it was written last."""
