@@ -15,7 +15,7 @@ from feature_store.redis_layout import nanos_of
 from feature_store.row_bytes import Times
 from feature_store.value_bytes import cells_of, times_of
 from feature_store.windows.definition import STATE_FIELD
-from feature_store.write_layout import CHUNK_BYTES, FEW_ROWS, Limit, WriteLayout, first_after, rows_at_once
+from feature_store.write_layout import CHUNK_BYTES, CHUNK_ROWS, FEW_ROWS, Limit, WriteLayout, first_after
 
 if TYPE_CHECKING:
     from feast.protos.feast.types.EntityKey_pb2 import EntityKey
@@ -25,6 +25,8 @@ Row = tuple["EntityKey", Mapping[str, "Value"], datetime, "datetime | None"]
 """Key, values, event time, created (None: unknown)."""
 _SECOND = 1_000_000_000
 _NUMBER_BYTES = 11
+_CELLS = 500
+"""From so many on, a part less to wait for is worth another call."""
 
 
 def batches_of_rows(layout: WriteLayout, rows: Sequence[Row], limit: Limit | None) -> tuple[int, Iterator[Batch]]:
@@ -65,7 +67,7 @@ def _batches(layout: WriteLayout, rows: Sequence[Row], keys: Cells, events: Time
     while start < len(rows):
         wanted = rows[start][1].keys()
         names = tuple(wanted)
-        end, most = start + 1, start + rows_at_once(len(rows), len(names))
+        end, most = start + 1, start + _rows_at_once(len(rows), len(names))
         while end < min(most, len(rows)) and rows[end][1].keys() == wanted:
             end += 1
         fields = layout.fields(names)
@@ -90,6 +92,14 @@ def _batches(layout: WriteLayout, rows: Sequence[Row], keys: Cells, events: Time
             some = pa.array(some, pa.binary()) if isinstance(some, list) else some
         yield Batch(some, parts, fields.head, fields.count)
         start = end
+
+
+def _rows_at_once(rows: int, features: int) -> int:
+    """Of few rows a half or a third, so that Redis works on one part while the next is encoded."""
+    cells = rows * features
+    if rows > FEW_ROWS or cells < _CELLS:
+        return CHUNK_ROWS
+    return -(-rows // (2 if cells < 3 * _CELLS else 3))
 
 
 def _within_bytes(rows: Sequence[Row], start: int, end: int, varying: Sequence[str], fixed: int) -> int:

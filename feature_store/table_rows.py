@@ -15,7 +15,7 @@ from feature_store.redis_batch import Batch
 from feature_store.row_bytes import Times
 from feature_store.value_bytes import cells_of, times_of
 from feature_store.windows.definition import STATE_FIELD
-from feature_store.write_layout import CHUNK_BYTES, FEW_ROWS, Fields, Limit, WriteLayout, first_after, rows_at_once
+from feature_store.write_layout import CHUNK_BYTES, CHUNK_ROWS, FEW_ROWS, Fields, Limit, WriteLayout, first_after
 
 _FEATURE, _EVENT, _CREATED = "f:", "event", "created"
 """Columns of the checked table: a feature may be named as a join key or a time column is."""
@@ -55,7 +55,7 @@ def batches_of_table(layout: WriteLayout, table: pa.Table, limit: Limit | None) 
 
 
 def _batches(layout: WriteLayout, table: pa.Table, fields: Fields) -> Iterator[Batch]:
-    for chunk in _chunks(table, len(fields.encoders)):
+    for chunk in _chunks(table):
         event, created = _times(layout, chunk)
         if chunk.num_rows <= FEW_ROWS:
             few = layout.keys.encode_rows(chunk)
@@ -101,11 +101,10 @@ def _time_column(layout: WriteLayout, chunk: pa.Table, column: str, name: str) -
         raise DataError(f"{layout.view}: column {name} holds no times", value=str(e)) from e
 
 
-def _chunks(table: pa.Table, features: int) -> Iterator[pa.Table]:
+def _chunks(table: pa.Table) -> Iterator[pa.Table]:
     """Slices of at most 1,000 rows and, but for a single large row, 2 MB."""
-    size = rows_at_once(table.num_rows, features)
-    for start in range(0, table.num_rows, size or 1):
-        todo = [table.slice(start, size)]
+    for start in range(0, table.num_rows, CHUNK_ROWS):
+        todo = [table.slice(start, CHUNK_ROWS)]
         while todo:
             chunk = todo.pop()
             half = chunk.num_rows // 2

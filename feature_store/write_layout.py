@@ -25,10 +25,9 @@ log = logging.getLogger(__name__)
 CREATED = "created"
 CHUNK_ROWS = 1_000
 CHUNK_BYTES = 2_000_000
-"""Of a batch at most."""
+"""Rows of a batch."""
 FEW_ROWS = 150
 """Up to so many rows, Python per cell is cheaper than numpy per column."""
-_CELLS, _FEW_CELLS = 12_500, 2_000
 SKEW_NS = MAX_SKEW // MICROSECOND * 1000
 Head = tuple[bytes, bytes, bytes, bytes]
 _SECOND = 1_000_000_000
@@ -55,16 +54,6 @@ def shape_of(view: FeatureView) -> object:
         getattr(source, "field_mapping", None),
         definition_of(view) is not None,
     )
-
-
-def rows_at_once(rows: int, features: int) -> int:
-    """How many of the rows a batch has: small enough that Redis works on one while the next is encoded, large enough that
-    what a batch costs by itself is little. Python per cell costs little by itself."""
-    if rows <= FEW_ROWS:
-        count = 1 if rows * features <= _FEW_CELLS else 2
-    else:
-        count = -(-rows // max(FEW_ROWS, min(CHUNK_ROWS, _CELLS // max(1, features))))
-    return -(-rows // count)
 
 
 @dataclass(frozen=True)
