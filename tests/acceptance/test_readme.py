@@ -126,6 +126,7 @@ def test_the_report_is_one_page_that_needs_no_network(
     assert re.findall(r'(?:src|href)="(?!#)[^"]+"', re.sub(r"<svg.*?</svg>", "", page, flags=re.S)) == []
 
 
+@pytest.mark.long
 def test_a_second_demo_repeats_no_finished_stage_and_gives_the_same_figures(
     checkout: Checkout, first_run: tuple[str, dict[str, Any]]
 ) -> None:

@@ -18,7 +18,7 @@ from stream_proof import Flow, check_all, finish, logged, project_of_two_views
 from stream_support import DAY, T0, wait_until
 
 pytestmark = pytest.mark.kafka
-KILLS = int(os.environ.get("PREDICTFLOW_STREAM_KILLS", "6"))
+KILLS = int(os.environ.get("PREDICTFLOW_STREAM_KILLS", "4"))
 SEED = int(os.environ.get("PREDICTFLOW_STREAM_SEED", "1"))
 
 
