@@ -357,7 +357,7 @@ class Project:
                 load.wait()
 
     def _kept_up(self, consumer: Consumer) -> float:
-        """Events per second from the first to the last of many, which a producer sends meanwhile."""
+        """Events per second from the first to the last of a burst, which a producer sends meanwhile."""
         until = time.monotonic() + 120
         while not consumer.listens():
             if time.monotonic() > until:

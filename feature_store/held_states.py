@@ -26,7 +26,7 @@ class HeldStates:
         return list(map(self._blobs.get, keys))
 
     def put(self, keys: Sequence[Key], blobs: Sequence[bytes]) -> None:
-        """Call when Redis has acknowledged all of them."""
+        """Call with what was sent; `forget` where it turns out that not all of it was written."""
         if not self._most:
             return
         held = self._blobs

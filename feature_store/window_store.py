@@ -290,8 +290,8 @@ class WindowStore:
     def begin_write(
         self, keys: Sequence[Key], states: States, watermarks: Mapping[int, tuple[int, int]] | None = None
     ) -> Writing:
-        """As `write`, but for the last of it, which Redis works on until `finish`: until then only what `holds` has may be
-        loaded, and nothing else be written."""
+        """As `write`, but for the last of it, which Redis works on until `finish`: until then only `load_held` may load, and
+        nothing else be written. Errors as `write`."""
         told = _Told()
         marks = {p: mark for p, (mark, _) in (watermarks or {}).items()}
         with self._meant():
