@@ -50,7 +50,7 @@ class Delivered:
 
 
 class InHand:
-    """A batch that every view has begun, in the order of the views. `now_us`: the clock by which it was placed."""
+    """A batch that every view has begun, in the order of the views. `now_us`: the latest clock by which a view placed it."""
 
     def __init__(self, batch: Delivered, begun: Sequence[Begun], now_us: int) -> None:
         self.batch, self.now_us = batch, now_us

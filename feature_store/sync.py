@@ -266,25 +266,28 @@ class Sync:
         """Prepares a batch while Redis works on the one in hand, settles that, and takes this one in hand."""
         ahead = None
         if self._options.clock == "wall" and self._in_hand is not None and len(batch):
-            ahead = self._prepared(batch)
+            ahead = [self._prepared(view, batch) for view in self.views]
         if not self._settle():
             ahead = None  # it was made on what another owner has replaced
         if not len(batch) or self._went_back():
             return
-        ahead = ahead or self._prepared(batch)
         begun: list[Begun] = []
+        now_us = 0
         try:
-            for view, prepared in zip(self.views, ahead, strict=True):
+            for i, view in enumerate(self.views):
+                # One by one: a view of rows moves the replay clock, which the next one must not stay behind.
+                prepared = ahead[i] if ahead else self._prepared(view, batch)
+                now_us = max(now_us, prepared.now_us)
                 begun.append(view.begin(prepared))
         except BaseException:
             drop(begun)
             raise
-        self._in_hand = InHand(batch, begun, ahead[0].now_us)
+        self._in_hand = InHand(batch, begun, now_us)
 
-    def _prepared(self, batch: Delivered) -> list[Prepared]:
+    def _prepared(self, view: AnyView, batch: Delivered) -> Prepared:
         wall_us = to_micros(self._wall.now())
         now_us = wall_us if self._options.clock == "wall" else self._replay.now_us()
-        return [view.prepare(batch.raw, now_us, wall_us) for view in self.views]
+        return view.prepare(batch.raw, now_us, wall_us)
 
     def _settle(self) -> bool:
         """Waits until what is in hand is written, counts it, and commits it. False: a newer owner's states were met.

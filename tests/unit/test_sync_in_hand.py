@@ -116,6 +116,12 @@ def test_by_the_replay_clock_the_last_batch_moves_it_first():
     assert world.apply(1) == ["finish [0]", "advance 9", "commit {0: 1}", "committed 1", "prepare [1]", "begin [1]"]
 
 
+def test_a_view_is_placed_after_the_replay_clock_that_the_one_before_it_moved():
+    world = World("replay")
+    world.sync.views.append(View(world))
+    assert world.apply(0) == ["prepare [0]", "begin [0]", "prepare [0]", "begin [0]"]
+
+
 def test_what_another_owner_wrote_meanwhile_is_read_before_the_next_batch_is_applied(world):
     world.view.fenced.add("[0]")
     world.apply(0)
