@@ -125,6 +125,41 @@ class KeyColumns:
             columns[part.stored] = pa.array(plain, _ARROW[part.type])
         return self._joined(len(keys), columns)
 
+    def of_few_protos(self, keys: Sequence[Any]) -> list[bytes] | None:
+        """As `of_protos`, of few keys: without Arrow."""
+        names = list(keys[0].join_keys) if keys else []
+        if not names or not all(key.join_keys == names for key in keys):
+            return None
+        values = [key.entity_values for key in keys]
+        if set(map(len, values)) != {len(names)}:
+            return None
+        prefix, order = self._prefix(tuple(names))
+        columns = []
+        for i in order:
+            column = [value[i] for value in values]
+            kind = column[0].WhichOneof("val")
+            if kind not in _PROTO:
+                return None
+            found = list(map(attrgetter(kind), column))
+            if not all(found) and any(
+                not v and p.WhichOneof("val") != kind for v, p in zip(found, column, strict=True)
+            ):
+                return None
+            number, encode = _PROTO[kind]
+            columns.append([_HEAD.pack(number, len(data)) + data for data in map(encode, found)])
+        suffix = self._layout.suffix
+        return [b"".join((prefix, *parts, suffix)) for parts in zip(*columns, strict=True)]
+
+    def _prefix(self, names: tuple[str, ...]) -> tuple[bytes, list[int]]:
+        """What a key with these join keys begins with, and the order of their values in it."""
+        made = self._prefixes.get(names)
+        if made is None:
+            order = sorted(range(len(names)), key=lambda i: names[i])
+            encoded = [names[i].encode() for i in order]
+            prefix = struct.pack("<I", len(names)) + b"".join(_HEAD.pack(2, len(n)) + n for n in encoded)
+            made = self._prefixes[names] = prefix, order
+        return made
+
     def of_proto(self, key: Any) -> bytes | None:
         """The Redis key of one of Feast's EntityKey protos, whose order of join keys may be any; None: it has none.
 
@@ -133,13 +168,7 @@ class KeyColumns:
         names = tuple(key.join_keys)
         if not names:
             return self._layout.encode({}, 0) if not self.names else None
-        made = self._prefixes.get(names)
-        if made is None:
-            order = sorted(range(len(names)), key=lambda i: names[i])
-            encoded = [names[i].encode() for i in order]
-            prefix = struct.pack("<I", len(names)) + b"".join(_HEAD.pack(2, len(n)) + n for n in encoded)
-            made = self._prefixes[names] = prefix, order
-        prefix, order = made
+        prefix, order = self._prefix(names)
         out = [prefix]
         values = key.entity_values
         for i in order:

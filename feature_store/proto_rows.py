@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING
 
@@ -10,23 +10,18 @@ import numpy as np
 import pyarrow as pa
 
 from feature_store.errors import DataError
+from feature_store.few_proto_rows import Row, few_batches, heads_of, rows_within
 from feature_store.redis_batch import Batch, Cells
 from feature_store.redis_layout import nanos_of
 from feature_store.row_bytes import Times
 from feature_store.value_bytes import cells_of, times_of
 from feature_store.windows.definition import STATE_FIELD
-from feature_store.write_layout import CHUNK_BYTES, CHUNK_ROWS, FEW_ROWS, Limit, WriteLayout, first_after
+from feature_store.write_layout import CHUNK_ROWS, FEW_ROWS, Limit, WriteLayout, first_after
 
 if TYPE_CHECKING:
     from feast.protos.feast.types.EntityKey_pb2 import EntityKey
-    from feast.protos.feast.types.Value_pb2 import Value
 
-Row = tuple["EntityKey", Mapping[str, "Value"], datetime, "datetime | None"]
-"""Key, values, event time, created (None: unknown)."""
 _SECOND = 1_000_000_000
-_NUMBER_BYTES = 11
-_CELLS = 500
-"""From so many on, a part less to wait for is worth another call."""
 
 
 def batches_of_rows(layout: WriteLayout, rows: Sequence[Row], limit: Limit | None) -> tuple[int, Iterator[Batch]]:
@@ -36,25 +31,38 @@ def batches_of_rows(layout: WriteLayout, rows: Sequence[Row], limit: Limit | Non
     if layout.windowed:
         kept = [row for row in rows if STATE_FIELD in row[1] and row[1][STATE_FIELD].bytes_val]
         layout.warn_stateless(len(rows) - len(kept), len(rows))
+    if len(kept) <= FEW_ROWS:
+        heads = heads_of(layout, kept, limit)
+        if isinstance(heads, int):
+            raise _wrong_time(layout, heads, kept[heads], limit)
+        return len(rows) - len(kept), few_batches(layout, kept, _few_keys(layout, kept), heads)
     event = times_of_datetimes([row[2] for row in kept])
-    if event.known is not None:
-        row = int(np.argmin(event.known))
-        raise DataError(
-            f"{layout.view}: row {row} ({_shown(kept[row][0])}) has no event timestamp, and cannot be stored online"
-        )
-    late = first_after(event, limit)
-    if late is not None and limit is not None:
-        name = f"row {late} ({_shown(kept[late][0])})"
-        raise layout.refuse_future(name, event.nanoseconds(late) or 0, limit)
-    return len(rows) - len(kept), _batches(layout, kept, _keys(layout, [row[0] for row in kept]), event)
+    wrong = int(np.argmin(event.known)) if event.known is not None else first_after(event, limit)
+    if wrong is not None:
+        raise _wrong_time(layout, wrong, kept[wrong], limit)
+    return len(rows) - len(kept), _batches(layout, kept, _keys(layout, kept), event)
 
 
-def _keys(layout: WriteLayout, protos: Sequence[EntityKey]) -> Cells:
-    found = layout.keys.of_protos(protos) if len(protos) > 10 else None
-    if found is not None:
-        return found
+def _wrong_time(layout: WriteLayout, i: int, row: Row, limit: Limit | None) -> DataError:
+    name = f"row {i} ({_shown(row[0])})"
+    if limit is None or row[2] is None or row[2] != row[2]:
+        return DataError(f"{layout.view}: {name} has no event timestamp, and cannot be stored online")
+    return layout.refuse_future(name, nanos_of(row[2]), limit)
+
+
+def _few_keys(layout: WriteLayout, rows: Sequence[Row]) -> list[bytes]:
+    found = layout.keys.of_few_protos([row[0] for row in rows])
+    return _keys_one_by_one(layout, rows) if found is None else found
+
+
+def _keys(layout: WriteLayout, rows: Sequence[Row]) -> Cells:
+    found = layout.keys.of_protos([row[0] for row in rows])
+    return _keys_one_by_one(layout, rows) if found is None else found
+
+
+def _keys_one_by_one(layout: WriteLayout, rows: Sequence[Row]) -> list[bytes]:
     keys = []
-    for proto in protos:
+    for proto, *_ in rows:
         key = layout.keys.of_proto(proto)
         if key is None:
             raise DataError(f"{layout.view}: this entity key cannot be kept online", value=_shown(proto))
@@ -67,47 +75,25 @@ def _batches(layout: WriteLayout, rows: Sequence[Row], keys: Cells, events: Time
     while start < len(rows):
         wanted = rows[start][1].keys()
         names = tuple(wanted)
-        end, most = start + 1, start + _rows_at_once(len(rows), len(names))
-        while end < min(most, len(rows)) and rows[end][1].keys() == wanted:
+        end, most = start + 1, min(start + CHUNK_ROWS, len(rows))
+        while end < most and rows[end][1].keys() == wanted:
             end += 1
         fields = layout.fields(names)
-        varying = [n for e, n in zip(fields.encoders, names, strict=True) if e.varying]
-        end = _within_bytes(rows, start, end, varying, (len(names) - len(varying)) * _NUMBER_BYTES)
-        some = keys[start:end]
-        event = events.slice(start, end)
-        created = times_of_datetimes([row[3] for row in rows[start:end]])
+        varying = [[row[1][e.name] for row in rows[start:end]] for e in fields.encoders if e.varying]
+        end = start + rows_within(end - start, varying, len(names) - len(varying))
         values = [row[1] for row in rows[start:end]]
-        parts: list[Cells]
-        if end - start <= FEW_ROWS:
-            few = [
-                e.few_of_protos([row[name] for row in values]) for e, name in zip(fields.encoders, names, strict=True)
-            ]
-            parts = [*fields.packer.pack_few(fields.packer.heads(event, created), few)]
-            some = some if isinstance(some, list) else some.to_pylist()
-        else:
-            found = [e.of_protos([row[name] for row in values]) for e, name in zip(fields.encoders, names, strict=True)]
-            cells = cells_of(fields.encoders, found, fields.packer.parts == 1)
-            known = None if created.known is not None and not created.known.any() else created
-            parts = fields.packer.pack(event, known, cells)
-            some = pa.array(some, pa.binary()) if isinstance(some, list) else some
-        yield Batch(some, parts, fields.head, fields.count)
+        found = [e.of_protos([row[e.name] for row in values]) for e in fields.encoders]
+        created = times_of_datetimes([row[3] for row in rows[start:end]])
+        known = None if created.known is not None and not created.known.any() else created
+        cells = cells_of(fields.encoders, found, fields.packer.parts == 1)
+        some = keys[start:end]
+        yield Batch(
+            pa.array(some, pa.binary()) if isinstance(some, list) else some,
+            fields.packer.pack(events.slice(start, end), known, cells),
+            fields.head,
+            fields.count,
+        )
         start = end
-
-
-def _rows_at_once(rows: int, features: int) -> int:
-    """Of few rows a half or a third, so that Redis works on one part while the next is encoded."""
-    cells = rows * features
-    if rows > FEW_ROWS or cells < _CELLS:
-        return CHUNK_ROWS
-    return -(-rows // (2 if cells < 3 * _CELLS else 3))
-
-
-def _within_bytes(rows: Sequence[Row], start: int, end: int, varying: Sequence[str], fixed: int) -> int:
-    """Where rows from `start` reach 2 MB, not counting keys; at least one row on. `fixed`: bytes of all but `varying`."""
-    sizes = np.full(end - start, fixed, np.int64)
-    for name in varying:  # a call per cell: only where a cell may be large
-        sizes += [row[1][name].ByteSize() for row in rows[start:end]]
-    return start + max(1, int(np.searchsorted(np.cumsum(sizes), CHUNK_BYTES, side="right")))
 
 
 def times_of_datetimes(times: Sequence[datetime | None]) -> Times:

@@ -6,6 +6,7 @@ Numbers, times, texts and lists of floats are encoded by column; every other typ
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache, partial
 from operator import attrgetter, methodcaller
@@ -146,6 +147,13 @@ class ColumnEncoder:
 
     def few_of_protos(self, values: Sequence[Value]) -> list[bytes]:
         """As `of_protos`, of few rows: without numpy."""
+        if self._cells is not None and self._plain_field is not None:
+            name, read, _ = self._plain_field
+            found = list(map(read, values))
+            # What is not set reads as a zero or an empty text; a column's NaN is null, a proto's is NaN.
+            set_all = all(found) or all(f or v.WhichOneof("val") == name for f, v in zip(found, values, strict=True))
+            if set_all and not (self.kind in _FLOATS and any(map(math.isnan, found))):
+                return self._cells(found)
         return self._packed(map(_SERIALISE, values))
 
     def few(self, values: Sequence[Any]) -> list[bytes]:
