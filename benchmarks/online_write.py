@@ -9,7 +9,6 @@ count the processor time of writer and Redis together: they hold on a machine th
 from __future__ import annotations
 
 import argparse
-import gc
 import sys
 import tempfile
 import time
@@ -169,7 +168,6 @@ def prepare(name: str, case: dict[str, Any]) -> tuple[Callable[[], Any], Callabl
             for _ in range(repeat):
                 writer.write(tables.pop(0), wall=None)
 
-        _settle()
         return counted(run_ours), describe
     first = [next_table() for _ in range(_WARM)]
     frames = [next_table().to_pandas() for _ in range(repeat * case["runs"])]
@@ -180,14 +178,7 @@ def prepare(name: str, case: dict[str, Any]) -> tuple[Callable[[], Any], Callabl
         for _ in range(repeat):
             store.write_to_online_store("stats", frames.pop(0))
 
-    _settle()
     return counted(run_feast), describe
-
-
-def _settle() -> None:
-    """As a server does once it is warm: else a full collection walks a million objects of the imports, in whoever's turn."""
-    gc.collect()
-    gc.freeze()
 
 
 def agree(home: Path, urls: dict[str, str], features: int) -> bool:
@@ -257,7 +248,7 @@ def write_case(home: Path, urls: dict[str, str], rows: int, features: int, smoke
     if options.only not in name:
         return []
     # Short turns and many: the machine's slow spells and full garbage collections meet a few of them, not the median.
-    calls, turns = max(1, min(20, 1_000 // rows)), options.repeat * (5 if rows <= 1_000 else 2)
+    calls, turns = max(2, min(20, 3_000 // rows)), options.repeat * (5 if rows <= 1_000 else 2)
     got = _measure(home, urls, [OURS, STOCK, STORE, NO_STORE], rows, features, calls, turns)
     one_row = ENGINE if rows > 1 else (1.0, 1.0)  # no target of its own
     return [

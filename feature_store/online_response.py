@@ -150,15 +150,20 @@ def fill(response: GetOnlineFeaturesResponse, plan: ReadPlan, rows: list[list[Vi
         answers = [row[v] for row in rows]
         times = [Timestamp.FromString(encode_timestamp(a.event_ns or 0)) for a in answers]
         for f, feature in enumerate(view.features):
-            cells = [_proto(feature, a.cells[f]) for a in answers]
             response.metadata.feature_names.val.append(feature.result)
-            response.results.append(
-                GetOnlineFeaturesResponse.FeatureVector(
-                    values=[value for _, value in cells],
-                    statuses=[_STATUS[status] for status, _ in cells],
-                    event_timestamps=times,
-                )
-            )
+            response.results.append(vector(feature, [a.cells[f] for a in answers], times))
+
+
+def vector(
+    feature: Feature, cells: Sequence[Cell], times: Sequence[Timestamp] = ()
+) -> GetOnlineFeaturesResponse.FeatureVector:
+    """One feature over all rows, as Feast's message holds it."""
+    protos = [_proto(feature, cell) for cell in cells]
+    return GetOnlineFeaturesResponse.FeatureVector(
+        values=[value for _, value in protos],
+        statuses=[_STATUS[status] for status, _ in protos],
+        event_timestamps=times,
+    )
 
 
 def read_rows(plan: ReadPlan, rows: list[list[ViewRow]]) -> list[Any]:

@@ -14,6 +14,7 @@ from pydantic import BaseModel, Field, JsonValue
 from feature_store.errors import UsageError
 from serving import schemas
 from serving.encoding import JSONBytes
+from serving.feast_answer import feast_answer
 from serving.online import OnlineService
 from serving.openapi import feast_faults
 from serving.plans import Asked, Plans
@@ -99,7 +100,9 @@ def add_routes(app: FastAPI, online: OnlineService, plans: Plans, push: Pusher) 
         # Before the read: what Feast ignores must not be refused by it. A missing join key is.
         entities = {k: v for k, v in body.entities.items() if k in plan.join_keys} or body.entities
         read = await online.cells(entities, asked, None, names, request.state.request_id)
-        return JSONBytes(_feast_answer(read, body.include_feature_view_version_metadata))
+        compiled = read.plan.reader.plan
+        columns = {key: [row[key] for row in read.entities] for key in compiled.join_keys}
+        return JSONBytes(feast_answer(compiled, columns, read.rows, body.include_feature_view_version_metadata))
 
     @app.post(
         "/push",
@@ -136,14 +139,3 @@ def add_routes(app: FastAPI, online: OnlineService, plans: Plans, push: Pusher) 
     async def health() -> Response:
         ok, _ = plans.check()
         return Response(status_code=200 if ok else 503)
-
-
-def _feast_answer(read: Any, with_versions: bool) -> dict[str, Any]:
-    """Feast's JSON of what was read: join keys first, then features, each with its statuses and event times."""
-    from feast.feature_server_utils import convert_response_to_dict
-
-    from feature_store.online_response import CellResponse
-
-    plan = read.plan.reader.plan
-    columns = {key: [row[key] for row in read.entities] for key in plan.join_keys}
-    return convert_response_to_dict(CellResponse(plan, columns, read.rows, with_versions).proto)

@@ -16,17 +16,22 @@ from unittest.mock import patch
 
 import pytest
 from feast import Entity, FeatureStore, FeatureView, Field, FileSource, RepoConfig, ValueType
+from feast.feature_server_utils import _timestamp_to_str, convert_response_to_dict
 from feast.protos.feast.types.Value_pb2 import DoubleList, RepeatedValue, Value
 from feast.types import Array, Bool, Bytes, Float32, Float64, Int64, String, UnixTimestamp
+from google.protobuf.timestamp_pb2 import Timestamp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from feature_store.clock import to_micros
+from feature_store.online_response import CellResponse
 from feature_store.read_plan import ReadPlan
 from feature_store.redis_layout import decode_value, encode_pair, encode_timestamp, nanos_of
 from feature_store.windows.declare import event_source, windowed_feature_view
 from feature_store.windows.definition import definition_of
+from serving import feast_answer as feast_answer_module
 from serving.encoding import dumps
+from serving.feast_answer import feast_answer
 from serving.grpc_wire import Heads, encode
 from serving.json_plan import JsonPlan
 from serving.json_view import Caches, _value
@@ -191,6 +196,27 @@ def test_fragments_make_the_documents_of_python_values(plan: ReadPlan, rows: lis
         for row in slow.rows:
             counts[column.view, row.statuses[column.name]] -= 1
     assert not any(counts.values())
+
+
+@settings(max_examples=60, deadline=None)
+@given(rows=st.lists(replies(), max_size=5), versions=st.booleans())
+def test_feasts_document_is_the_one_that_feast_makes_of_its_message(
+    plan: ReadPlan, rows: list[Any], versions: bool
+) -> None:
+    entities = [{"customer_id": f"C{i}"} for i in range(len(rows))]
+    columns = {"customer_id": [e["customer_id"] for e in entities]}
+    answers = plan.at(rows, to_micros(T), entities)[1] if rows else []
+    theirs = convert_response_to_dict(CellResponse(plan, columns, answers, versions).proto)
+    ours = feast_answer(plan, columns, answers, versions)
+    assert json.loads(dumps(ours)) == json.loads(dumps(theirs))
+    assert list(ours) == list(theirs)
+
+
+@pytest.mark.parametrize(
+    "ns", [0, -1, -1_500_000_000, 10**9, 10**9 + 10**6, 10**9 + 10**3, 10**9 + 1, 10**18 + 120_000_000]
+)
+def test_feasts_times_have_the_digits_that_feast_gives_them(ns: int) -> None:
+    assert feast_answer_module._time(ns) == _timestamp_to_str(Timestamp.FromString(encode_timestamp(ns)))
 
 
 @settings(max_examples=15, deadline=None)
