@@ -103,30 +103,8 @@ class KeyColumns:
         """The row's join keys, for a message."""
         return ", ".join(f"{n}={table.column(KEY + n)[row].as_py()!r}" for n in self.names) or self._view
 
-    def of_protos(self, keys: Sequence[Any]) -> pa.Array | None:
-        """As `of_proto` of many keys, by column; None where that does not go: ask for them one by one."""
-        if not keys or not self.names or sorted(keys[0].join_keys) != self.names:
-            return None
-        order = list(keys[0].join_keys)
-        head = type(keys[0])(join_keys=order).SerializeToString() + b"\x12"  # their values follow
-        if not all(key.SerializeToString().startswith(head) for key in keys):
-            return None
-        values = [key.entity_values for key in keys]
-        if set(map(len, values)) != {len(order)}:
-            return None
-        columns = {}
-        for part in self._layout.parts:
-            i, field = order.index(part.stored), f"{part.type.lower()}_val"
-            column = [value[i] for value in values]
-            plain = list(map(attrgetter(field), column))
-            # What is not set reads as zero or empty.
-            if any(not v and proto.WhichOneof("val") != field for v, proto in zip(plain, column, strict=True)):
-                return None
-            columns[part.stored] = pa.array(plain, _ARROW[part.type])
-        return self._joined(len(keys), columns)
-
     def of_few_protos(self, keys: Sequence[Any]) -> list[bytes] | None:
-        """As `of_protos`, of few keys: without Arrow."""
+        """As `of_proto` of many keys, by column; None where their shapes differ or one has none: ask for them one by one."""
         names = list(keys[0].join_keys) if keys else []
         if not names or not all(key.join_keys == names for key in keys):
             return None

@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from feature_store.errors import DataError
 from feature_store.few_proto_rows import Row, few_batches, heads_of, rows_within
-from feature_store.redis_batch import Batch, Cells
+from feature_store.redis_batch import Batch
 from feature_store.redis_layout import nanos_of
 from feature_store.row_bytes import Times
 from feature_store.value_bytes import cells_of, times_of
@@ -35,7 +35,7 @@ def batches_of_rows(layout: WriteLayout, rows: Sequence[Row], limit: Limit | Non
         heads = heads_of(layout, kept, limit)
         if isinstance(heads, int):
             raise _wrong_time(layout, heads, kept[heads], limit)
-        return len(rows) - len(kept), few_batches(layout, kept, _few_keys(layout, kept), heads)
+        return len(rows) - len(kept), few_batches(layout, kept, _keys(layout, kept), heads)
     event = times_of_datetimes([row[2] for row in kept])
     wrong = int(np.argmin(event.known)) if event.known is not None else first_after(event, limit)
     if wrong is not None:
@@ -50,17 +50,10 @@ def _wrong_time(layout: WriteLayout, i: int, row: Row, limit: Limit | None) -> D
     return layout.refuse_future(name, nanos_of(row[2]), limit)
 
 
-def _few_keys(layout: WriteLayout, rows: Sequence[Row]) -> list[bytes]:
+def _keys(layout: WriteLayout, rows: Sequence[Row]) -> list[bytes]:
     found = layout.keys.of_few_protos([row[0] for row in rows])
-    return _keys_one_by_one(layout, rows) if found is None else found
-
-
-def _keys(layout: WriteLayout, rows: Sequence[Row]) -> Cells:
-    found = layout.keys.of_protos([row[0] for row in rows])
-    return _keys_one_by_one(layout, rows) if found is None else found
-
-
-def _keys_one_by_one(layout: WriteLayout, rows: Sequence[Row]) -> list[bytes]:
+    if found is not None:
+        return found
     keys = []
     for proto, *_ in rows:
         key = layout.keys.of_proto(proto)
@@ -70,7 +63,7 @@ def _keys_one_by_one(layout: WriteLayout, rows: Sequence[Row]) -> list[bytes]:
     return keys
 
 
-def _batches(layout: WriteLayout, rows: Sequence[Row], keys: Cells, events: Times) -> Iterator[Batch]:
+def _batches(layout: WriteLayout, rows: Sequence[Row], keys: list[bytes], events: Times) -> Iterator[Batch]:
     start = 0
     while start < len(rows):
         wanted = rows[start][1].keys()
@@ -86,9 +79,8 @@ def _batches(layout: WriteLayout, rows: Sequence[Row], keys: Cells, events: Time
         created = times_of_datetimes([row[3] for row in rows[start:end]])
         known = None if created.known is not None and not created.known.any() else created
         cells = cells_of(fields.encoders, found, fields.packer.parts == 1)
-        some = keys[start:end]
         yield Batch(
-            pa.array(some, pa.binary()) if isinstance(some, list) else some,
+            pa.array(keys[start:end], pa.binary()),
             fields.packer.pack(events.slice(start, end), known, cells),
             fields.head,
             fields.count,
