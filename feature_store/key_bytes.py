@@ -103,7 +103,7 @@ class KeyColumns:
         """The row's join keys, for a message."""
         return ", ".join(f"{n}={table.column(KEY + n)[row].as_py()!r}" for n in self.names) or self._view
 
-    def of_few_protos(self, keys: Sequence[Any]) -> list[bytes] | None:
+    def of_protos(self, keys: Sequence[Any]) -> list[bytes] | None:
         """As `of_proto` of many keys, by column; None where their shapes differ or one has none: ask for them one by one."""
         names = list(keys[0].join_keys) if keys else []
         if not names or not all(key.join_keys == names for key in keys):

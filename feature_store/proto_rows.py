@@ -51,7 +51,7 @@ def _wrong_time(layout: WriteLayout, i: int, row: Row, limit: Limit | None) -> D
 
 
 def _keys(layout: WriteLayout, rows: Sequence[Row]) -> list[bytes]:
-    found = layout.keys.of_few_protos([row[0] for row in rows])
+    found = layout.keys.of_protos([row[0] for row in rows])
     if found is not None:
         return found
     keys = []

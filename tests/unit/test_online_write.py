@@ -173,10 +173,10 @@ def test_keys_of_columns_and_of_protos_are_feasts(rows: list[tuple[str, int, int
     assert keys.encode(table).to_pylist() == theirs
     assert keys.encode_rows(table) == theirs
     assert [keys.of_proto(p) for p in protos] == theirs
-    assert keys.of_few_protos(protos) == theirs
+    assert keys.of_protos(protos) == theirs
     other = EntityKey(join_keys=names, entity_values=[Value(), *protos[0].entity_values[1:]])
-    assert keys.of_few_protos([*protos, other]) is None  # it is no text, not even an empty one
-    assert keys.of_few_protos([*protos, EntityKey(join_keys=names[1:], entity_values=other.entity_values[1:])]) is None
+    assert keys.of_protos([*protos, other]) is None  # it is no text, not even an empty one
+    assert keys.of_protos([*protos, EntityKey(join_keys=names[1:], entity_values=other.entity_values[1:])]) is None
 
 
 def test_a_null_or_wrong_key_is_refused_by_row() -> None:
