@@ -14,9 +14,14 @@ from typing import TYPE_CHECKING
 
 import prometheus_client  # noqa: F401 - before Feast, whose import would make all counters of a process shared files
 import pytest
+from hypothesis import HealthCheck, settings
 
 if TYPE_CHECKING:
     from predictflow.local.watched import Watched
+
+# No absolute times: a pause of the machine, or Hypothesis' first look at Unicode, is no fault of what is tested.
+settings.register_profile("project", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("project")
 
 REDIS_DATABASES = 512
 _redis_databases = itertools.cycle(range(REDIS_DATABASES))

@@ -140,7 +140,9 @@ def test_latin1_utf8_bom_line_ends_column_order_and_the_second_edition_are_read(
     assert "CAFÉ" in rejects[0]["raw"]
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 @given(
     st.lists(
         st.one_of(
