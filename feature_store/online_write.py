@@ -50,6 +50,8 @@ class OnlineWriter:
         self._online, self._config = online, config
         self._layout = WriteLayout(config, view)
         self.event_column, self.created_column = self._layout.event_column, self._layout.created_column
+        self.columns = {*self._layout.keys.names, *self._layout.types, self.event_column, self.created_column}
+        """What a table's columns may be named; others are not looked at."""
 
     def write(
         self,

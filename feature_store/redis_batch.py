@@ -129,7 +129,10 @@ class Batch:
             some = self.listed()
             chosen = range(len(self.keys)) if indices is None else list(indices)
             keys = [_bulk(some.keys[i]) for i in chosen]
-            rows = [b"".join([_bulk(part[i]) for part in some.rows]) for i in chosen]
+            first, *others = some.rows
+            rows = [_bulk(first[i]) for i in chosen]
+            for part in others:
+                rows = [row + _bulk(part[i]) for row, i in zip(rows, chosen, strict=True)]
             for start in range(0, len(chosen), size):
                 n = len(keys[start : start + size])
                 out += [self._start(n), *keys[start : start + size], head, *rows[start : start + size]]
@@ -148,8 +151,12 @@ class Batch:
         return b"*%d\r\n$7\r\nEVALSHA\r\n$40\r\n%s\r\n%s" % (arguments, _sha(self.script), _bulk(b"%d" % keys))
 
 
+_BULK_HEADS = [b"$%d\r\n" % n for n in range(1_024)]
+
+
 def _bulk(data: bytes) -> bytes:
-    return b"$%d\r\n%s\r\n" % (len(data), data)
+    size = len(data)
+    return (_BULK_HEADS[size] if size < 1_024 else b"$%d\r\n" % size) + data + b"\r\n"
 
 
 def _listed(part: Cells) -> list[bytes]:

@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from feature_store.redis_layout import encode_pair, encode_timestamp, pair_field, timestamp_field
+from feature_store.redis_layout import pair_field, timestamp_field
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -51,12 +51,6 @@ class Times:
         if self.known is not None and not self.known[row]:
             return None
         return int(self.seconds[row]) * 1_000_000_000 + int(self.nanos[row])
-
-    def tolist(self) -> list[int | None]:
-        """Nanoseconds since the epoch; None: unknown."""
-        seconds, nanos = self.seconds.tolist(), self.nanos.tolist()
-        times: list[int | None] = [s * 1_000_000_000 + n for s, n in zip(seconds, nanos, strict=True)]
-        return times if self.known is None else [t if k else None for t, k in zip(times, self.known, strict=True)]
 
     def slice(self, start: int, end: int) -> Times:
         return Times(
@@ -238,18 +232,6 @@ class RowPacker:
             return [list(heads)]
         first, *others = ([b"".join(row) for row in zip(*group, strict=True)] for group in groups)
         return [[head + row for head, row in zip(heads, first, strict=True)], *others]
-
-    def heads(self, event: Times, created: Times | None) -> list[bytes]:
-        """What a row begins with, of all rows."""
-        known: dict[Any, bytes] = {}
-        out = []
-        for at in zip(
-            event.tolist(), [None] * len(event.seconds) if created is None else created.tolist(), strict=True
-        ):
-            if at not in known:
-                known[at] = self.head(encode_pair(at[0] or 0, at[1]), encode_timestamp(at[0] or 0))
-            out.append(known[at])
-        return out
 
     def head(self, pair: bytes, timestamp: bytes) -> bytes:
         """What a row begins with: its times."""

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from feature_store.errors import DataError
+from feature_store.few_table_rows import few_batch
 from feature_store.key_bytes import KEY
 from feature_store.redis_batch import Batch
 from feature_store.row_bytes import Times
@@ -42,12 +43,18 @@ def batches_of_table(layout: WriteLayout, table: pa.Table, limit: Limit | None) 
         layout.warn_stateless(left_out, table.num_rows)
         table = stated
     fields = layout.fields(names)
-    few = table.num_rows <= 3  # then `ColumnEncoder.few` checks each value, also before the first write
-    columns = {_FEATURE + e.name: c if few else e.checked(c) for e in fields.encoders for c in [table.column(e.name)]}
-    columns |= {KEY + n: layout.keys.checked(n, table.column(n)) for n in layout.keys.names}
-    columns[_EVENT] = table.column(layout.event_column)
+    features = [e.checked(table.column(e.name)) for e in fields.encoders]
+    keys = {n: layout.keys.checked(n, table.column(n)) for n in layout.keys.names}
+    event, created = table.column(layout.event_column), None
     if layout.created_column in held and layout.created_column not in layout.types:
-        columns[_CREATED] = table.column(layout.created_column)
+        created = table.column(layout.created_column)
+    if 0 < table.num_rows <= FEW_ROWS:
+        few = few_batch(layout, fields, keys, features, event, created, limit)
+        if few is not None:
+            return left_out, iter([few])
+    columns = {_FEATURE + e.name: feature for e, feature in zip(fields.encoders, features, strict=True)}
+    columns |= {KEY + n: column for n, column in keys.items()}
+    columns |= {_EVENT: event} if created is None else {_EVENT: event, _CREATED: created}
     checked = pa.table(columns)
     for start in range(0, checked.num_rows, 1_000_000):  # all of it, before anything is written
         _times(layout, checked.slice(start, 1_000_000), start, limit)
@@ -57,20 +64,12 @@ def batches_of_table(layout: WriteLayout, table: pa.Table, limit: Limit | None) 
 def _batches(layout: WriteLayout, table: pa.Table, fields: Fields) -> Iterator[Batch]:
     for chunk in _chunks(table):
         event, created = _times(layout, chunk)
-        if chunk.num_rows <= FEW_ROWS:
-            few = layout.keys.encode_rows(chunk)
-            if len(set(few)) == len(few):
-                cells = [e.few(chunk.column(_FEATURE + e.name).to_pylist()) for e in fields.encoders]
-                listed = fields.packer.pack_few(fields.packer.heads(event, created), cells)
-                yield Batch(few, listed, fields.head, fields.count)
-                continue
         keys = layout.keys.encode(chunk)
         rows = _newest(keys, event, created)
         if rows is not None:
             keys, chunk, event = keys.take(pa.array(rows)), chunk.take(pa.array(rows)), event.take(rows)
             created = created.take(rows) if created is not None else None
-        # Checked again: a table of few rows was left to `few`. Where it was checked before, this only looks at the type.
-        arrays = [_whole(e.checked(chunk.column(_FEATURE + e.name))) for e in fields.encoders]
+        arrays = [_whole(chunk.column(_FEATURE + e.name)) for e in fields.encoders]
         parts = fields.packer.pack(event, created, cells_of(fields.encoders, arrays, fields.packer.parts == 1))
         yield Batch(keys, parts, fields.head, fields.count)
 

@@ -28,7 +28,7 @@ from feature_store.row_bytes import (
     varint,
     varints,
 )
-from feature_store.value_cells import CELLS, SCALARS
+from feature_store.value_cells import CELLS, SCALARS, text_heads
 
 if TYPE_CHECKING:
     from feast import ValueType
@@ -40,9 +40,12 @@ _FLOATS = {"DOUBLE": (b"\x29", pa.float64(), "<f8"), "FLOAT": (b"\x35", pa.float
 _TEXTS = {"STRING": (b"\x12", pa.string()), "BYTES": (b"\x0a", pa.binary())}
 _TEXTS |= {"PDF_BYTES": _TEXTS["BYTES"], "IMAGE_BYTES": _TEXTS["BYTES"]}
 _COLUMNS = {kind: arrow for kind, (_, arrow) in (_INTEGERS | _TEXTS).items()}
-_COLUMNS |= {kind: arrow for kind, (_, arrow, _) in _FLOATS.items()}
+FLOATS = {kind: arrow for kind, (_, arrow, _) in _FLOATS.items()}
+_COLUMNS |= FLOATS
 # Tags of `Value`'s fields double_list_val and float_list_val; within them field 1, packed.
 _LISTS = {"DOUBLE_LIST": (b"\x7a", pa.float64()), "FLOAT_LIST": (b"\x82\x01", pa.float32())}
+BY_COLUMN = {*_COLUMNS, *_LISTS, "BOOL", "UNIX_TIMESTAMP"}
+"""Types that are encoded by column; every other one goes through Feast's converter."""
 
 # Types whose protos are read by column: the field of `Value`, and the Arrow type that `column` takes.
 _PLAIN = {"INT32": ("int32_val", pa.int32()), "INT64": ("int64_val", pa.int64())}
@@ -81,6 +84,7 @@ class ColumnEncoder:
         self.varying = kind not in _NUMBERS
         self._scalar = SCALARS.get(kind)
         self._cells = CELLS[kind](prefix, self._cell) if kind in CELLS else None
+        self._text_heads = text_heads(prefix, _TEXTS[kind][0]) if kind in _TEXTS else None
         field = _PLAIN.get(kind)
         self._plain_field = None if field is None else (field[0], attrgetter(field[0]), field[1])
 
@@ -156,8 +160,17 @@ class ColumnEncoder:
                 return self._cells(found)
         return self._packed(map(_SERIALISE, values))
 
-    def few(self, values: Sequence[Any]) -> list[bytes]:
-        """As `column`, of few rows: of Python values as Arrow gives them, without numpy."""
+    def few_of_column(self, column: pa.ChunkedArray) -> list[bytes]:
+        """As `column`, of few rows of a `checked` column, without numpy. DataError, naming the feature, as `column`."""
+        heads = self._text_heads
+        if heads is not None and column.type == _COLUMNS[self.kind]:
+            texts = column.cast(pa.binary()).to_pylist()
+            if None not in texts:
+                tag = _TEXTS[self.kind][0]
+                return [(heads[len(t)] if len(t) < 128 else _text_head(self.prefix, tag, len(t))) + t for t in texts]
+        return self._few(column.to_pylist())
+
+    def _few(self, values: Sequence[Any]) -> list[bytes]:
         if self._cells is not None:
             try:
                 return self._cells(values)
@@ -296,6 +309,12 @@ def _text_head(prefix: bytes, tag: bytes, length: int) -> bytes:
         return prefix + b"\xa0"
     inner = tag + varint(length)
     return prefix + string_head(len(inner) + length) + inner
+
+
+def nanos_of_column(column: pa.ChunkedArray) -> list[int | None]:
+    """`times_of` of few timestamps, without numpy: nanoseconds since the epoch, None for null."""
+    factor = 1_000_000_000 // _UNITS[column.type.unit]
+    return [None if t is None else t * factor for t in column.cast(pa.int64()).to_pylist()]
 
 
 def times_of(array: pa.Array) -> Times:

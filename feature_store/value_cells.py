@@ -10,6 +10,7 @@ import math
 import struct
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
+from functools import cache
 from typing import Any
 
 from feature_store.row_bytes import string_head, varint
@@ -86,21 +87,27 @@ SCALARS: dict[str, Callable[[Any], bytes | None]] = {
 # --- cells: `prefix`, a MessagePack string, and in it the `Value`. `other` makes the cell of any value -------------------
 
 
+@cache
+def _fourteen_bits() -> tuple[list[bytes], list[bytes]]:
+    """Of each number of 14 bits its bytes in a varint: as the last ones, and as two that others follow."""
+    short = [bytes([n]) for n in range(1 << 7)]
+    long = [bytes((n & 127 | 128, n >> 7)) for n in range(1 << 7, 1 << 14)]
+    return short + long, [bytes((n & 127 | 128, n >> 7 | 128)) for n in range(1 << 14)]
+
+
 def _integer_cells(tag: bytes) -> Callable[[bytes, Callable[[Any], bytes]], Cells]:
     def bind(prefix: bytes, other: Callable[[Any], bytes]) -> Cells:
-        head1, head2, head3, head4 = (prefix + string_head(1 + n) + tag for n in range(1, 5))
-        one = [head1 + bytes([n]) for n in range(128)]
+        heads = [prefix + string_head(1 + n) + tag for n in range(5)]
+        last, followed = _fourteen_bits()
 
         def cell(v: Any) -> bytes:
             if type(v) is not int or not 0 <= v < 1 << 28:
                 return other(v)
-            if v < 1 << 7:
-                return one[v]
             if v < 1 << 14:
-                return head2 + bytes((v & 127 | 128, v >> 7))
-            if v < 1 << 21:
-                return head3 + bytes((v & 127 | 128, v >> 7 & 127 | 128, v >> 14))
-            return head4 + bytes((v & 127 | 128, v >> 7 & 127 | 128, v >> 14 & 127 | 128, v >> 21))
+                data = last[v]
+                return heads[len(data)] + data
+            data = last[v >> 14]
+            return heads[2 + len(data)] + followed[v & 16383] + data
 
         return lambda values: list(map(cell, values))
 
@@ -118,7 +125,7 @@ def _float_cells(tag: bytes, layout: str) -> Callable[[bytes, Callable[[Any], by
 
 
 def _text_cells(prefix: bytes, other: Callable[[Any], bytes]) -> Cells:
-    heads = [prefix + string_head(2 + n) + b"\x12" + bytes([n]) for n in range(128)]
+    heads = text_heads(prefix, b"\x12")
 
     def cell(v: Any) -> bytes:
         if type(v) is str and len(v) < 128 and v.isascii():
@@ -126,6 +133,11 @@ def _text_cells(prefix: bytes, other: Callable[[Any], bytes]) -> Cells:
         return other(v)
 
     return lambda values: list(map(cell, values))
+
+
+def text_heads(prefix: bytes, tag: bytes) -> list[bytes]:
+    """What stands before a text or bytes of 0 to 127 bytes."""
+    return [prefix + string_head(2 + n) + tag + bytes([n]) for n in range(128)]
 
 
 CELLS: dict[str, Callable[[bytes, Callable[[Any], bytes]], Cells]] = {

@@ -171,7 +171,7 @@ def test_keys_of_columns_and_of_protos_are_feasts(rows: list[tuple[str, int, int
     ]
     theirs = [serialize_entity_key(p, 3) + b"proj" for p in protos]
     assert keys.encode(table).to_pylist() == theirs
-    assert keys.encode_rows(table) == theirs
+    assert keys.few({n: table.column("k:" + n) for n in keys.names}, table.num_rows) == theirs
     assert [keys.of_proto(p) for p in protos] == theirs
     assert keys.of_protos(protos) == theirs
     other = EntityKey(join_keys=names, entity_values=[Value(), *protos[0].entity_values[1:]])

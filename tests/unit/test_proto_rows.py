@@ -4,17 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pytest
-from feast import Entity, FeatureStore, FeatureView, Field, FileSource, RepoConfig
 from feast.infra.key_encoding_utils import serialize_entity_key
 from feast.protos.feast.types.EntityKey_pb2 import EntityKey
 from feast.protos.feast.types.Value_pb2 import Value
-from feast.types import Bool, Bytes, Float32, Float64, Int32, Int64, String, UnixTimestamp
-from feast.value_type import ValueType
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -22,11 +18,10 @@ from feature_store.errors import DataError
 from feature_store.proto_rows import batches_of_rows
 from feature_store.redis_layout import encode_pair, encode_timestamp, feature_field, pair_field, timestamp_field
 from feature_store.write_layout import FEW_ROWS, Limit, WriteLayout
+from tests.unit.row_support import NAMES, layout_of_rows, rows_of
 
 AT = datetime(2026, 3, 1, 12, 0, 0, 5, tzinfo=UTC)
 NS = 1_772_366_400_000_005_000
-TYPES = [Int32, Int64, Float32, Float64, String, Bytes, Bool, UnixTimestamp]
-NAMES = [f"f{i}" for i in range(len(TYPES))]
 VALUES = st.one_of(
     st.builds(Value),
     st.builds(Value, int32_val=st.one_of(st.integers(-(2**31), 2**31 - 1), st.just(0))),
@@ -57,27 +52,9 @@ TIMES = st.one_of(
 )
 
 
-def _layout(home: Path) -> WriteLayout:
-    store = FeatureStore(
-        config=RepoConfig(
-            project="proj",
-            provider="local",
-            registry=str(home / "registry.db"),
-            online_store={"type": "feature_store.online_store.PredictFlowOnlineStore"},
-            entity_key_serialization_version=3,
-        )
-    )
-    customer = Entity(name="customer", join_keys=["customer_id"], value_type=ValueType.STRING)
-    source = FileSource(name="rows", path="rows.parquet", timestamp_field="at", created_timestamp_column="known")
-    schema = [Field(name=n, dtype=kind) for n, kind in zip(NAMES, TYPES, strict=True)]
-    view = FeatureView(name="rows", entities=[customer], schema=schema, source=source)
-    store.apply([customer, view])
-    return WriteLayout(store.config, store.get_feature_view("rows"))
-
-
 @pytest.fixture(scope="module")
 def layout(tmp_path_factory: pytest.TempPathFactory) -> WriteLayout:
-    return _layout(tmp_path_factory.mktemp("registry"))
+    return layout_of_rows(tmp_path_factory.mktemp("registry"))
 
 
 def _key(i: int | str) -> EntityKey:
@@ -88,25 +65,8 @@ def _ns(time: Any) -> int | None:
     return None if time is None else pd.Timestamp(time).as_unit("ns").value
 
 
-def _strings(data: bytes) -> list[bytes]:
-    """The MessagePack strings of a packed row."""
-    found, i = [], 0
-    while i < len(data):
-        size = {0xD9: 1, 0xDA: 2, 0xDB: 4}.get(data[i], 0)
-        length = int.from_bytes(data[i + 1 : i + 1 + size], "big") if size else data[i] - 0xA0
-        i += 1 + size + length
-        found.append(data[i - length : i])
-    return found
-
-
 def _written(layout: WriteLayout, rows: Sequence[Any]) -> list[tuple[bytes, dict[bytes, bytes]]]:
-    found = []
-    for batch in (b.listed() for b in batches_of_rows(layout, rows, None)[1]):
-        for key, *parts in zip(batch.keys, *batch.rows, strict=True):
-            cells = _strings(b"".join(parts))
-            assert cells[0] == pair_field("rows")  # the script reads it there
-            found.append((key, dict(zip(cells[::2], cells[1::2], strict=True))))
-    return found
+    return [row for batch in batches_of_rows(layout, rows, None)[1] for row in rows_of(batch)]
 
 
 def _wanted(row: Any) -> tuple[bytes, dict[bytes, bytes]]:
