@@ -37,6 +37,7 @@ from feature_store.redis_socket import RedisSocket
 from feature_store.redis_stream import RedisStream
 from feature_store.redis_wire import Address, address_from
 from feature_store.view_plan import UnsupportedOnDemandError
+from feature_store.window_write import state_key, watermarks_key
 from feature_store.windows.definition import STATE_FIELD
 from feature_store.write_layout import shape_of
 
@@ -345,21 +346,35 @@ class PredictFlowOnlineStore(RedisOnlineStore):
         super().update(config, tables_to_delete, tables_to_keep, entities_to_delete, entities_to_keep, partial)
 
     def teardown(self, config: RepoConfig, tables: Sequence[FeatureView], entities: Sequence[Entity]) -> None:
-        """Removes all of this project from Redis: every entity of `tables`, and the replay clock. Safe to repeat."""
-        super().teardown(config, tables, entities)
+        """Removes all of this project from Redis: every entity of `tables`, what windowed views keep beside them, and the
+        replay clock. Safe to repeat."""
+        versioned = config.registry.enable_online_feature_view_versioning
+        names = [compute_versioned_name(t, versioned) for t in tables]
         client = self._get_client(config.online_store)
         with answering(client):
+            for name in names:
+                client.delete(state_key(config.project, name))  # first, as in `delete_table`
+        super().teardown(config, tables, entities)
+        with answering(client):
+            for name in names:
+                client.delete(watermarks_key(config.project, name))
             client.delete(replay_clock_key(config.project))
 
     def delete_table(self, config: RepoConfig, table: FeatureView) -> None:
-        """Removes one view from every entity of this project. Safe to repeat and beside writers of other views."""
+        """Removes one view from every entity of this project, and what a windowed view keeps beside them. Safe to repeat
+        and beside writers of other views."""
         stored = compute_versioned_name(table, config.registry.enable_online_feature_view_versioning)
         names = dict.fromkeys([*(f.name for f in table.features), STATE_FIELD])
         fields = [timestamp_field(stored), pair_field(stored), *(feature_field(stored, n) for n in names)]
         client = self._get_client(config.online_store)
+        with answering(client):
+            # First: whoever reads or writes half of it must notice, and so must a sync of the view once it is applied again.
+            client.delete(state_key(config.project, stored))
         keys = keys_of(client, config.project, table.join_keys or [DUMMY_ENTITY_ID])
         for _ in run_script(client, DROP_VIEW, (Command(key, fields) for key in keys)):
             pass
+        with answering(client):
+            client.delete(watermarks_key(config.project, stored))
 
     def delete_entity_values(self, config: RepoConfig, join_keys: list[str]) -> None:
         """Removes every view of every entity with these join keys, of this project only. Safe to repeat."""
