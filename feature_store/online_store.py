@@ -26,6 +26,7 @@ from feature_store import online_response
 from feature_store.apply_hook import guard_apply, record_apply_of_store
 from feature_store.clock import CLOCK_MODES, WallClock, replay_clock_key
 from feature_store.config_check import require_expanded, with_defaults
+from feature_store.erased_entities import ErasedEntities
 from feature_store.errors import DataError, UsageError
 from feature_store.online_reader import OnlineReader
 from feature_store.online_write import OnlineWriter
@@ -103,6 +104,7 @@ class PredictFlowOnlineStore(RedisOnlineStore):
         self._client_loop: AbstractEventLoop | None = None
         self._plans: dict[Any, tuple[Any, ReadPlan]] = {}
         self._writers: dict[str, tuple[RepoConfig, object, OnlineWriter]] = {}
+        self._erased: tuple[RepoConfig, ErasedEntities] | None = None
         self._sockets: dict[str, RedisSocket | None] = {}
         self._streams: dict[str, RedisStream | None] = {}
 
@@ -139,10 +141,11 @@ class PredictFlowOnlineStore(RedisOnlineStore):
         """Writes rows; of each key the greatest (event time, created) stays, whatever the order of rows and writers.
 
         A row without `created` counts as known at its event time; of equal pairs the last write stays. Rows of a
-        windowed view without a window state are left out and logged. Safe to repeat. DataError, before anything is written,
+        windowed view without a window state are left out and logged, and rows of erased entities. Safe to repeat. DataError, before anything is written,
         for a null join key and for a row dated after the clock; UnavailableError when Redis does not answer (rows of
         earlier batches are then written).
         """
+        data = self._kept(config, data)
         # Feast passes no time: a direct write happens now.
         self.writer(config, table).write_rows(data, wall=WallClock(), progress=progress)
 
@@ -150,7 +153,14 @@ class PredictFlowOnlineStore(RedisOnlineStore):
         self, config: RepoConfig, table: FeatureView, data: list[Row], progress: Callable[[int], Any] | None
     ) -> None:
         """As `online_write_batch`."""
+        data = self._kept(config, data)
         await self.writer(config, table).awrite_rows(data, wall=WallClock(), progress=progress)
+
+    def _kept(self, config: RepoConfig, data: Sequence[Row]) -> Sequence[Row]:
+        """The rows but those of entities on the erasure list of the project's offline store."""
+        if self._erased is None or self._erased[0] is not config:
+            self._erased = config, ErasedEntities(config)
+        return self._erased[1].without_rows(data)
 
     # --- reads --------------------------------------------------------------------------------------------------------
 
