@@ -111,6 +111,7 @@ def test_what_feast_writes_of_an_erased_entity_stays_out(store: FeatureStore, tm
 
 
 def test_without_redis_nothing_is_erased_and_the_error_says_so(store: FeatureStore, tmp_path: Path) -> None:
+    store.apply([], objects_to_delete=[store.get_feature_view("visits")], partial=False)
     away = store_on(tmp_path, "redis://127.0.0.1:1/0")
     for dry_run in (True, False):
         with pytest.raises(UnavailableError, match=r"Redis at 127\.0\.0\.1:1 \(REDIS_URL\) does not answer"):
