@@ -524,18 +524,51 @@ def test_a_user_needs_the_commands_of_the_docs_and_is_told_of_others(tmp_path: P
         online.delete_table(stores["reader"].config, view)
 
 
-def test_a_cluster_is_written_read_swept_and_deleted_from(tmp_path: Path, servers: list[Server]) -> None:
-    node = Server(tmp_path / "node", "--save", "", "--cluster-enabled", "yes", "--cluster-config-file", "nodes.conf")
-    servers.append(node.start())
+def _cluster_of_one(home: Path) -> Server:
+    node = Server(home, "--save", "", "--cluster-enabled", "yes", "--cluster-config-file", "nodes.conf").start()
     with redis.Redis(port=node.port) as client:
         client.execute_command("CLUSTER", "ADDSLOTS", *range(16384))
-        for _ in range(200):
-            if (
-                b"cluster_state:ok" in client.execute_command("CLUSTER", "INFO")
-                or client.cluster("info").get("cluster_state") == "ok"
-            ):
-                break
-            time.sleep(0.05)
+        _wait_for_slots(client)
+    return node
+
+
+def _wait_for_slots(client: redis.Redis) -> None:
+    for _ in range(200):
+        if (
+            b"cluster_state:ok" in client.execute_command("CLUSTER", "INFO")
+            or client.cluster("info").get("cluster_state") == "ok"
+        ):
+            break
+        time.sleep(0.05)
+
+
+def test_an_asynchronous_write_waits_for_a_cluster_that_restarts(tmp_path: Path, servers: list[Server]) -> None:
+    node = _cluster_of_one(tmp_path / "node")
+    servers.append(node)
+    store = _store(tmp_path, f"127.0.0.1:{node.port}", redis_type="redis_cluster", expired_values="keep")
+    store.apply([customer, _view(tmp_path, "day", DAY)])
+    online: Any = store._get_provider().online_store
+    writer = OnlineWriter(online, store.config, store.get_feature_view("day"))
+    again = threading.Timer(3.0, node.start)
+
+    async def run() -> None:
+        assert await writer.awrite(_table([1] * 200, [T] * 200), wall=None) == Written(200, 200)
+        node.stop()
+        again.start()
+        table = _table([2] * 200, [T + DAY] * 200)
+        assert await writer.awrite(table, wall=None, budget_seconds=60) == Written(200, 200)
+        again.join()
+        node.stop()
+        with pytest.raises(UnavailableError, match=r"tried for 0\.3 s"):
+            await writer.awrite(table, wall=None, budget_seconds=0.3)
+        assert asyncio.all_tasks() == {asyncio.current_task()}
+
+    asyncio.run(run())
+
+
+def test_a_cluster_is_written_read_swept_and_deleted_from(tmp_path: Path, servers: list[Server]) -> None:
+    node = _cluster_of_one(tmp_path / "node")
+    servers.append(node)
     store = _store(tmp_path, f"127.0.0.1:{node.port}", redis_type="redis_cluster", expired_values="keep")
     store.apply([customer, _view(tmp_path, "day", DAY), _view(tmp_path, "ever", timedelta(0))])
     ids = [f"C{i}" for i in range(300)]
