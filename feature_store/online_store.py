@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from feast.feature_view import DUMMY_ENTITY_ID, DUMMY_ENTITY_VAL
 from feast.infra.key_encoding_utils import serialize_entity_key
-from feast.infra.online_stores.helpers import compute_versioned_name
 from feast.infra.online_stores.redis import RedisOnlineStore, RedisOnlineStoreConfig, RedisType
 from feast.online_response import OnlineResponse
 from feast.protos.feast.serving.ServingService_pb2 import GetOnlineFeaturesResponse
@@ -28,6 +27,7 @@ from feature_store.clock import CLOCK_MODES, WallClock, replay_clock_key
 from feature_store.config_check import require_expanded, with_defaults
 from feature_store.erased_entities import ErasedEntities
 from feature_store.errors import DataError, UsageError
+from feature_store.few_proto_rows import Row as StoredRow
 from feature_store.online_reader import OnlineReader
 from feature_store.online_write import OnlineWriter
 from feature_store.read_plan import ReadPlan
@@ -37,6 +37,7 @@ from feature_store.redis_layout import feature_field, pair_field, timestamp_fiel
 from feature_store.redis_socket import RedisSocket
 from feature_store.redis_stream import RedisStream
 from feature_store.redis_wire import Address, address_from
+from feature_store.stored_names import stored_name, stored_names
 from feature_store.view_plan import UnsupportedOnDemandError
 from feature_store.window_write import state_key, watermarks_key
 from feature_store.windows.definition import STATE_FIELD
@@ -145,18 +146,18 @@ class PredictFlowOnlineStore(RedisOnlineStore):
         for a null join key and for a row dated after the clock; UnavailableError when Redis does not answer (rows of
         earlier batches are then written).
         """
-        data = self._kept(config, data)
+        kept = self._kept(config, data)
         # Feast passes no time: a direct write happens now.
-        self.writer(config, table).write_rows(data, wall=WallClock(), progress=progress)
+        self.writer(config, table).write_rows(kept, wall=WallClock(), progress=progress)
 
     async def online_write_batch_async(
         self, config: RepoConfig, table: FeatureView, data: list[Row], progress: Callable[[int], Any] | None
     ) -> None:
         """As `online_write_batch`."""
-        data = self._kept(config, data)
-        await self.writer(config, table).awrite_rows(data, wall=WallClock(), progress=progress)
+        kept = self._kept(config, data)
+        await self.writer(config, table).awrite_rows(kept, wall=WallClock(), progress=progress)
 
-    def _kept(self, config: RepoConfig, data: Sequence[Row]) -> Sequence[Row]:
+    def _kept(self, config: RepoConfig, data: list[Row]) -> Sequence[StoredRow]:
         """The rows but those of entities on the erasure list of the project's offline store."""
         if self._erased is None or self._erased[0] is not config:
             self._erased = config, ErasedEntities(config)
@@ -358,8 +359,7 @@ class PredictFlowOnlineStore(RedisOnlineStore):
     def teardown(self, config: RepoConfig, tables: Sequence[FeatureView], entities: Sequence[Entity]) -> None:
         """Removes all of this project from Redis: every entity of `tables`, what windowed views keep beside them, and the
         replay clock. Safe to repeat."""
-        versioned = config.registry.enable_online_feature_view_versioning
-        names = [compute_versioned_name(t, versioned) for t in tables]
+        names = [name for t in tables for name in stored_names(config, t)]
         client = self._get_client(config.online_store)
         with answering(client):
             for name in names:
@@ -371,20 +371,30 @@ class PredictFlowOnlineStore(RedisOnlineStore):
             client.delete(replay_clock_key(config.project))
 
     def delete_table(self, config: RepoConfig, table: FeatureView) -> None:
-        """Removes one view from every entity of this project, and what a windowed view keeps beside them. Safe to repeat
-        and beside writers of other views."""
-        stored = compute_versioned_name(table, config.registry.enable_online_feature_view_versioning)
+        """Removes one view, all its versions, from every entity of this project, and what a windowed view keeps beside them.
+        Safe to repeat and beside writers of other views. Of a version with other features its times go, not each value."""
+        self._delete(config, table, stored_names(config, table))
+
+    def delete_version(self, config: RepoConfig, table: FeatureView) -> None:
+        """As `delete_table`, of the version at hand alone."""
+        self._delete(config, table, [stored_name(config, table)])
+
+    def _delete(self, config: RepoConfig, table: FeatureView, versions: Sequence[str]) -> None:
         names = dict.fromkeys([*(f.name for f in table.features), STATE_FIELD])
-        fields = [timestamp_field(stored), pair_field(stored), *(feature_field(stored, n) for n in names)]
+        fields = [
+            f for v in versions for f in (timestamp_field(v), pair_field(v), *(feature_field(v, n) for n in names))
+        ]
         client = self._get_client(config.online_store)
         with answering(client):
             # First: whoever reads or writes half of it must notice, and so must a sync of the view once it is applied again.
-            client.delete(state_key(config.project, stored))
+            for version in versions:
+                client.delete(state_key(config.project, version))
         keys = keys_of(client, config.project, table.join_keys or [DUMMY_ENTITY_ID])
         for _ in run_script(client, DROP_VIEW, (Command(key, fields) for key in keys)):
             pass
         with answering(client):
-            client.delete(watermarks_key(config.project, stored))
+            for version in versions:
+                client.delete(watermarks_key(config.project, version))
 
     def delete_entity_values(self, config: RepoConfig, join_keys: list[str]) -> None:
         """Removes every view of every entity with these join keys, of this project only. Safe to repeat."""

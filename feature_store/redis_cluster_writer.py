@@ -104,7 +104,7 @@ async def awrite_to_cluster(client: Any, batch: Batch, budget_seconds: float) ->
                 if isinstance(reply, NoScriptError):
                     script_lost = True
                     again.append(i)
-                elif isinstance(reply, waited):
+                elif isinstance(reply, Exception) and isinstance(reply, waited):
                     error = reply
                     again.append(i)
                 elif isinstance(reply, Exception):

@@ -383,8 +383,8 @@ class WindowStore:
         return len(damaged)
 
     def delete(self) -> None:
-        """Removes every row of the view from the online store, its marker and watermarks: the next bootstrap starts from
+        """Removes every row of this version of the view from the online store, its marker and watermarks: the next bootstrap starts from
         nothing."""
         online: Any = self._store._get_provider().online_store  # Feast has no public way
         with answering(self._redis):
-            online.delete_table(self._store.config, self._view)
+            online.delete_version(self._store.config, self._view)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import mmh3
 import pandas as pd
 import pytest
+import redis
 from feast import Entity, FeatureStore, FeatureView, Field, FileSource, RepoConfig, RequestSource, ValueType
 from feast.data_source import PushSource
 from feast.labeling.label_view import LabelView
@@ -15,6 +16,7 @@ from feast.on_demand_feature_view import on_demand_feature_view
 from feast.types import Int64
 
 from feature_store.errors import DefinitionError
+from feature_store.online_sweep import sweep
 
 customer = Entity(name="customer", join_keys=["customer_id"], value_type=ValueType.STRING)
 COLLIDING = ("f59196", "f114301")
@@ -100,3 +102,27 @@ def test_label_views_and_written_on_demand_views_of_earlier_applies_are_looked_a
         store.apply([view(tmp_path, of_rows, name="rows")])
     with pytest.raises(DefinitionError, match=f"more:{of_more} and sums:{of_sums}"):
         store.apply([view(tmp_path, of_more, name="more")])
+
+
+def test_every_version_is_swept_by_its_own_ttl_and_dropped_with_the_view(
+    store: FeatureStore, tmp_path: Path, redis_url: str
+) -> None:
+    at = datetime(2026, 1, 9, tzinfo=UTC)
+    row = pd.DataFrame({"customer_id": ["C"], "n": [1], "m": [2], "event_timestamp": [at - 2 * DAY], "created": [at]})
+    versions = [view(tmp_path, "n"), view(tmp_path, "n", "m", ttl=9 * DAY), view(tmp_path, "n", "m", "o")]
+    for v in versions:
+        store.apply([customer, v])
+        names = ["customer_id", "event_timestamp", "created", *(f.name for f in v.features)]
+        store.write_to_online_store("v", row.assign(o=[3])[names])
+    with redis.Redis.from_url(redis_url) as client:
+
+        def times() -> set[bytes]:
+            return {f for key in client.scan_iter() for f in client.hkeys(key) if f.startswith(b"_ts:")}
+
+        assert times() == {b"_ts:v", b"_ts:v_v1", b"_ts:v_v2"}
+        (swept,) = sweep(store, at, pause=lambda _: None)
+        assert (swept.looked_at, swept.removed) == (3, 2)
+        assert times() == {b"_ts:v_v1"}
+        store.write_to_online_store("v", row.assign(o=[3]))
+        store.apply([], objects_to_delete=[store.get_feature_view("v")], partial=False)
+        assert client.keys() == []
