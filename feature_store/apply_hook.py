@@ -13,11 +13,13 @@ from datetime import datetime
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
+from feature_store import without_functions
 from feature_store.errors import DefinitionError
 from feature_store.feature import Feature
 from feature_store.lineage import Edge, Node
 from feature_store.postgres import is_postgres
 from feature_store.source_columns import SourceColumn, columns_of
+from feature_store.stored_names import names_after_apply, stored_name
 from feature_store.windows.definition import SQL_TAG, STATE_FIELD, WindowedView, definition_of
 from feature_store.windows.in_words import output_columns, output_text
 from feature_store.windows.ir import Output, Statement
@@ -55,7 +57,7 @@ def record_apply(
     when the registry of `config` is not on Postgres. Safe to run twice and at once. DefinitionError for colliding
     fields and for SQL that cannot be read, before anything is written.
     """
-    check_field_collisions(views)
+    check_field_collisions(views, lambda view: [stored_name(config, view)])
     url = _registry_url(config)
     if url is None:
         return
@@ -116,41 +118,48 @@ def guard_apply() -> None:
         from feature_store.online_store import PredictFlowOnlineStoreConfig
 
         if isinstance(self.config.online_store, PredictFlowOnlineStoreConfig):
-            check_field_collisions(_views_after(self, objects, objects_to_delete or ()))
+            _check_collisions_after(self, objects, objects_to_delete or ())
         return original(self, objects, objects_to_delete, *args, **kwargs)
 
     apply.checks_field_collisions = True  # type: ignore[attr-defined]  # a mark on the wrapper
     FeatureStore.apply = apply  # type: ignore[method-assign]  # see above: there is no other place
 
 
-def _views_after(store: FeatureStore, objects: Any, deleted: Sequence[Any]) -> list[Any]:
-    """The views with a place in Redis as they will be after an apply: those given, and the registry's others."""
+def _check_collisions_after(store: FeatureStore, objects: Any, deleted: Sequence[Any]) -> None:
+    """`check_field_collisions` of the views with a place in Redis as an apply leaves them: those given, and the registry's
+    others."""
     from feast import FeatureView, OnDemandFeatureView
+    from feast.labeling.label_view import LabelView
 
     given = objects if isinstance(objects, Sequence) else [objects]
     views = [
         o
         for o in given
-        if isinstance(o, FeatureView) or (isinstance(o, OnDemandFeatureView) and o.write_to_online_store)
+        if isinstance(o, (FeatureView, LabelView)) or (isinstance(o, OnDemandFeatureView) and o.write_to_online_store)
     ]
+    if not views:
+        return
+    held = {v.name: v for v in without_functions.stored_views(store.registry, store.project)}
+    names = {v.name: names_after_apply(store, v, held.get(v.name)) for v in views}
     gone = {v.name for v in [*views, *deleted] if hasattr(v, "name")}
-    if views:
-        held = [*store.list_feature_views(), *store.list_stream_feature_views()]
-        views += [v for v in held if v.name not in gone]
-    return views
+    others = [v for v in held.values() if v.name not in gone]
+    names |= {v.name: [stored_name(store.config, v)] for v in others}
+    check_field_collisions([*views, *others], lambda view: names[view.name])
 
 
-def check_field_collisions(views: Sequence[FeatureView]) -> None:
+def check_field_collisions(
+    views: Sequence[Any], stored_as: Callable[[Any], Sequence[str]] = lambda view: [view.name]
+) -> None:
     """DefinitionError when two fields, of one view or several, would share a field of an entity's Redis hash.
 
-    Feast names it by mmh3_32 of `view:feature` (4 bytes), so the odds are about n²/2³³ for n fields. Pure.
+    Feast names it by mmh3_32 of `view:feature` (4 bytes), so the odds are about n²/2³³ for n fields. `stored_as`: the names
+    that versions of a view have there. Pure.
     """
     import mmh3
 
     taken: dict[int, str] = {}
     for view in views:
-        for f in view.features:
-            name = f"{view.name}:{f.name}"
+        for name in [f"{stored}:{f.name}" for stored in stored_as(view) for f in view.features]:
             other = taken.setdefault(mmh3.hash(name, signed=False), name)
             if other != name:
                 raise DefinitionError(

@@ -6,7 +6,9 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from feature_store.errors import UsageError
+from feature_store.redis_connection import answering
 from feature_store.redis_delete import keys_of
+from feature_store.without_functions import stored_views
 
 if TYPE_CHECKING:
     from feast import Entity, FeatureStore
@@ -16,7 +18,7 @@ if TYPE_CHECKING:
 def erase_online(store: FeatureStore, entity: Entity, value: str, dry_run: bool) -> int:
     """Removes every Redis key of the entity, alone or in a composite key; how many there were. Safe to repeat.
 
-    UsageError where the online store is not ours, or the value is not of the entity's type.
+    UsageError where the online store is not ours, or the value is not of the entity's type; UnavailableError: no Redis.
     """
     from feature_store.online_store import PredictFlowOnlineStore
 
@@ -24,10 +26,11 @@ def erase_online(store: FeatureStore, entity: Entity, value: str, dry_run: bool)
     if not isinstance(online, PredictFlowOnlineStore):
         raise UsageError("only PredictFlow's online store can be erased from", value=type(online).__name__)
     client = online._get_client(store.config.online_store)
-    found = list(_keys(store, client, entity, value))
-    if dry_run:
-        return int(sum(client.exists(key) for key in found))
-    return int(sum(client.unlink(key) for key in found))
+    with answering(client):
+        found = list(_keys(store, client, entity, value))
+        if dry_run:
+            return int(sum(client.exists(key) for key in found))
+        return int(sum(client.unlink(key) for key in found))
 
 
 def _keys(store: FeatureStore, client: Any, entity: Entity, value: str) -> Iterator[bytes]:
@@ -35,7 +38,8 @@ def _keys(store: FeatureStore, client: Any, entity: Entity, value: str) -> Itera
     from feast.protos.feast.types.EntityKey_pb2 import EntityKey
 
     project = store.config.project
-    for join_keys in sorted({tuple(sorted(v.join_keys)) for v in store.list_feature_views()}):
+    views = stored_views(store.registry, project)
+    for join_keys in sorted({tuple(sorted(v.join_keys)) for v in views}):
         if join_keys == (entity.join_key,):
             proto = EntityKey(join_keys=[entity.join_key], entity_values=[_value(entity, value)])
             yield serialize_entity_key(proto, 3) + project.encode()
@@ -43,8 +47,18 @@ def _keys(store: FeatureStore, client: Any, entity: Entity, value: str) -> Itera
             for key in keys_of(client, project, join_keys):
                 parsed = deserialize_entity_key(key[: -len(project.encode())], 3)
                 part = parsed.entity_values[list(parsed.join_keys).index(entity.join_key)]
-                if str(getattr(part, part.WhichOneof("val"))) == value:
+                if _spelled(getattr(part, part.WhichOneof("val")), value):
                     yield key
+
+
+def _spelled(held: object, value: str) -> bool:
+    """Whether `value` is this key: `01` is 1 where keys are whole numbers, and itself where they are text."""
+    if not isinstance(held, int):
+        return str(held) == value
+    try:
+        return held == int(value)
+    except ValueError:
+        return False
 
 
 def _value(entity: Entity, value: str) -> Value:

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from feast.feature_view import DUMMY_ENTITY_ID, DUMMY_ENTITY_VAL
 from feast.infra.key_encoding_utils import serialize_entity_key
-from feast.infra.online_stores.helpers import compute_versioned_name
 from feast.infra.online_stores.redis import RedisOnlineStore, RedisOnlineStoreConfig, RedisType
 from feast.online_response import OnlineResponse
 from feast.protos.feast.serving.ServingService_pb2 import GetOnlineFeaturesResponse
@@ -26,7 +25,9 @@ from feature_store import online_response
 from feature_store.apply_hook import guard_apply, record_apply_of_store
 from feature_store.clock import CLOCK_MODES, WallClock, replay_clock_key
 from feature_store.config_check import require_expanded, with_defaults
+from feature_store.erased_entities import ErasedEntities
 from feature_store.errors import DataError, UsageError
+from feature_store.few_proto_rows import Row as StoredRow
 from feature_store.online_reader import OnlineReader
 from feature_store.online_write import OnlineWriter
 from feature_store.read_plan import ReadPlan
@@ -36,7 +37,9 @@ from feature_store.redis_layout import feature_field, pair_field, timestamp_fiel
 from feature_store.redis_socket import RedisSocket
 from feature_store.redis_stream import RedisStream
 from feature_store.redis_wire import Address, address_from
+from feature_store.stored_names import stored_name, stored_names
 from feature_store.view_plan import UnsupportedOnDemandError
+from feature_store.window_write import state_key, watermarks_key
 from feature_store.windows.definition import STATE_FIELD
 from feature_store.write_layout import shape_of
 
@@ -102,6 +105,7 @@ class PredictFlowOnlineStore(RedisOnlineStore):
         self._client_loop: AbstractEventLoop | None = None
         self._plans: dict[Any, tuple[Any, ReadPlan]] = {}
         self._writers: dict[str, tuple[RepoConfig, object, OnlineWriter]] = {}
+        self._erased: tuple[RepoConfig, ErasedEntities] | None = None
         self._sockets: dict[str, RedisSocket | None] = {}
         self._streams: dict[str, RedisStream | None] = {}
 
@@ -138,18 +142,26 @@ class PredictFlowOnlineStore(RedisOnlineStore):
         """Writes rows; of each key the greatest (event time, created) stays, whatever the order of rows and writers.
 
         A row without `created` counts as known at its event time; of equal pairs the last write stays. Rows of a
-        windowed view without a window state are left out and logged. Safe to repeat. DataError, before anything is written,
+        windowed view without a window state are left out and logged, and rows of erased entities. Safe to repeat. DataError, before anything is written,
         for a null join key and for a row dated after the clock; UnavailableError when Redis does not answer (rows of
         earlier batches are then written).
         """
+        kept = self._kept(config, data)
         # Feast passes no time: a direct write happens now.
-        self.writer(config, table).write_rows(data, wall=WallClock(), progress=progress)
+        self.writer(config, table).write_rows(kept, wall=WallClock(), progress=progress)
 
     async def online_write_batch_async(
         self, config: RepoConfig, table: FeatureView, data: list[Row], progress: Callable[[int], Any] | None
     ) -> None:
         """As `online_write_batch`."""
-        await self.writer(config, table).awrite_rows(data, wall=WallClock(), progress=progress)
+        kept = self._kept(config, data)
+        await self.writer(config, table).awrite_rows(kept, wall=WallClock(), progress=progress)
+
+    def _kept(self, config: RepoConfig, data: list[Row]) -> Sequence[StoredRow]:
+        """The rows but those of entities on the erasure list of the project's offline store."""
+        if self._erased is None or self._erased[0] is not config:
+            self._erased = config, ErasedEntities(config)
+        return self._erased[1].without_rows(data)
 
     # --- reads --------------------------------------------------------------------------------------------------------
 
@@ -345,21 +357,44 @@ class PredictFlowOnlineStore(RedisOnlineStore):
         super().update(config, tables_to_delete, tables_to_keep, entities_to_delete, entities_to_keep, partial)
 
     def teardown(self, config: RepoConfig, tables: Sequence[FeatureView], entities: Sequence[Entity]) -> None:
-        """Removes all of this project from Redis: every entity of `tables`, and the replay clock. Safe to repeat."""
-        super().teardown(config, tables, entities)
+        """Removes all of this project from Redis: every entity of `tables`, what windowed views keep beside them, and the
+        replay clock. Safe to repeat."""
+        names = [name for t in tables for name in stored_names(config, t)]
         client = self._get_client(config.online_store)
         with answering(client):
+            for name in names:
+                client.delete(state_key(config.project, name))  # first, as in `delete_table`
+        super().teardown(config, tables, entities)
+        with answering(client):
+            for name in names:
+                client.delete(watermarks_key(config.project, name))
             client.delete(replay_clock_key(config.project))
 
     def delete_table(self, config: RepoConfig, table: FeatureView) -> None:
-        """Removes one view from every entity of this project. Safe to repeat and beside writers of other views."""
-        stored = compute_versioned_name(table, config.registry.enable_online_feature_view_versioning)
+        """Removes one view, all its versions, from every entity of this project, and what a windowed view keeps beside them.
+        Safe to repeat and beside writers of other views. Of a version with other features its times go, not each value."""
+        self._delete(config, table, stored_names(config, table))
+
+    def delete_version(self, config: RepoConfig, table: FeatureView) -> None:
+        """As `delete_table`, of the version at hand alone."""
+        self._delete(config, table, [stored_name(config, table)])
+
+    def _delete(self, config: RepoConfig, table: FeatureView, versions: Sequence[str]) -> None:
         names = dict.fromkeys([*(f.name for f in table.features), STATE_FIELD])
-        fields = [timestamp_field(stored), pair_field(stored), *(feature_field(stored, n) for n in names)]
+        fields = [
+            f for v in versions for f in (timestamp_field(v), pair_field(v), *(feature_field(v, n) for n in names))
+        ]
         client = self._get_client(config.online_store)
+        with answering(client):
+            # First: whoever reads or writes half of it must notice, and so must a sync of the view once it is applied again.
+            for version in versions:
+                client.delete(state_key(config.project, version))
         keys = keys_of(client, config.project, table.join_keys or [DUMMY_ENTITY_ID])
         for _ in run_script(client, DROP_VIEW, (Command(key, fields) for key in keys)):
             pass
+        with answering(client):
+            for version in versions:
+                client.delete(watermarks_key(config.project, version))
 
     def delete_entity_values(self, config: RepoConfig, join_keys: list[str]) -> None:
         """Removes every view of every entity with these join keys, of this project only. Safe to repeat."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
@@ -18,10 +18,12 @@ from feature_store.errors import NotFoundError
 from feature_store.redis_connection import answering
 from feature_store.redis_delete import DROP_VIEW, Command, run_script
 from feature_store.redis_layout import decode_timestamp, feature_field, join_keys_of, pair_field, timestamp_field
+from feature_store.stored_names import stored_name, stored_names, versioned
 from feature_store.windows.definition import STATE_FIELD, definition_of
+from feature_store.without_functions import stored_views, view_version
 
 if TYPE_CHECKING:
-    from feast import FeatureStore, FeatureView
+    from feast import FeatureStore, RepoConfig
 
     from feature_store.online_store import PredictFlowOnlineStore
 
@@ -96,8 +98,8 @@ def sweep(
     for name in views:
         if name not in known:
             raise NotFoundError("no such feature view", value=name, valid=known, next_step="feast apply")
-    wanted = [_view(store, known[n]) for n in (views or known)]
-    judged = [v for v in wanted if v.keep_us]
+    wanted = {n: _versions(store, known[n]) for n in (views or known)}
+    judged = [v for versions in wanted.values() for v in versions if v.keep_us]
     if judged:
         client = online._get_client(store.config.online_store)
         limit = to_micros(at)
@@ -116,7 +118,7 @@ def sweep(
                 _drop(client, commands)
             if advance:
                 advance(len(keys))
-    return [v.result for v in wanted]
+    return [versions[0].result for versions in wanted.values()]
 
 
 def orphans(
@@ -137,9 +139,8 @@ def orphans(
     client = online._get_client(store.config.online_store)
     store.refresh_registry()
     views = _stored_views(store)
-    named = {timestamp_field(name) for v in views for name in _stored_names(store, v)}
-    values = {f for v in views for f in _view(store, v).fields if len(f) == _VALUE_FIELD}
-    versioned = store.config.registry.enable_online_feature_view_versioning
+    named = {timestamp_field(name) for v in views for name in stored_names(store.config, v)}
+    values = {f for v in views for f in _view(store.config, v).fields if len(f) == _VALUE_FIELD}
     found: dict[bytes, Orphans] = {}
     for keys in _pages(client, online, store.project, pause):
         for key, names in zip(keys, _field_names(client, keys), strict=True):
@@ -150,7 +151,7 @@ def orphans(
             if not (delete and gone):
                 continue
             fields = [f for n in gone for f in (n, b"_pf:" + n[4:])]
-            if not versioned:
+            if not versioned(store.config):
                 fields += [n for n in names if len(n) == _VALUE_FIELD and n not in values]
             with answering(client):
                 client.eval(DROP_VIEW, 1, key, *fields)
@@ -186,10 +187,21 @@ def _drop(client: Any, commands: Sequence[tuple[_View, Command]]) -> None:
             done += 1
 
 
-def _view(store: FeatureStore, view: FeatureView) -> _View:
-    from feast.infra.online_stores.helpers import compute_versioned_name
+def _versions(store: FeatureStore, view: Any) -> list[_View]:
+    """The view at hand, and each of its older versions that the registry still knows: each by its own ttl."""
+    found = [_view(store.config, view)]
+    if versioned(store.config):
+        for number in range(getattr(view, "current_version_number", 0) or 0):
+            try:
+                older = view_version(store.registry, store.project, view.name, number)
+            except NotFoundError:
+                continue  # nobody can read it, and how long its rows were to be kept is forgotten
+            found.append(_view(store.config, older, found[0].result))
+    return found
 
-    stored = compute_versioned_name(view, store.config.registry.enable_online_feature_view_versioning)
+
+def _view(config: RepoConfig, view: Any, result: Swept | None = None) -> _View:
+    stored = stored_name(config, view)
     names = dict.fromkeys([*(f.name for f in view.features), STATE_FIELD])
     fields = [timestamp_field(stored), pair_field(stored), *(feature_field(stored, n) for n in names)]
     keep = getattr(view, "ttl", None)
@@ -198,23 +210,11 @@ def _view(store: FeatureStore, view: FeatureView) -> _View:
         # As long as a late event may still count, so is what it would be counted with.
         keep = max(keep, definition.longest_window_us * MICROSECOND) + definition.source.retention_us * MICROSECOND
     microseconds = 0 if not keep else int(keep.total_seconds() * 1_000_000)
-    return _View(timestamp_field(stored), fields, microseconds, Swept(view.name))
+    return _View(timestamp_field(stored), fields, microseconds, result or Swept(view.name))
 
 
 def _stored_views(store: FeatureStore) -> list[Any]:
-    views = [*store.list_feature_views(), *store.list_stream_feature_views(), *store.list_label_views()]
-    return views + [v for v in store.list_on_demand_feature_views() if v.write_to_online_store]
-
-
-def _stored_names(store: FeatureStore, view: Any) -> Iterable[str]:
-    """The names under which any version of a view may have rows."""
-    from feast.infra.online_stores.helpers import compute_versioned_name
-
-    yield view.name
-    if store.config.registry.enable_online_feature_view_versioning:
-        yield compute_versioned_name(view, True)
-        newest = getattr(view, "current_version_number", 0) or 0
-        yield from (f"{view.name}_v{n}" for n in range(1, newest + 1))
+    return stored_views(store.registry, store.project)
 
 
 def _online(store: FeatureStore) -> PredictFlowOnlineStore:

@@ -119,6 +119,11 @@ class Batch:
             return self
         return replace(self, keys=self.keys.to_pylist(), rows=[_listed(part) for part in self.rows])
 
+    @property
+    def sha(self) -> str:
+        """The script's name for EVALSHA."""
+        return _sha(self.script).decode()
+
     def calls(self, indices: Iterable[int] | None = None, per_call: int | None = None) -> tuple[bytes, int]:
         """The RESP bytes of the script calls for all rows, or those of `indices`, and how many calls there are."""
         size = per_call or max(1, min(KEYS_PER_CALL, _FIELDS_PER_CALL // max(1, self.fields)))

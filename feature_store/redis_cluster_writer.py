@@ -1,4 +1,6 @@
-"""Writes packed rows into a Redis Cluster: a call may hold keys of one slot only, so one call per row, side by side on all nodes."""
+"""Writes packed rows into a Redis Cluster: a call may hold keys of one slot only, so one call per row, to node after
+node; in an event loop side by side on all nodes.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,7 @@ from typing import Any
 from feature_store.errors import UnavailableError
 from feature_store.redis_batch import KEYS_PER_CALL, Batch
 from feature_store.redis_connection import address_of, answering
-from feature_store.redis_retry import Pause, ScriptLost, checked, retried
+from feature_store.redis_retry import Pause, ScriptLost, checked, raise_meaning, retried
 
 
 def is_cluster(client: Any) -> bool:
@@ -77,15 +79,49 @@ def _on_node(node: Any, batch: Batch, rows: list[int]) -> tuple[int, list[int]]:
     return written, again
 
 
-async def awrite_to_cluster(client: Any, batch: Batch) -> int:
-    """As `write_to_cluster`, on an asyncio client, once: what Redis raises is for the caller to wait out."""
+async def awrite_to_cluster(client: Any, batch: Batch, budget_seconds: float) -> int:
+    """As `write_to_cluster`, on an asyncio client, which follows slots that move."""
+    from redis.exceptions import ClusterDownError, NoScriptError, RedisClusterException
+
     batch = batch.listed()
-    replies = []
-    for start in range(0, len(batch.keys), KEYS_PER_CALL):  # as many connections at a time, at most
-        some = range(start, min(start + KEYS_PER_CALL, len(batch.keys)))
-        calls = [
-            client.eval(batch.script, 1, batch.keys[i], *batch.head, *(part[i] for part in batch.rows)) for i in some
-        ]
-        with answering(client):
-            replies += await asyncio.gather(*calls)
-    return sum(map(int, replies))
+    pause = Pause(client, budget_seconds)
+    # RedisClusterException: not one node answers. AttributeError: the call that found a node gone has redis-py close the
+    # connections of all the others, also of one that is just being made.
+    waited = (*retried(), ClusterDownError, RedisClusterException, AttributeError)
+    written, left = 0, list(range(len(batch.keys)))
+    while left:
+        again: list[int] = []
+        error: Exception | None = None
+        script_lost = False
+        for start in range(0, len(left), KEYS_PER_CALL):  # as many connections at a time, at most
+            some = left[start : start + KEYS_PER_CALL]
+            calls = [
+                client.evalsha(batch.sha, 1, batch.keys[i], *batch.head, *(part[i] for part in batch.rows))
+                for i in some
+            ]
+            # All have ended before one's error is looked at: none runs on behind the caller's back.
+            for i, reply in zip(some, await asyncio.gather(*calls, return_exceptions=True), strict=True):
+                if isinstance(reply, NoScriptError):
+                    script_lost = True
+                    again.append(i)
+                elif isinstance(reply, Exception) and isinstance(reply, waited):
+                    error = reply
+                    again.append(i)
+                elif isinstance(reply, Exception):
+                    raise_meaning(client, reply)
+                    with answering(client):
+                        raise reply
+                elif isinstance(reply, BaseException):
+                    raise reply
+                else:
+                    written += int(reply)
+            if error is not None:
+                again += left[start + KEYS_PER_CALL :]
+                break
+        if error is not None:
+            await asyncio.sleep(pause.after(error))
+        elif script_lost:
+            with answering(client):
+                await client.script_load(batch.script)  # on every primary
+        left = again
+    return written

@@ -198,7 +198,8 @@ def address_of(client: Any) -> str:
 
 @contextmanager
 def answering(client: Any) -> Iterator[None]:
-    """Turns a Redis that does not answer, or refuses to write, into UnavailableError naming REDIS_URL and its address."""
+    """Turns a Redis that does not answer, refuses to write, or forbids its user a command, into UnavailableError naming
+    REDIS_URL and its address."""
     from redis import exceptions
 
     try:
@@ -215,3 +216,19 @@ def answering(client: Any) -> Iterator[None]:
             f"Redis at {address_of(client)} (REDIS_URL) does not answer ({str(e).rstrip('.')})",
             next_step="start it, or `predictflow up`, and check REDIS_URL",
         ) from e
+    except exceptions.ResponseError as e:
+        raise_forbidden(client, e)
+        raise
+
+
+def raise_forbidden(client: Any, error: Exception) -> None:
+    """UnavailableError where an error reply says that the user may not run a command; returns for any other."""
+    from redis.exceptions import NoPermissionError
+
+    # Within a script it is an error of the script: of Redis 7, and of 6.
+    text = str(error)
+    if isinstance(error, NoPermissionError) or "ACL failure in script" in text or "user executing the script" in text:
+        raise UnavailableError(
+            f"the user of REDIS_URL at {address_of(client)} may not do this ({text[:160].rstrip('.')})",
+            next_step="give it the commands of docs/reference/online-store.md (ACL SETUSER)",
+        ) from error

@@ -7,7 +7,7 @@ import time
 from typing import Any
 
 from feature_store.errors import UnavailableError
-from feature_store.redis_connection import address_of
+from feature_store.redis_connection import address_of, raise_forbidden
 
 BUDGET_SECONDS = 5.0
 """How long a write waits for a Redis that does not answer, before it fails."""
@@ -68,6 +68,7 @@ def raise_meaning(client: Any, error: Exception) -> None:
 
     if isinstance(error, NoScriptError):
         raise ScriptLost from error
+    raise_forbidden(client, error)
     text = str(error)
     if "-READONLY" in text:  # raised within the script: a primary that became a replica
         raise ReadOnlyError(text) from error

@@ -141,13 +141,13 @@ async def awrite(
 ) -> AsyncIterator[tuple[int, int]]:
     """As `write`, on an asyncio client. Encoding runs in the event loop, one batch at a time."""
     for batch in batches:
+        if is_cluster(client):
+            yield len(batch.keys), await awrite_to_cluster(client, batch, budget_seconds)
+            continue
         pause = Pause(client, budget_seconds)
         while True:
             try:
-                if is_cluster(client):
-                    written = await awrite_to_cluster(client, batch)
-                else:
-                    written = await _awrite_to_one(client, batch)
+                written = await _awrite_to_one(client, batch)
                 break
             except ScriptLost:
                 with answering(client):

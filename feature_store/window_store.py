@@ -383,9 +383,8 @@ class WindowStore:
         return len(damaged)
 
     def delete(self) -> None:
-        """Removes every row of the view from the online store, and its watermarks: the next bootstrap starts from nothing."""
+        """Removes every row of this version of the view from the online store, its marker and watermarks: the next bootstrap starts from
+        nothing."""
         online: Any = self._store._get_provider().online_store  # Feast has no public way
         with answering(self._redis):
-            self._redis.delete(self._marker_key)  # first: whoever reads or writes half of it must notice
-            self._redis.delete(self._marks_key)
-            online.delete_table(self._store.config, self._view)
+            online.delete_version(self._store.config, self._view)

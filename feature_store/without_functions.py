@@ -64,6 +64,12 @@ def view_names(registry: Any, project: str) -> list[str]:
     return sorted({view.spec.name for _, view in _views(message(registry, project), project)})
 
 
+def stored_views(registry: Any, project: str) -> list[Any]:
+    """The project's views of every kind that have rows in the online store, as the registry holds them now."""
+    found = _views(message(registry, project, fresh=True), project)
+    return [_made(kind, view) for kind, view in found if kind != _ON_DEMAND or view.spec.write_to_online_store]
+
+
 def push_sources(registry: Any, project: str) -> list[str]:
     """The names of the push sources that views have."""
     return sorted({view.spec.stream_source.name for _, view in _pushed(message(registry, project), project)})

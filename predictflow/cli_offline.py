@@ -269,8 +269,11 @@ def erase(entity: str, value: str, offline: str | None, online: bool, dry_run: b
     and their results, which may hold the entity, are dropped.
     Exit codes as `predictflow backfill`.
     """
+    from feast import FeatureView
+
     from feature_store.erasure import erase as run
     from feature_store.erasure_online import erase_online
+    from feature_store.without_functions import stored_views
     from predictflow.settings import Settings
     from predictflow.wiring import feast_store
     from serving.jobs import Jobs
@@ -283,7 +286,7 @@ def erase(entity: str, value: str, offline: str | None, online: bool, dry_run: b
     entities = {e.name: e for e in store.list_entities()}
     if entity not in entities:
         raise NotFoundError("no such entity", value=entity, valid=entities, next_step="feast apply")
-    views = list(store.list_feature_views())
+    views = [v for v in stored_views(store.registry, store.project) if isinstance(v, FeatureView)]
     result = run(
         entities[entity].join_key, value, offline_path=target, views=views, at=datetime.now(UTC), dry_run=dry_run
     )

@@ -192,10 +192,11 @@ class Plans:
             proto.feature_views,
             proto.stream_feature_views,
             proto.on_demand_feature_views,
+            proto.label_views,
             proto.feature_services,
         )
         for objects in kinds:
-            texts = sorted(o.spec.SerializeToString(deterministic=True) for o in objects if self._own(o))
+            texts = sorted(_definition_of(o) for o in objects if self._own(o))
             digest.update(len(texts).to_bytes(8, "little"))
             for text in texts:
                 digest.update(len(text).to_bytes(8, "little") + text)
@@ -231,3 +232,9 @@ class Plans:
         except FeatureServiceNotFoundException as e:
             valid = [s.name for s in self._store.registry.list_feature_services(self.project, allow_cache=True)]
             raise NotFoundError("unknown feature service", value=name, valid=valid, next_step="feast apply") from e
+
+
+def _definition_of(stored: Any) -> bytes:
+    """What a plan depends on of an object of the registry: its definition, and the version that names a view's rows."""
+    version = int(getattr(stored.meta, "current_version_number", 0) or 0)
+    return version.to_bytes(8, "little") + bytes(stored.spec.SerializeToString(deterministic=True))

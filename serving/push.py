@@ -14,7 +14,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from feature_store import without_functions
-from feature_store.erasure_list import ErasureList, digest_of
+from feature_store.erased_entities import ErasedEntities
 from feature_store.errors import DataError, NotFoundError, UsageError
 from feature_store.windows.definition import definition_of
 from serving.columns import rows_of
@@ -56,7 +56,7 @@ class Pusher:
         self._now = now
         self._max_rows = max_rows
         self._gate = gate
-        self._erased = _Erased(store)
+        self._erased = ErasedEntities(store.config)
         self._threads = ThreadPoolExecutor(PUSH_THREADS, thread_name_prefix="push")
 
     async def apush(self, feature_view: str | None, push_source: str | None, columns: Columns, to: To) -> Pushed:
@@ -85,7 +85,10 @@ class Pusher:
             if name not in known:
                 raise UsageError("no such column", value=name, valid=known)
         now = self._now()
-        tables = [(view, self._erased.without(view, table_of(view, columns, now))) for view in views]
+        tables = [
+            (view, self._erased.without([c.name for c in keys_of(view)], table_of(view, columns, now)))
+            for view in views
+        ]
         kept = max(table.num_rows for _, table in tables)
         tables = [(view, table) for view, table in tables if table.num_rows]
         # What a row cannot be made of must be refused before anything is written.
@@ -129,45 +132,6 @@ class Pusher:
         table = table.rename_columns([back.get(name, name) for name in table.column_names])
         provider: Any = self._store._get_provider()
         provider.offline_write_batch(self._store.config, view, table, None)
-
-
-class _Erased:
-    """The erasure list of the project's offline store, read again when it changed; nothing where it has no such list."""
-
-    def __init__(self, store: FeatureStore) -> None:
-        from feature_store.point_in_time.source import is_uri, resolve
-
-        place = resolve(store.config, "")
-        ours = store.config.offline_store.type.endswith("PredictFlowOfflineStore")
-        self._list = ErasureList(place) if ours and not is_uri(place) else None
-        self._seen: tuple[tuple[int, ...] | None, dict[str, set[str]]] = (None, {})
-
-    def without(self, view: FeatureView, table: pa.Table) -> pa.Table:
-        """`table` without the rows of erased entities. DataError for a list that cannot be read."""
-        import pyarrow as pa
-
-        digests = self._digests()
-        keys = [c.name for c in keys_of(view) if c.name in digests]
-        if not keys:
-            return table
-        columns = [(key, digests[key], table.column(key).to_pylist()) for key in keys]
-        kept = [
-            all(digest_of(key, values[i]) not in listed for key, listed, values in columns)
-            for i in range(table.num_rows)
-        ]
-        return table.filter(pa.array(kept, pa.bool_()))
-
-    def _digests(self) -> dict[str, set[str]]:
-        if self._list is None:
-            return {}
-        changed = self._list.changed()  # before the entries: a list that changes now is read again next time
-        seen, digests = self._seen
-        if changed != seen:
-            digests = {}
-            for entry in self._list.entries():
-                digests.setdefault(entry.join_key, set()).add(entry.sha256)
-            self._seen = (changed, digests)
-        return digests
 
 
 def view_named(store: FeatureStore, name: str) -> FeatureView:

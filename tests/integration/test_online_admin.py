@@ -490,18 +490,85 @@ def test_a_redis_that_is_full_is_said_to_be_full(tmp_path: Path, servers: list[S
             _write(store, "day", _table([1] * count, [T] * count))
 
 
-def test_a_cluster_is_written_read_swept_and_deleted_from(tmp_path: Path, servers: list[Server]) -> None:
-    node = Server(tmp_path / "node", "--save", "", "--cluster-enabled", "yes", "--cluster-config-file", "nodes.conf")
-    servers.append(node.start())
+READS = "+hmget +get"
+WRITES = "+evalsha +script|load +hget +hset +get"
+
+
+def test_a_user_needs_the_commands_of_the_docs_and_is_told_of_others(tmp_path: Path, servers: list[Server]) -> None:
+    documented = (Path(__file__).parents[2] / "docs/reference/online-store.md").read_text()
+    assert f"`{READS}`" in documented
+    assert f"`{WRITES}`" in documented
+    servers.append(Server(tmp_path / "acl", "--save", "").start())
+    port = servers[0].port
+    _store(tmp_path, f"redis://127.0.0.1:{port}/0").apply([customer, _view(tmp_path, "day", DAY)])
+    users = {
+        "reader": READS,
+        "writer": WRITES,
+        "no_script": "+hget +hset +get",
+        "no_hset": "+evalsha +script|load +hget",
+    }
+    with redis.Redis(port=port) as client:
+        for name, commands in users.items():
+            client.execute_command("ACL", "SETUSER", name, "on", ">pw", "~*", *commands.split())
+    stores = {name: _store(tmp_path, f"redis://{name}:pw@127.0.0.1:{port}/0", expired_values="keep") for name in users}
+    assert _write(stores["writer"], "day", _table(list(range(100)), [T] * 100)).written == 100
+    assert _read(stores["reader"], "day", ["C0", "C99"]) == [0, 99]
+    for name, said in (("reader", "evalsha"), ("no_script", "evalsha"), ("no_hset", "script")):
+        with pytest.raises(UnavailableError, match=rf"the user of REDIS_URL at .*{port} may not do this .*{said}"):
+            _write(stores[name], "day", _table([1], [T]))
+    online: Any = stores["reader"]._get_provider().online_store
+    view = stores["reader"].get_feature_view("day")
+    with pytest.raises(UnavailableError, match="may not do this"):
+        asyncio.run(online_write_async(online, stores["reader"].config, view, _table([1], [T]), wall=None))
+    with pytest.raises(UnavailableError, match="may not do this"):
+        online.delete_table(stores["reader"].config, view)
+
+
+def _cluster_of_one(home: Path) -> Server:
+    node = Server(home, "--save", "", "--cluster-enabled", "yes", "--cluster-config-file", "nodes.conf").start()
     with redis.Redis(port=node.port) as client:
         client.execute_command("CLUSTER", "ADDSLOTS", *range(16384))
-        for _ in range(200):
-            if (
-                b"cluster_state:ok" in client.execute_command("CLUSTER", "INFO")
-                or client.cluster("info").get("cluster_state") == "ok"
-            ):
-                break
-            time.sleep(0.05)
+        _wait_for_slots(client)
+    return node
+
+
+def _wait_for_slots(client: redis.Redis) -> None:
+    for _ in range(200):
+        if (
+            b"cluster_state:ok" in client.execute_command("CLUSTER", "INFO")
+            or client.cluster("info").get("cluster_state") == "ok"
+        ):
+            break
+        time.sleep(0.05)
+
+
+def test_an_asynchronous_write_waits_for_a_cluster_that_restarts(tmp_path: Path, servers: list[Server]) -> None:
+    node = _cluster_of_one(tmp_path / "node")
+    servers.append(node)
+    store = _store(tmp_path, f"127.0.0.1:{node.port}", redis_type="redis_cluster", expired_values="keep")
+    store.apply([customer, _view(tmp_path, "day", DAY)])
+    online: Any = store._get_provider().online_store
+    writer = OnlineWriter(online, store.config, store.get_feature_view("day"))
+    again = threading.Timer(3.0, node.start)
+
+    async def run() -> None:
+        assert await writer.awrite(_table([1] * 200, [T] * 200), wall=None) == Written(200, 200)
+        node.stop()
+        again.start()
+        table = _table([2] * 200, [T + DAY] * 200)
+        assert await writer.awrite(table, wall=None, budget_seconds=60) == Written(200, 200)
+        again.join()
+        node.stop()
+        with pytest.raises(UnavailableError, match=r"tried for 0\.3 s"):
+            await writer.awrite(table, wall=None, budget_seconds=0.3)
+        assert asyncio.all_tasks() == {asyncio.current_task()}
+
+    asyncio.run(run())
+
+
+def test_a_cluster_is_written_read_swept_and_deleted_from(tmp_path: Path, servers: list[Server]) -> None:
+    node = _cluster_of_one(tmp_path / "node")
+    servers.append(node)
     store = _store(tmp_path, f"127.0.0.1:{node.port}", redis_type="redis_cluster", expired_values="keep")
     store.apply([customer, _view(tmp_path, "day", DAY), _view(tmp_path, "ever", timedelta(0))])
     ids = [f"C{i}" for i in range(300)]

@@ -21,7 +21,7 @@ from feature_store.errors import DefinitionError
 from feature_store.online_reader import OnlineReader
 from feature_store.read_plan import ReadPlan
 from feature_store.window_store import StateLostError, StateMovedError, WindowStore
-from feature_store.window_write import watermarks_key
+from feature_store.window_write import state_key, watermarks_key
 from feature_store.windows import definition as definitions
 from feature_store.windows.definition import STATE_FIELD, WINDOW_TAG, EventSource, WindowedView
 from feature_store.windows.ir import Aggregate, AggregateRef, Column, Output, Statement, Window
@@ -99,6 +99,7 @@ class Repo:
     stock: FeatureStore
     redis: redis.Redis
     view: FeatureView
+    home: Path
 
     def reader(self) -> OnlineReader:
         names = [f"behavior:{o.name}" for s in STATEMENTS for o in s.outputs]
@@ -132,7 +133,7 @@ def repo(redis_url: str, tmp_path: Path) -> Iterator[Repo]:
     ours = store("feature_store.online_store.PredictFlowOnlineStore", redis_url)
     ours.apply([*ENTITIES, view])
     stock = store("redis", f"{host},db={db}")
-    yield Repo(ours, stock, client, ours.get_feature_view("behavior"))
+    yield Repo(ours, stock, client, ours.get_feature_view("behavior"), tmp_path)
     client.close()
 
 
@@ -345,6 +346,24 @@ def test_a_redis_that_lost_its_data_is_noticed(repo: Repo) -> None:
     windows.delete()
     with pytest.raises(StateLostError, match="sync --from-log"):
         windows.load(KEYS)
+
+
+def test_a_view_that_was_dropped_and_applied_again_has_no_states(repo: Repo) -> None:
+    windows, states = holding(repo, KEYS)
+    windows.write(KEYS, states, {0: (T, T)})
+    assert repo.redis.exists(state_key(PROJECT, "behavior"), watermarks_key(PROJECT, "behavior")) == 2
+    repo.store.apply([], objects_to_delete=[repo.view], partial=False)
+    assert repo.redis.keys() == []
+    repo.store.apply([*ENTITIES, view_of(DEFINITION, repo.home)])
+    with pytest.raises(StateLostError, match="sync --from-log"):
+        WindowStore(repo.store, repo.store.get_feature_view("behavior")).attach(applied=True, run_id="r2")
+
+
+def test_teardown_leaves_nothing_of_a_windowed_view(repo: Repo) -> None:
+    windows, states = holding(repo, KEYS)
+    windows.write(KEYS, states, {0: (T, T)})
+    repo.store.teardown()
+    assert repo.redis.keys() == []
 
 
 @pytest.mark.parametrize("at", [2, 16, -3], ids=["head", "fence", "rows"])

@@ -84,6 +84,25 @@ def test_a_changed_stream_view_makes_plans_new(plans: Plans, monkeypatch: pytest
     assert seen() != with_view
 
 
+def test_a_new_version_and_a_changed_label_view_make_plans_new(plans: Plans, monkeypatch: pytest.MonkeyPatch) -> None:
+    held = Registry()
+
+    def seen() -> str:
+        monkeypatch.setattr(plans._store.registry, "proto", lambda: held)
+        return plans._read_fingerprint()
+
+    view = held.feature_views.add()
+    view.spec.project = "unit"
+    first = seen()
+    view.meta.last_updated_timestamp.seconds = 9
+    assert seen() == first
+    view.meta.current_version_number = 2  # its rows have another name
+    second = seen()
+    assert second != first
+    held.label_views.add().spec.project = "unit"
+    assert seen() != second
+
+
 def test_the_plans_in_use_are_kept(plans: Plans, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plans_module, "OTHER_PLANS", 2)
     used, *others = [(f"account:f{i}",) for i in range(4)]
