@@ -54,6 +54,12 @@ class StreamMetrics:
             ["view"],
             registry=r,
         )
+        self.moved = Counter(
+            "predictflow_sync_moved_entities",
+            "Entities with events in one more partition than before",
+            ["view"],
+            registry=r,
+        )
         self.retries = Counter("predictflow_sync_retries", "Batches tried again, a server being away", registry=r)
         self.lag = Gauge("predictflow_sync_lag", "Messages not yet applied", ["partition"], registry=r)
         self.watermark_delay = Gauge(
@@ -92,6 +98,7 @@ class StreamMetrics:
         self.fenced.labels(view).inc(result.fenced)
         self.ids_forgotten.labels(view).inc(result.ids_forgotten)
         self.damaged.labels(view).inc(result.damaged)
+        self.moved.labels(view).inc(result.moved)
 
     def gave_up(self, partition: int, views: list[str]) -> None:
         """The partition is another consumer's now."""
@@ -109,7 +116,11 @@ class StreamMetrics:
                     if s.name.endswith("_total"):
                         name = s.labels.get("outcome", "late")
                         counts[name] = counts.get(name, 0) + s.value
-        for name, counter in (("ids forgotten", self.ids_forgotten), ("damaged states", self.damaged)):
+        for name, counter in (
+            ("ids forgotten", self.ids_forgotten),
+            ("damaged states", self.damaged),
+            ("moved entities", self.moved),
+        ):
             total = sum(s.value for f in counter.collect() for s in f.samples if s.name.endswith("_total"))
             if total:
                 counts[name] = total

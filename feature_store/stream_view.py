@@ -72,6 +72,7 @@ class StreamView:
         self._starts: dict[int, int] = {}  # partition -> the first offset that is not in history, until it came
         self._heard: dict[int, int] = {}  # partition -> the machine's clock at its last message
         self._erased = ErasedRows(offline_path, self.definition.entity_key)
+        self._told_moved = False
 
     # Partitions
 
@@ -178,6 +179,7 @@ class StreamView:
                 return Begun(result)
             keys, states = [], states.slice(0, 0)  # who wrote them may have been killed before it told the watermarks
         self._tell_damaged(result)
+        self._tell_moved(placed, result)
         return Begun(result, self.online.begin_write(keys, states, marks))
 
     def listened(self, wall_us: int) -> None:
@@ -267,6 +269,7 @@ class StreamView:
             states = load(keys)
             if states is None:
                 return None
+        partitions = states.in_partitions
         before, after = self._watermarks.before(events.partition, events.offset, events.time, first_watermark)
         outcome = states.apply(
             Events(
@@ -281,7 +284,8 @@ class StreamView:
                 values=[events.numbers[name] for name in self._numbers.values],
             )
         )
-        return Placed(events, keys, states, visible, logged, before, after, outcome)
+        moved = np.flatnonzero(states.in_partitions > np.maximum(partitions, 1))
+        return Placed(events, keys, states, visible, logged, before, after, outcome, moved)
 
     def _read_again(self, events: GoodEvents, wanted: Bools) -> Bools:
         """Which events the log holds by now; it is read from the first of `wanted` on."""
@@ -377,6 +381,18 @@ class StreamView:
                 "%s: %d entities are not written, their states in Redis being damaged, as that of %s (%s): "
                 "stop sync, then `predictflow sync --from-log`",
                 self.name, result.damaged, key, error.message,
+            )  # fmt: skip
+
+    def _tell_moved(self, placed: Placed, result: BatchResult) -> None:
+        """One owner counts such an entity right; two owners write over each other, since a state has one fence."""
+        result.moved = len(placed.moved)
+        if result.moved and not self._told_moved:
+            self._told_moved = True
+            i = int(placed.moved[0])
+            log.warning(
+                "%s: events of %s are in partitions %s of topic %s: while several consumers run, some of them may be lost. "
+                "Give all producers of the topic the same partitioner, then stop sync and `predictflow sync --from-log`",
+                self.name, placed.keys[i], sorted(placed.states.offsets_of(i)), self.definition.topic,
             )  # fmt: skip
 
     def _count(

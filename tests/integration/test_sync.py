@@ -904,3 +904,41 @@ def test_closed_windows_move_on_while_a_partition_is_silent(project):
     store = WindowStore(project.store, project.store.get_feature_view("closing"))
     known, _ = parse_watermarks(store._redis.hgetall(store._marks_key))
     assert known[0] >= marks[2]
+
+
+def in_partitions(project, *messages: tuple[int, tuple[bytes, bytes]]) -> None:
+    """Produces each message to a partition of the test's choice, as a producer with another partitioner would."""
+    from confluent_kafka import Producer
+
+    producer = Producer({"bootstrap.servers": project.kafka, "linger.ms": 0})
+    for partition, (key, value) in messages:
+        producer.produce(project.topic, value, key, partition)
+    assert producer.flush(30) == 0
+
+
+def test_a_dead_letter_is_sent_again_to_the_partition_it_came_in(project):
+    """Whatever our client would choose for its key: else its entity's events would stand in two partitions."""
+    ensure_topic(client_config(project.kafka), project.topic, 3)
+    with project.syncing() as consumer:
+        in_partitions(project, *((p, (b"C1", b"{not json")) for p in range(3)))
+        wait_until(lambda: handled(consumer) == 3)
+        assert "3 message(s) sent again" in command("dlq", "replay", "--yes").output
+        wait_until(lambda: handled(consumer) == 6)
+    assert end_offsets(client_config(project.kafka), project.topic) == {0: 3, 1: 3, 2: 3}  # a transaction's mark counts
+    letters = read_dead_letters(client_config(project.kafka), project.topic)
+    assert Counter(x.partition for x in letters) == {0: 2, 1: 2, 2: 2}
+
+
+def test_an_entity_in_two_partitions_is_told(project, caplog):
+    ensure_topic(client_config(project.kafka), project.topic, 2)
+    with project.syncing() as consumer:
+        in_partitions(project, *((0, message(event(n, f"C{n}", T0))) for n in range(3)))
+        wait_until(lambda: handled(consumer) == 3)
+        assert "in partitions" not in caplog.text
+        in_partitions(project, *((1, message(event(10 + n, f"C{n}", T0 + HOUR))) for n in range(2)))
+        wait_until(lambda: handled(consumer) == 5)
+        in_partitions(project, (1, message(event(20, "C0", T0 + 2 * HOUR))), (1, message(event(21, "C7", T0))))
+        wait_until(lambda: handled(consumer) == 7)
+    assert caplog.text.count("are in partitions [0, 1]") == 1
+    assert consumer.metrics.moved.labels("customer_behavior")._value.get() == 2
+    assert [v["events_7d"] for v in values(project)][:3] == [3, 2, 1]
