@@ -30,7 +30,7 @@ from feature_store.stream_metrics import StreamMetrics
 from feature_store.stream_place import StreamPlace
 from feature_store.stream_topic import AnyView, open_views, views_of_topic
 from feature_store.stream_view import StreamView
-from feature_store.topic import client_config, default_group, ensure_topic, topic_id
+from feature_store.topic import begun_offsets, client_config, default_group, ensure_topic, topic_id
 from feature_store.topic_record import TopicRecord, refuse_other_partitions
 from feature_store.window_store import StateLostError
 
@@ -100,7 +100,7 @@ class Sync:
         """Consumes until stopped. Safe to start again after any end, and several times in one group.
 
         NotFoundError: no such topic or view; DataError: the topic was made anew or got partitions, or offsets are gone,
-        since the states were written; StateLostError: Redis lost the states; UnavailableError: no broker or Redis at the start. Later a missing server is waited for, and logged.
+        since the states were written, or a view is new and the group is not at the topic's beginning; StateLostError: Redis lost the states; UnavailableError: no broker or Redis at the start. Later a missing server is waited for, and logged.
         """
         o = self._options
         config = self._config = client_config(o.bootstrap_servers)
@@ -109,7 +109,15 @@ class Sync:
         ensure_topic(config, dead_letter_topic(self._topic))
         now = topic_id(config, self._topic)
         self.views = open_views(
-            self._store, views, self._topic, now, self._partitions, o.offline_path, o.clock, o.schema_registry
+            self._store,
+            views,
+            self._topic,
+            now,
+            self._partitions,
+            o.offline_path,
+            o.clock,
+            o.schema_registry,
+            lambda: begun_offsets(config, self._group, self._topic),
         )
         warn_of_settings(self._store)
         self._record_lineage()
