@@ -45,6 +45,23 @@ def codec_of(format: Literal["json", "avro"], avro_schema: str | None = None, re
     return _RegisteredAvro(registry_url)
 
 
+def avro_fields(schema: str) -> dict[str, list[dict[str, Any]]]:
+    """Field -> the types that its values may have, null left out, of an Avro record's schema. DefinitionError: it is none."""
+    parsed = _parsed(schema, "avro_schema")
+    named = parsed.get("__named_schemas", {})
+
+    def types(of: Any) -> list[dict[str, Any]]:
+        if isinstance(of, list):
+            return [t for branch in of for t in types(branch)]
+        if isinstance(of, str):
+            of = named.get(of, {"type": of})
+        elif not isinstance(of["type"], str) or of["type"] in named:
+            return types(of["type"])
+        return [] if of["type"] == "null" else [of]
+
+    return {f["name"]: types(f["type"]) for f in parsed["fields"]}
+
+
 def json_record(value: bytes) -> dict[str, Any]:
     """A JSON object. Of a name that stands twice the last counts; NaN, infinities and broken Unicode are no JSON."""
     try:
