@@ -79,7 +79,10 @@ class StreamView:
     def start_partition(self, partition: int, from_offset: int, wall_us: int = 0) -> None:
         """Call when a partition is assigned: rows logged beyond its committed offset will be delivered again."""
         self.online.forget()  # another process wrote the partition's entities
-        self.log.compact(partition, wall_us)
+        try:
+            self.log.compact(partition, wall_us)
+        except OSError as e:  # it can wait, for instance for room on the disk
+            log.warning("event log of %s not compacted: %s", self.name, e)
         logged = self.log.logged(partition, from_offset)
         record = read_record(self.log)
         history = NEVER if record is None or record.history_watermark_us is None else record.history_watermark_us
