@@ -31,7 +31,8 @@ from feature_store.stream_place import StreamPlace
 from feature_store.stream_topic import AnyView, open_views, views_of_topic
 from feature_store.stream_view import StreamView
 from feature_store.topic import begun_offsets, client_config, default_group, ensure_topic, topic_id
-from feature_store.topic_record import TopicRecord, refuse_other_partitions
+from feature_store.topic_record import TopicRecord, refuse_other_id, refuse_other_partitions
+from feature_store.topic_watch import TopicWatch
 from feature_store.window_store import StateLostError
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ log = logging.getLogger(__name__)
 _LONGEST_BACKOFF = 5.0
 _COMPACT_EVERY = 256  # batches
 _IDLE_SECONDS = 0.2
+_TOPIC_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,7 @@ class Sync:
         self._batches = 0
         self._in_hand: InHand | None = None
         self._keeper = LogKeeper()
+        self._topic_id, self._paused = "", False
         self._idle_at = self._place_at = 0.0
 
     def stop(self) -> None:
@@ -107,7 +110,8 @@ class Sync:
         self._topic, views = views_of_topic(self._store, o.topic)
         self._partitions = len(ensure_topic(config, self._topic))
         ensure_topic(config, dead_letter_topic(self._topic))
-        now = topic_id(config, self._topic)
+        now = self._topic_id = topic_id(config, self._topic)
+        self._watch = TopicWatch(config, self._topic)
         self.views = open_views(
             self._store,
             views,
@@ -172,6 +176,7 @@ class Sync:
 
     def _start_partition(self, partition: int, offset: int) -> None:
         self._keeper.wait()
+        self._check_topic(_TOPIC_SECONDS)
         if partition >= self._partitions:  # the topic got partitions while we ran
             for view in self.views:
                 if isinstance(view, StreamView):
@@ -206,6 +211,8 @@ class Sync:
         gc.freeze()  # what stands now stays: the collector need not walk it while batches come and go
         while not self._stop.is_set():
             messages = self._consumer.messages(at_once=self._in_hand is not None)
+            self._check_topic(_TOPIC_SECONDS if self._paused else 0.0)
+            self._paused = False
             if messages or self._in_hand is not None:
                 self._apply(Delivered.of(messages))
             else:
@@ -214,6 +221,14 @@ class Sync:
             if time.monotonic() - reported >= self._options.report_seconds:
                 reported = time.monotonic()
                 log.info(self.metrics.line())
+
+    def _check_topic(self, wait: float) -> None:
+        """DataError, as at the start, when the topic was deleted and made again since: its offsets are other messages'.
+        `wait`: seconds for what the broker says now; else by what it said last."""
+        if self._topic_id and (now := self._watch.id(wait)) != self._topic_id:
+            for view in self.views:
+                if isinstance(view, StreamView):
+                    refuse_other_id(view.name, self._topic, self._topic_id, now)
 
     def _check_place(self) -> None:
         """Whether Redis lost what was written before we started, also where no message comes."""
@@ -248,6 +263,7 @@ class Sync:
                         batch = batch.only(self._consumer.owned)
         finally:
             if waited:
+                self._paused = True
                 self._consumer.resume()
                 self._listened()
 

@@ -747,7 +747,7 @@ def test_lost_states_stop_the_stream_and_come_back_from_the_log(project):
             before.extend(values(project))
             redis.flushdb()
             produce(project.kafka, project.topic, [message(e) for e in events[30:]])
-            wait_until(consumer.finished.is_set)
+            wait_until(consumer.finished.is_set, 25)
 
     with pytest.raises((StateLostError, DataError), match="--from-log"):
         loses_its_states()
@@ -806,7 +806,7 @@ def test_what_redis_lost_while_no_consumer_ran_stops_the_next_one(project):
     for k, data in snapshot.items():
         redis.restore(k, 0, data, replace=True)
     with pytest.raises(DataError, match="--from-log"), project.syncing() as consumer:
-        wait_until(consumer.finished.is_set)
+        wait_until(consumer.finished.is_set, 25)
     produce(project.kafka, project.topic, [message(event(9, "C1", T0 + 90 * DAY))])
     again = project.start("sync", "--from-log")
     wait_until(lambda: again.poll() is not None or log_of(project).read().num_rows == 61, seconds=180)
@@ -942,3 +942,26 @@ def test_an_entity_in_two_partitions_is_told(project, caplog):
     assert caplog.text.count("are in partitions [0, 1]") == 1
     assert consumer.metrics.moved.labels("customer_behavior")._value.get() == 2
     assert [v["events_7d"] for v in values(project)][:3] == [3, 2, 1]
+
+
+def test_a_topic_that_is_made_again_while_it_is_read_stops_the_stream(project):
+    """Also where its offsets reach beyond what was read, so that reading on looks like more of the same."""
+    write_history(project.offline, [event(0, "C1", T0 - HOUR)])
+    project.bootstrap()
+
+    def read_both() -> None:
+        with project.syncing() as consumer:
+            produce(project.kafka, project.topic, [message(event(n, "C1", T0 + HOUR)) for n in range(1, 4)])
+            wait_until(lambda: handled(consumer) == 3)
+            make_again(project)
+            ensure_topic(client_config(project.kafka), project.topic)
+            produce(project.kafka, project.topic, [message(event(10 + n, "C1", T0 + 2 * HOUR)) for n in range(20)])
+            wait_until(consumer.finished.is_set)
+
+    with pytest.raises(DataError, match="deleted and made again"):
+        read_both()
+    project.bootstrap(rewind=True)  # with what was read of the new topic before that was noticed
+    with project.syncing() as consumer:
+        wait_until(lambda: handled(consumer) == 20)
+    assert log_of(project).read()["_offset"].to_pylist() == list(range(20))
+    assert values(project, ["C1"])[0]["events_7d"] == 21
