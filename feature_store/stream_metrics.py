@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter as Counts
+from collections.abc import Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
 
@@ -79,9 +80,9 @@ class StreamMetrics:
             registry=r,
         )
 
-    def serve(self, port: int) -> None:
-        """Answers GET /metrics on 127.0.0.1:port from a thread."""
-        start_http_server(port, addr="127.0.0.1", registry=self.registry)
+    def serve(self, port: int, host: str = "127.0.0.1") -> None:
+        """Answers GET /metrics on host:port from a thread. OSError: it cannot listen there."""
+        start_http_server(port, addr=host, registry=self.registry)
 
     def count(self, view: str, result: BatchResult, now_us: int) -> None:
         """Adds a batch's result for one view; `now_us`: the features' clock."""
@@ -99,6 +100,14 @@ class StreamMetrics:
         self.ids_forgotten.labels(view).inc(result.ids_forgotten)
         self.damaged.labels(view).inc(result.damaged)
         self.moved.labels(view).inc(result.moved)
+
+    def stands(self, partition: int, lag: int | None, watermarks: Mapping[str, int], now_us: int) -> None:
+        """Where a partition stands now, whether batches get done or not. `watermarks`: of each view, NEVER: none."""
+        if lag is not None:
+            self.lag.labels(str(partition)).set(lag)
+        for view, watermark_us in watermarks.items():
+            if watermark_us != NEVER:
+                self.watermark_delay.labels(view, str(partition)).set((now_us - watermark_us) / 1e6)
 
     def gave_up(self, partition: int, views: list[str]) -> None:
         """The partition is another consumer's now."""

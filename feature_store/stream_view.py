@@ -110,6 +110,10 @@ class StreamView:
         if next_offset >= self._starts.get(partition, next_offset):
             self._starts.pop(partition, None)
 
+    def watermark(self, partition: int) -> int:
+        """After all that was read of a partition; NEVER: none."""
+        return self._watermarks.of(partition)
+
     def compact(self, partition: int, wall_us: int) -> None:
         """Merges the partition's small log files. `wall_us`: the machine's clock."""
         self.log.compact(partition, wall_us)

@@ -45,6 +45,7 @@ log = logging.getLogger(__name__)
 _LONGEST_BACKOFF = 5.0
 _COMPACT_EVERY = 256  # batches
 _IDLE_SECONDS = 0.2
+_TELL_SECONDS = 1.0
 _TOPIC_SECONDS = 5.0
 
 
@@ -93,7 +94,8 @@ class Sync:
         self._in_hand: InHand | None = None
         self._keeper = LogKeeper()
         self._topic_id, self._paused = "", False
-        self._idle_at = self._place_at = 0.0
+        self._idle_at = self._place_at = self._told_at = self._reported = 0.0
+        self._now_us = 0  # the features' clock, as far as we know it
 
     def stop(self) -> None:
         """Ends `run` after the batch in hand."""
@@ -207,7 +209,7 @@ class Sync:
     # Stream
 
     def _consume(self) -> None:
-        reported = time.monotonic()
+        self._reported = time.monotonic()
         gc.freeze()  # what stands now stays: the collector need not walk it while batches come and go
         while not self._stop.is_set():
             messages = self._consumer.messages(at_once=self._in_hand is not None)
@@ -218,9 +220,21 @@ class Sync:
             else:
                 self._check_place()
             self._advance_idle()
-            if time.monotonic() - reported >= self._options.report_seconds:
-                reported = time.monotonic()
-                log.info(self.metrics.line())
+            self._tell()
+
+    def _tell(self, ask: bool = False) -> None:
+        """Lag and watermarks as they are now, about once a second; now and then the counts. `ask`: for the lag the broker."""
+        now = time.monotonic()
+        if now >= self._told_at:
+            self._told_at = now + _TELL_SECONDS
+            if self._options.clock == "wall":
+                self._now_us = to_micros(self._wall.now())
+            views = [v for v in self.views if isinstance(v, StreamView)]
+            for p, lag in self._consumer.lags(ask).items():
+                self.metrics.stands(p, lag, {v.name: v.watermark(p) for v in views if self._now_us}, self._now_us)
+        if now - self._reported >= self._options.report_seconds:
+            self._reported = now
+            log.info(self.metrics.line())
 
     def _check_topic(self, wait: float) -> None:
         """DataError, as at the start, when the topic was deleted and made again since: its offsets are other messages'.
@@ -256,6 +270,7 @@ class Sync:
                     self.metrics.retries.inc()
                     waited = True
                     self._consumer.wait(backoff)
+                    self._tell(ask=True)
                     backoff = min(2 * backoff, _LONGEST_BACKOFF)
                     if self._in_hand is not None and not self._settled():
                         batch, self._in_hand = self._in_hand.batch + batch, None
@@ -324,6 +339,7 @@ class Sync:
         results = in_hand.finish()
         for view, result in zip(self.views, results, strict=True):
             self.metrics.count(view.name, result, in_hand.now_us)
+            self._now_us = max(self._now_us, in_hand.now_us, result.clock_us)
         newest = max((r.clock_us for r in results), default=0)
         if newest and self._options.clock == "replay":
             self._replay.advance(newest)

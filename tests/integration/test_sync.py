@@ -965,3 +965,37 @@ def test_a_topic_that_is_made_again_while_it_is_read_stops_the_stream(project):
         wait_until(lambda: handled(consumer) == 20)
     assert log_of(project).read()["_offset"].to_pylist() == list(range(20))
     assert values(project, ["C1"])[0]["events_7d"] == 21
+
+
+def test_lag_and_delay_are_told_on_a_silent_topic_and_while_the_disk_is_full(project, monkeypatch):
+    monkeypatch.setitem(project.environ, "PREDICTFLOW_CLOCK", "wall")
+    full, append = [], EventLog.append
+
+    def append_unless_full(log, rows):
+        if full:
+            raise OSError(28, "No space left on device")
+        append(log, rows)
+
+    monkeypatch.setattr(EventLog, "append", append_unless_full)
+
+    def gauge(name: str, **labels: str) -> float | None:
+        return consumer.metrics.registry.get_sample_value(f"predictflow_sync_{name}", {"partition": "0"} | labels)
+
+    def delay() -> float:
+        return gauge("watermark_delay_seconds", view="customer_behavior") or 0.0
+
+    with project.syncing() as consumer:
+        produce(project.kafka, project.topic, [message(event(1, "C1", datetime.now(UTC)))])
+        wait_until(lambda: handled(consumer) == 1)
+        assert gauge("lag") == 0
+        silent = delay()
+        wait_until(lambda: delay() > silent + 2)
+        full.append(True)
+        for n in range(2, 7):
+            produce(project.kafka, project.topic, [message(event(n, "C1", datetime.now(UTC)))])
+            wait_until(lambda left=n - 1: gauge("lag") == left)
+        held = delay()
+        wait_until(lambda: delay() > held + 2)
+        full.clear()
+        wait_until(lambda: handled(consumer) == 6)
+        wait_until(lambda: gauge("lag") == 0 and delay() < held)
