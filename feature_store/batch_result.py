@@ -30,12 +30,13 @@ class BatchResult:
 
     `without_value`: entities written without values; `fenced`: not written, a newer owner of their partition having been there.
     `ids_forgotten`: event ids that went because one entity had too many; `damaged`: entities whose state cannot be read, so
-    that their events are in the log only.
+    that their events are in the log only; `moved`: entities with events in one more partition than before.
     """
 
     without_value: int = 0
     ids_forgotten: int = 0
     damaged: int = 0
+    moved: int = 0
     fenced: int = 0
     clock_us: int = 0
     refused: list[tuple[Raw, str]] = field(default_factory=list)

@@ -27,14 +27,14 @@ from feature_store.bootstrap_states import LoggedStates, LogSummary
 from feature_store.clock import ClockMode, to_micros
 from feature_store.erasure_list import ErasureList, not_erased
 from feature_store.errors import DataError
-from feature_store.event_log import EventLog
+from feature_store.event_log import EventLog, log_files
 from feature_store.rewound import mark_rewound
 from feature_store.stream_view import log_directory
 from feature_store.topic import commit_group, committed_offsets
 from feature_store.topic_record import TopicRecord, read_record, write_record
 from feature_store.window_store import WindowStore
 from feature_store.windows.definition import WindowedView
-from feature_store.windows.state import States
+from feature_store.windows.state import NEVER, States
 
 if TYPE_CHECKING:
     from feast import FeatureStore
@@ -70,8 +70,8 @@ def bootstrap(
     """Writes the state of every entity as known by `known_by` (UTC, inclusive), for `views` (default: all).
 
     All views of a topic go together, since one consumer group feeds them. The group starts where the stream's log ends;
-    without one, at the first message known after history's newest event; or (`start`) at the topic's end. `rewind` first
-    forgets what the stream logged after `known_by` and deletes the views' online rows; without it, such rows are a
+    without one, at the first message known after history's newest event (without history: the oldest); or (`start`) at the
+    topic's end. `rewind` first forgets what the stream logged after `known_by` and deletes the views' online rows; without it, such rows are a
     DataError. When it was is kept beside the log, by `wall_clock`: the check leaves out what was served before (without a
     clock nothing is kept, and the check would call that different). Online rows of another definition go, too. Under `replay` the clock is set to `known_by` (rewind)
     or moved on to it. Safe to repeat, also after a kill. `plan_bootstrap` tells beforehand. `advance` is told of entities
@@ -106,7 +106,11 @@ def bootstrap(
             event_log.rewind(known_by_us, plan.topic_id)
         elif online.is_of_another_definition():
             online.delete()  # states of the definition before, which nobody can go on with; also after a kill within here
-        found, fenced = write_states(online, event_log, erasures, known_by_us, advance)
+        if log_files(event_log.directory.parent):
+            found, fenced = write_states(online, event_log, erasures, known_by_us, advance)
+        else:  # all its events will come from the topic
+            found, fenced = LogSummary(0, 0, NEVER, {}), 0
+            online.begin(uuid.uuid4().hex)
         if fenced:
             raise DataError(
                 f"{view.name}: {fenced} of {found.entities} entities hold states from later events than the log has",

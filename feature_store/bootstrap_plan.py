@@ -18,7 +18,7 @@ from feature_store.stream_view import log_directory
 from feature_store.topic import client_config, group_members, offset_ranges, topic_id
 from feature_store.topic_record import refuse_other_topic
 from feature_store.window_store import windowed_views
-from feature_store.windows.definition import WindowedView
+from feature_store.windows.definition import SQL_TAG, WindowedView
 
 if TYPE_CHECKING:
     from feast import FeatureStore, FeatureView
@@ -72,7 +72,7 @@ def plan_bootstrap(
 ) -> list[BootstrapPlan]:
     """One plan per view of the topics of `views` (default: all), in the registry's order. Changes nothing.
 
-    Raises DataError: no history, or rows later than `known_by`; NotFoundError: unknown view; UnavailableError: no
+    Raises DataError: no history of a view that can have one, or rows later than `known_by`; NotFoundError: unknown view; UnavailableError: no
     broker, or the group has running members.
     """
     chosen = views_together(store, views)
@@ -80,7 +80,7 @@ def plan_bootstrap(
         refuse_running(stream)
     known_by_us = to_micros(known_by)
     directories = {v.name: log_directory(offline_path, v).parent for v, _ in chosen}
-    until = {v.name: _history_until(v.name, directories[v.name], known_by_us, rewind) for v, _ in chosen}
+    until = {v.name: _history_until(v, directories[v.name], known_by_us, rewind) for v, _ in chosen}
     config = client_config(stream.bootstrap_servers) if stream else {}
     topics = {d.topic for _, d in chosen} if stream else set()
     ranges = {t: offset_ranges(config, t) for t in topics}
@@ -155,14 +155,18 @@ def _files_of(event_log: EventLog, offsets: Mapping[int, tuple[int, int]]) -> in
     )
 
 
-def _history_until(view: str, directory: Path, known_by_us: int, rewind: bool) -> int | None:
-    """The newest time known to history, None where all events came from the stream."""
+def _history_until(view: FeatureView, directory: Path, known_by_us: int, rewind: bool) -> int | None:
+    """The newest time known to history, None where all events come from the stream."""
     import duckdb
 
     files = log_files(directory)
     if not files:
+        if view.batch_source is None or SQL_TAG not in view.batch_source.tags:
+            return None  # no backfill could write any
         raise DataError(
-            f"{view}: no event history", value=str(directory / HISTORY), next_step=f"`predictflow backfill {view}`"
+            f"{view.name}: no event history",
+            value=str(directory / HISTORY),
+            next_step=f"`predictflow backfill {view.name}`",
         )
     with duckdb.connect() as con:
         con.execute("SET enable_progress_bar = false")  # it would be drawn on stdout
@@ -174,13 +178,13 @@ def _history_until(view: str, directory: Path, known_by_us: int, rewind: bool) -
     if newest is not None and newest > known_by_us:
         # The states would lack these events, and the stream's copies of them would count beside history's.
         raise DataError(
-            f"{view}: history holds events known after known_by",
+            f"{view.name}: history holds events known after known_by",
             value=from_micros(known_by_us).isoformat(),
             next_step=f"bootstrap at {from_micros(newest).isoformat()} or later",
         )
     if streamed and not rewind:
         raise DataError(
-            f"{view}: the stream has logged {streamed} events known after known_by",
+            f"{view.name}: the stream has logged {streamed} events known after known_by",
             value=from_micros(known_by_us).isoformat(),
             next_step=f"bootstrap at {from_micros(streamed_until).isoformat()} or later, or pass --rewind to forget them",
         )

@@ -166,7 +166,8 @@ class Replayed:
 def replay_dead_letters(
     config: dict[str, Any], topic: str, letters: Sequence[DeadLetter], *, again: bool = False, dry_run: bool = False
 ) -> Replayed:
-    """Produces the messages of `letters` to `topic` once more, with their key and bytes; those replayed before only `again`.
+    """Produces the messages of `letters` to `topic` once more, with their key and bytes, each to the partition that it came
+    in, as the events of its entity do; those replayed before only `again`.
 
     A message that several views refused, or that was refused again after a replay, is sent once. Each is sent in one
     transaction with a mark in the dead-letter topic, so that a replay that is killed, or two at once, send nothing twice. UnavailableError: the
@@ -194,7 +195,8 @@ def replay_dead_letters(
             places: dict[str, str] = {}
             for x in some:
                 headers: list[tuple[str, str | bytes | None]] = [("replayed_from", x.place.encode())]
-                producer.produce(topic, key=x.key, value=x.value, headers=headers, on_delivery=_placed(places, x))
+                # Its own partition: the producer's choice for the key, which our client need not share (Java: murmur2).
+                producer.produce(topic, x.value, x.key, x.partition, headers=headers, on_delivery=_placed(places, x))
             producer.flush(60)  # the marks say where they went
             for x in some:
                 headers = [(REPLAYED, x.identity.encode())]

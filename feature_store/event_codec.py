@@ -15,7 +15,8 @@ from typing import Any, Literal
 
 import orjson
 
-from feature_store.errors import DataError, DefinitionError, UnavailableError
+from feature_store.errors import DataError, DefinitionError, UnavailableError, UsageError
+from feature_store.masking import masked
 
 Codec = Callable[[bytes], dict[str, Any]]
 """A message's value as a record; BadMessageError says why it cannot be read."""
@@ -42,6 +43,23 @@ def codec_of(format: Literal["json", "avro"], avro_schema: str | None = None, re
             valid=["avro_schema in the source", "SCHEMA_REGISTRY_URL for messages in a registry's framing"],
         )
     return _RegisteredAvro(registry_url)
+
+
+def avro_fields(schema: str) -> dict[str, list[dict[str, Any]]]:
+    """Field -> the types that its values may have, null left out, of an Avro record's schema. DefinitionError: it is none."""
+    parsed = _parsed(schema, "avro_schema")
+    named = parsed.get("__named_schemas", {})
+
+    def types(of: Any) -> list[dict[str, Any]]:
+        if isinstance(of, list):
+            return [t for branch in of for t in types(branch)]
+        if isinstance(of, str):
+            of = named.get(of, {"type": of})
+        elif not isinstance(of["type"], str) or of["type"] in named:
+            return types(of["type"])
+        return [] if of["type"] == "null" else [of]
+
+    return {f["name"]: types(f["type"]) for f in parsed["fields"]}
 
 
 def json_record(value: bytes) -> dict[str, Any]:
@@ -78,18 +96,27 @@ class _RegisteredAvro:
         return _record(schema, value, _FRAME.size)
 
     def _fetch(self, number: int) -> Any:
-        """UnavailableError, so that the batch is tried again: a registry that is away says nothing of the message."""
+        """UnavailableError, so that the batch is tried again: a registry that is away says nothing of the message.
+
+        UsageError, which ends sync: it does not let us in, and will not by itself.
+        """
         import requests
 
         try:
             answer = requests.get(f"{self._url}/schemas/ids/{number}", timeout=_REGISTRY_SECONDS)
             if answer.status_code == 404:
                 raise BadMessageError("the schema registry does not know this schema id", value=number)
+            if answer.status_code in (401, 403):
+                raise UsageError(
+                    f"schema registry at {masked(self._url)} (SCHEMA_REGISTRY_URL) does not let us read schemas",
+                    value=f"HTTP {answer.status_code}",
+                    next_step="give a user who may: SCHEMA_REGISTRY_URL=https://USER:PASSWORD@HOST",
+                )
             answer.raise_for_status()
             found = answer.json()
         except requests.RequestException as e:
             raise UnavailableError(
-                f"schema registry at {self._url} (SCHEMA_REGISTRY_URL) does not answer ({type(e).__name__})",
+                f"schema registry at {masked(self._url)} (SCHEMA_REGISTRY_URL) does not answer ({type(e).__name__})",
                 next_step="start it, or check SCHEMA_REGISTRY_URL",
             ) from e
         if found.get("schemaType", "AVRO") != "AVRO" or found.get("references"):

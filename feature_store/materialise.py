@@ -97,8 +97,8 @@ class PredictFlowEngine(ComputeEngine):
 
         view = task.feature_view
         if definition_of(view) is not None:
-            log.info(
-                "%s is windowed: its online state comes from `predictflow windows bootstrap %s` and the stream",
+            log.warning(  # Feast's command line shows nothing below
+                "%s is windowed: nothing to materialise; its online state comes from `predictflow windows bootstrap %s` and the stream",
                 view.name,
                 view.name,
             )

@@ -42,7 +42,7 @@ class GoodEvents:
 @dataclass(frozen=True)
 class Placed:
     """Events of a batch with what becomes of them: `logged`: in the log before; `before`: the watermark before each,
-    `after`: of each partition after the batch."""
+    `after`: of each partition after the batch; `moved`: entities with events in one more partition than their state held."""
 
     events: GoodEvents
     keys: list[Key]
@@ -52,6 +52,7 @@ class Placed:
     before: Ints
     after: dict[int, int]
     outcome: np.ndarray[Any, Any]
+    moved: np.ndarray[Any, Any]
 
 
 @dataclass(frozen=True)

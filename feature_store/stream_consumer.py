@@ -137,8 +137,23 @@ class StreamConsumer:
         _, high = self._consumer.get_watermark_offsets(TopicPartition(self._topic, partition), cached=True)
         return None if high < 0 or partition not in self.owned else max(0, high - self.owned[partition])
 
+    def lags(self, ask: bool = False) -> dict[int, int | None]:
+        """`lag` of each owned partition. `ask`: the broker is asked now, as far as it answers: while we wait it says
+        nothing by itself."""
+        lags = {}
+        for p, done in self.owned.items():
+            end = self._end(p) if ask else None
+            ask = end is not None
+            lags[p] = self.lag(p) if end is None else max(0, end - done)
+        return lags
+
     def at_end(self, partition: int) -> bool:
         """Whether all messages are done, as the broker says now; False where it does not answer within a second."""
+        end = self._end(partition)
+        return end is not None and partition in self.owned and end <= self.owned[partition]
+
+    def _end(self, partition: int) -> int | None:
+        """The offset that the next message will get, as the broker says now; None where it does not answer."""
         from confluent_kafka import KafkaException, TopicPartition
 
         try:
@@ -147,8 +162,8 @@ class StreamConsumer:
             )
         except KafkaException as e:
             log.debug("end of partition %d not known: %s", partition, e.args[0].str())
-            return False
-        return ends is not None and partition in self.owned and ends[1] <= self.owned[partition]
+            return None
+        return None if ends is None else int(ends[1])
 
     def close(self) -> None:
         """Commits what is due and leaves the group."""

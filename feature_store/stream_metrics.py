@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter as Counts
+from collections.abc import Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
 
@@ -54,6 +55,12 @@ class StreamMetrics:
             ["view"],
             registry=r,
         )
+        self.moved = Counter(
+            "predictflow_sync_moved_entities",
+            "Entities with events in one more partition than before",
+            ["view"],
+            registry=r,
+        )
         self.retries = Counter("predictflow_sync_retries", "Batches tried again, a server being away", registry=r)
         self.lag = Gauge("predictflow_sync_lag", "Messages not yet applied", ["partition"], registry=r)
         self.watermark_delay = Gauge(
@@ -73,9 +80,9 @@ class StreamMetrics:
             registry=r,
         )
 
-    def serve(self, port: int) -> None:
-        """Answers GET /metrics on 127.0.0.1:port from a thread."""
-        start_http_server(port, addr="127.0.0.1", registry=self.registry)
+    def serve(self, port: int, host: str = "127.0.0.1") -> None:
+        """Answers GET /metrics on host:port from a thread. OSError: it cannot listen there."""
+        start_http_server(port, addr=host, registry=self.registry)
 
     def count(self, view: str, result: BatchResult, now_us: int) -> None:
         """Adds a batch's result for one view; `now_us`: the features' clock."""
@@ -92,6 +99,15 @@ class StreamMetrics:
         self.fenced.labels(view).inc(result.fenced)
         self.ids_forgotten.labels(view).inc(result.ids_forgotten)
         self.damaged.labels(view).inc(result.damaged)
+        self.moved.labels(view).inc(result.moved)
+
+    def stands(self, partition: int, lag: int | None, watermarks: Mapping[str, int], now_us: int) -> None:
+        """Where a partition stands now, whether batches get done or not. `watermarks`: of each view, NEVER: none."""
+        if lag is not None:
+            self.lag.labels(str(partition)).set(lag)
+        for view, watermark_us in watermarks.items():
+            if watermark_us != NEVER:
+                self.watermark_delay.labels(view, str(partition)).set((now_us - watermark_us) / 1e6)
 
     def gave_up(self, partition: int, views: list[str]) -> None:
         """The partition is another consumer's now."""
@@ -109,7 +125,11 @@ class StreamMetrics:
                     if s.name.endswith("_total"):
                         name = s.labels.get("outcome", "late")
                         counts[name] = counts.get(name, 0) + s.value
-        for name, counter in (("ids forgotten", self.ids_forgotten), ("damaged states", self.damaged)):
+        for name, counter in (
+            ("ids forgotten", self.ids_forgotten),
+            ("damaged states", self.damaged),
+            ("moved entities", self.moved),
+        ):
             total = sum(s.value for f in counter.collect() for s in f.samples if s.name.endswith("_total"))
             if total:
                 counts[name] = total

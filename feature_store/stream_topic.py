@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -63,10 +63,12 @@ def open_views(
     offline_path: str,
     clock: ClockMode,
     schema_registry: str | None = None,
+    begun: Callable[[], Mapping[int, int]] | None = None,
 ) -> list[AnyView]:
-    """The views, ready to apply batches.
+    """The views, ready to apply batches. `begun`: asks for partitions of which the group has done messages -> its next offset.
 
-    DataError: the topic is not the one their states were made from; StateLostError: Redis does not hold these states;
+    DataError: the topic is not the one their states were made from, or a view is new to a topic of which the group has
+    done messages; StateLostError: Redis does not hold these states;
     DefinitionError: it holds those of another definition; UnavailableError: no Redis.
     """
     opened: list[AnyView] = []
@@ -82,6 +84,8 @@ def open_views(
             raise DataError("two windowed views share one source path", value=str(view.log.directory))
         refuse_other_topic(view.name, view.log, topic_id)
         record = read_record(view.log)
+        if record is None and begun is not None and not view.log.files():
+            _refuse_middle(view.name, topic, begun())
         bootstrapped = record is not None and record.history_watermark_us is not None
         view.online.attach(applied=bootstrapped or bool(view.log.files()), run_id=uuid.uuid4().hex)
         if record is None or not record.partitions:
@@ -91,3 +95,13 @@ def open_views(
         else:
             refuse_other_partitions(view.name, record, partitions)
     return opened
+
+
+def _refuse_middle(view: str, topic: str, begun: Mapping[int, int]) -> None:
+    """DataError where a new view would begin in the middle of a topic: its windows would lack events, and nobody would know."""
+    if begun:
+        raise DataError(
+            f"{view}: the view is new, and the consumer group is in the middle of topic {topic}: it would miss what was before",
+            value=", ".join(f"partition {p} at offset {o}" for p, o in sorted(begun.items())),
+            next_step=f"stop every sync of the group, then `predictflow windows bootstrap {view}`",
+        )

@@ -72,13 +72,17 @@ class StreamView:
         self._starts: dict[int, int] = {}  # partition -> the first offset that is not in history, until it came
         self._heard: dict[int, int] = {}  # partition -> the machine's clock at its last message
         self._erased = ErasedRows(offline_path, self.definition.entity_key)
+        self._told_moved = False
 
     # Partitions
 
     def start_partition(self, partition: int, from_offset: int, wall_us: int = 0) -> None:
         """Call when a partition is assigned: rows logged beyond its committed offset will be delivered again."""
         self.online.forget()  # another process wrote the partition's entities
-        self.log.compact(partition, wall_us)
+        try:
+            self.log.compact(partition, wall_us)
+        except OSError as e:  # it can wait, for instance for room on the disk
+            log.warning("event log of %s not compacted: %s", self.name, e)
         logged = self.log.logged(partition, from_offset)
         record = read_record(self.log)
         history = NEVER if record is None or record.history_watermark_us is None else record.history_watermark_us
@@ -105,6 +109,10 @@ class StreamView:
         self._logged.committed(partition, next_offset)
         if next_offset >= self._starts.get(partition, next_offset):
             self._starts.pop(partition, None)
+
+    def watermark(self, partition: int) -> int:
+        """After all that was read of a partition; NEVER: none."""
+        return self._watermarks.of(partition)
 
     def compact(self, partition: int, wall_us: int) -> None:
         """Merges the partition's small log files. `wall_us`: the machine's clock."""
@@ -178,6 +186,7 @@ class StreamView:
                 return Begun(result)
             keys, states = [], states.slice(0, 0)  # who wrote them may have been killed before it told the watermarks
         self._tell_damaged(result)
+        self._tell_moved(placed, result)
         return Begun(result, self.online.begin_write(keys, states, marks))
 
     def listened(self, wall_us: int) -> None:
@@ -267,6 +276,7 @@ class StreamView:
             states = load(keys)
             if states is None:
                 return None
+        partitions = states.in_partitions
         before, after = self._watermarks.before(events.partition, events.offset, events.time, first_watermark)
         outcome = states.apply(
             Events(
@@ -281,7 +291,8 @@ class StreamView:
                 values=[events.numbers[name] for name in self._numbers.values],
             )
         )
-        return Placed(events, keys, states, visible, logged, before, after, outcome)
+        moved = np.flatnonzero(states.in_partitions > np.maximum(partitions, 1))
+        return Placed(events, keys, states, visible, logged, before, after, outcome, moved)
 
     def _read_again(self, events: GoodEvents, wanted: Bools) -> Bools:
         """Which events the log holds by now; it is read from the first of `wanted` on."""
@@ -377,6 +388,18 @@ class StreamView:
                 "%s: %d entities are not written, their states in Redis being damaged, as that of %s (%s): "
                 "stop sync, then `predictflow sync --from-log`",
                 self.name, result.damaged, key, error.message,
+            )  # fmt: skip
+
+    def _tell_moved(self, placed: Placed, result: BatchResult) -> None:
+        """One owner counts such an entity right; two owners write over each other, since a state has one fence."""
+        result.moved = len(placed.moved)
+        if result.moved and not self._told_moved:
+            self._told_moved = True
+            i = int(placed.moved[0])
+            log.warning(
+                "%s: events of %s are in partitions %s of topic %s: while several consumers run, some of them may be lost. "
+                "Give all producers of the topic the same partitioner, then stop sync and `predictflow sync --from-log`",
+                self.name, placed.keys[i], sorted(placed.states.offsets_of(i)), self.definition.topic,
             )  # fmt: skip
 
     def _count(

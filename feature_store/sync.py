@@ -30,8 +30,9 @@ from feature_store.stream_metrics import StreamMetrics
 from feature_store.stream_place import StreamPlace
 from feature_store.stream_topic import AnyView, open_views, views_of_topic
 from feature_store.stream_view import StreamView
-from feature_store.topic import client_config, default_group, ensure_topic, topic_id
-from feature_store.topic_record import TopicRecord, refuse_other_partitions
+from feature_store.topic import begun_offsets, client_config, default_group, ensure_topic, topic_id
+from feature_store.topic_record import TopicRecord, refuse_other_id, refuse_other_partitions
+from feature_store.topic_watch import TopicWatch
 from feature_store.window_store import StateLostError
 
 if TYPE_CHECKING:
@@ -44,6 +45,8 @@ log = logging.getLogger(__name__)
 _LONGEST_BACKOFF = 5.0
 _COMPACT_EVERY = 256  # batches
 _IDLE_SECONDS = 0.2
+_TELL_SECONDS = 1.0
+_TOPIC_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -90,7 +93,9 @@ class Sync:
         self._batches = 0
         self._in_hand: InHand | None = None
         self._keeper = LogKeeper()
-        self._idle_at = self._place_at = 0.0
+        self._topic_id, self._paused = "", False
+        self._idle_at = self._place_at = self._told_at = self._reported = 0.0
+        self._now_us = 0  # the features' clock, as far as we know it
 
     def stop(self) -> None:
         """Ends `run` after the batch in hand."""
@@ -100,16 +105,25 @@ class Sync:
         """Consumes until stopped. Safe to start again after any end, and several times in one group.
 
         NotFoundError: no such topic or view; DataError: the topic was made anew or got partitions, or offsets are gone,
-        since the states were written; StateLostError: Redis lost the states; UnavailableError: no broker or Redis at the start. Later a missing server is waited for, and logged.
+        since the states were written, or a view is new and the group is not at the topic's beginning; StateLostError: Redis lost the states; UnavailableError: no broker or Redis at the start. Later a missing server is waited for, and logged.
         """
         o = self._options
         config = self._config = client_config(o.bootstrap_servers)
         self._topic, views = views_of_topic(self._store, o.topic)
         self._partitions = len(ensure_topic(config, self._topic))
         ensure_topic(config, dead_letter_topic(self._topic))
-        now = topic_id(config, self._topic)
+        now = self._topic_id = topic_id(config, self._topic)
+        self._watch = TopicWatch(config, self._topic)
         self.views = open_views(
-            self._store, views, self._topic, now, self._partitions, o.offline_path, o.clock, o.schema_registry
+            self._store,
+            views,
+            self._topic,
+            now,
+            self._partitions,
+            o.offline_path,
+            o.clock,
+            o.schema_registry,
+            lambda: begun_offsets(config, self._group, self._topic),
         )
         warn_of_settings(self._store)
         self._record_lineage()
@@ -164,6 +178,7 @@ class Sync:
 
     def _start_partition(self, partition: int, offset: int) -> None:
         self._keeper.wait()
+        self._check_topic(_TOPIC_SECONDS)
         if partition >= self._partitions:  # the topic got partitions while we ran
             for view in self.views:
                 if isinstance(view, StreamView):
@@ -194,18 +209,40 @@ class Sync:
     # Stream
 
     def _consume(self) -> None:
-        reported = time.monotonic()
+        self._reported = time.monotonic()
         gc.freeze()  # what stands now stays: the collector need not walk it while batches come and go
         while not self._stop.is_set():
             messages = self._consumer.messages(at_once=self._in_hand is not None)
+            self._check_topic(_TOPIC_SECONDS if self._paused else 0.0)
+            self._paused = False
             if messages or self._in_hand is not None:
                 self._apply(Delivered.of(messages))
             else:
                 self._check_place()
             self._advance_idle()
-            if time.monotonic() - reported >= self._options.report_seconds:
-                reported = time.monotonic()
-                log.info(self.metrics.line())
+            self._tell()
+
+    def _tell(self, ask: bool = False) -> None:
+        """Lag and watermarks as they are now, about once a second; now and then the counts. `ask`: for the lag the broker."""
+        now = time.monotonic()
+        if now >= self._told_at:
+            self._told_at = now + _TELL_SECONDS
+            if self._options.clock == "wall":
+                self._now_us = to_micros(self._wall.now())
+            views = [v for v in self.views if isinstance(v, StreamView)]
+            for p, lag in self._consumer.lags(ask).items():
+                self.metrics.stands(p, lag, {v.name: v.watermark(p) for v in views if self._now_us}, self._now_us)
+        if now - self._reported >= self._options.report_seconds:
+            self._reported = now
+            log.info(self.metrics.line())
+
+    def _check_topic(self, wait: float) -> None:
+        """DataError, as at the start, when the topic was deleted and made again since: its offsets are other messages'.
+        `wait`: seconds for what the broker says now; else by what it said last."""
+        if self._topic_id and (now := self._watch.id(wait)) != self._topic_id:
+            for view in self.views:
+                if isinstance(view, StreamView):
+                    refuse_other_id(view.name, self._topic, self._topic_id, now)
 
     def _check_place(self) -> None:
         """Whether Redis lost what was written before we started, also where no message comes."""
@@ -233,6 +270,7 @@ class Sync:
                     self.metrics.retries.inc()
                     waited = True
                     self._consumer.wait(backoff)
+                    self._tell(ask=True)
                     backoff = min(2 * backoff, _LONGEST_BACKOFF)
                     if self._in_hand is not None and not self._settled():
                         batch, self._in_hand = self._in_hand.batch + batch, None
@@ -240,6 +278,7 @@ class Sync:
                         batch = batch.only(self._consumer.owned)
         finally:
             if waited:
+                self._paused = True
                 self._consumer.resume()
                 self._listened()
 
@@ -300,6 +339,7 @@ class Sync:
         results = in_hand.finish()
         for view, result in zip(self.views, results, strict=True):
             self.metrics.count(view.name, result, in_hand.now_us)
+            self._now_us = max(self._now_us, in_hand.now_us, result.clock_us)
         newest = max((r.clock_us for r in results), default=0)
         if newest and self._options.clock == "replay":
             self._replay.advance(newest)

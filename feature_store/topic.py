@@ -153,6 +153,13 @@ def committed_offsets(
     return {p.partition: p.offset for p in found if p.offset >= 0}
 
 
+def begun_offsets(config: dict[str, Any], group: str, topic: str) -> dict[int, int]:
+    """Partition -> next offset of a consumer group, of those where the topic holds messages before it."""
+    ranges = offset_ranges(config, topic)
+    held = committed_offsets(config, group, topic, list(ranges), seconds=60)  # a fresh broker has no coordinator yet
+    return {p: o for p, o in held.items() if ranges[p][0] < o <= ranges[p][1]}
+
+
 def commit_group(config: dict[str, Any], group: str, topic: str, offsets: dict[int, int]) -> None:
     """Sets where a consumer group starts. UnavailableError while the group has running members."""
     from confluent_kafka import Consumer, KafkaException, TopicPartition

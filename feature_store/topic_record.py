@@ -65,9 +65,14 @@ def refuse_other_topic(view: str, event_log: EventLog, now: str) -> None:
     """DataError when the log or its record is of a topic that was deleted and made again; `now`: its id, '' unknown."""
     record = read_record(event_log)
     before = event_log.topic_id() or (record.topic_id if record else "")
+    refuse_other_id(view, event_log.topic, before, now)
+
+
+def refuse_other_id(view: str, topic: str, before: str, now: str) -> None:
+    """DataError when both ids of a topic are known, and differ."""
     if before and now and before != now:
         raise DataError(
-            f"{view}: topic {event_log.topic} was deleted and made again since its events were logged",
+            f"{view}: topic {topic} was deleted and made again since its events were logged",
             value=f"id {now}, before {before}",
             next_step=f"`predictflow windows bootstrap {view} --rewind --dry-run` shows what starting over forgets, --yes does it",
         )

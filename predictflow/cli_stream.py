@@ -35,6 +35,12 @@ if TYPE_CHECKING:
 )
 @click.option("--from-log", is_flag=True, help="First rebuild the online state from history and event log.")
 @click.option("--metrics-port", type=click.IntRange(1, 65535), default=None, help="Serve Prometheus metrics here.")
+@click.option(
+    "--metrics-host",
+    default="127.0.0.1",
+    show_default=True,
+    help="Address of the metrics; 0.0.0.0: all of the machine.",
+)
 def sync(
     group: str | None,
     topic: str | None,
@@ -42,6 +48,7 @@ def sync(
     commit_delay: float,
     from_log: bool,
     metrics_port: int | None,
+    metrics_host: str,
 ) -> None:
     """Keep the features that a topic feeds current from Kafka, until SIGTERM or Ctrl-C."""
     from feature_store.stream_metrics import StreamMetrics
@@ -63,9 +70,11 @@ def sync(
     metrics = StreamMetrics()
     if metrics_port is not None:
         try:
-            metrics.serve(metrics_port)
+            metrics.serve(metrics_port, metrics_host)
         except OSError as e:
-            raise UsageError(f"metrics port cannot be used ({e.strerror})", value=metrics_port) from e
+            raise UsageError(
+                f"metrics address cannot be used ({e.strerror})", value=f"{metrics_host}:{metrics_port}"
+            ) from e
     store = feast_store(settings)
     if from_log:
         _rebuild(store, options)

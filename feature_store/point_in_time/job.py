@@ -132,7 +132,7 @@ def pull_job(
 
     def slices(_size: int | None) -> Iterator[pa.Table]:
         if definition is not None:
-            log.info(
+            log.warning(  # Feast's command line shows nothing below
                 "%s is windowed: nothing to materialise; its online state comes from "
                 "`predictflow windows bootstrap %s` and the stream",
                 definition.name,

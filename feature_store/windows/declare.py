@@ -16,6 +16,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from feature_store.avro_types import check_avro
 from feature_store.errors import DefinitionError
 from feature_store.windows.definition import SQL_TAG, STATE_FIELD, WINDOW_TAG, EventSource, WindowedView
 from feature_store.windows.ir import TYPES, Type
@@ -130,6 +131,7 @@ def windowed_feature_view(
     if source.retention_us == _BY_VIEW:
         kept = max(definition.longest_window_us, source.allowed_lateness_us)
         definition = replace(definition, source=replace(source, retention_us=kept))
+    check_avro(definition)
     return _view(definition, entity, path or name, description, owner, features or {}, history_sql)
 
 

@@ -199,6 +199,11 @@ class States:
         """The greatest watermark after the entity's own log rows; NEVER without one."""
         return _each(self._partitions, self._partitions.data[:, 2], np.maximum, NEVER)
 
+    @property
+    def in_partitions(self) -> Array:
+        """From how many of the log's partitions each entity has events."""
+        return self._partitions.counts
+
     def offsets_of(self, i: int) -> dict[int, int]:
         """The last offset applied of each of the log's partitions."""
         rows = self._partitions.data[self._partitions.starts[i] : self._partitions.starts[i + 1]]

@@ -8,6 +8,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 from stream_support import (
+    DAY,
     T0,
     event,
     make_project,
@@ -17,6 +18,7 @@ from stream_support import (
     write_history,
 )
 
+from feature_store.errors import DataError
 from feature_store.event_log import EventLog, log_files
 from feature_store.topic import client_config, commit_group, committed_offsets
 from feature_store.topic_record import read_record
@@ -120,3 +122,25 @@ def test_states_that_redis_lost_before_the_first_event_are_missed(project):
     connect(project.environ["REDIS_URL"]).flushdb()
     with pytest.raises(StateLostError, match="--from-log"), project.syncing():
         pytest.fail("it started")
+
+
+def test_a_new_view_of_a_topic_in_use_is_bootstrapped_first(project):
+    """Else its windows would lack what came before, and nobody would know."""
+    produce(project.kafka, project.topic, [message(event(n, "C1", T0 + n * HOUR)) for n in range(5)])
+    write_history(project.offline, [event(9, "C1", T0 - HOUR)])
+    project.bootstrap()
+    with project.syncing():
+        wait_until(lambda: logged(project, "customer_events") == [0, 1, 2, 3, 4])
+    add_counting_view(project)
+    refused = r"counts: .*middle.*partition 0 at offset 5.*windows bootstrap counts"
+    with pytest.raises(DataError, match=refused), project.syncing():
+        pytest.fail("it started")
+    starts = {b.view: b.starts for b in project.bootstrap(T0 + DAY, views=["counts"])}
+    assert starts == {"customer_behavior": {0: 5}, "counts": {0: 0}}
+    with project.syncing():
+        produce(project.kafka, project.topic, [message(event(10, "C1", T0 + 2 * DAY))])
+        wait_until(lambda: logged(project, "counts") == [0, 1, 2, 3, 4, 5])
+        wait_until(lambda: logged(project, "customer_events") == [0, 1, 2, 3, 4, 5])
+    wanted = ["counts:n", "customer_behavior:events_7d"]
+    read = project.store.get_online_features(wanted, [{"customer_id": "C1"}]).to_dict()
+    assert (read["n"], read["events_7d"]) == ([6], [7])

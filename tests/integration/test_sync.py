@@ -747,7 +747,7 @@ def test_lost_states_stop_the_stream_and_come_back_from_the_log(project):
             before.extend(values(project))
             redis.flushdb()
             produce(project.kafka, project.topic, [message(e) for e in events[30:]])
-            wait_until(consumer.finished.is_set)
+            wait_until(consumer.finished.is_set, 25)
 
     with pytest.raises((StateLostError, DataError), match="--from-log"):
         loses_its_states()
@@ -806,7 +806,7 @@ def test_what_redis_lost_while_no_consumer_ran_stops_the_next_one(project):
     for k, data in snapshot.items():
         redis.restore(k, 0, data, replace=True)
     with pytest.raises(DataError, match="--from-log"), project.syncing() as consumer:
-        wait_until(consumer.finished.is_set)
+        wait_until(consumer.finished.is_set, 25)
     produce(project.kafka, project.topic, [message(event(9, "C1", T0 + 90 * DAY))])
     again = project.start("sync", "--from-log")
     wait_until(lambda: again.poll() is not None or log_of(project).read().num_rows == 61, seconds=180)
@@ -904,3 +904,98 @@ def test_closed_windows_move_on_while_a_partition_is_silent(project):
     store = WindowStore(project.store, project.store.get_feature_view("closing"))
     known, _ = parse_watermarks(store._redis.hgetall(store._marks_key))
     assert known[0] >= marks[2]
+
+
+def in_partitions(project, *messages: tuple[int, tuple[bytes, bytes]]) -> None:
+    """Produces each message to a partition of the test's choice, as a producer with another partitioner would."""
+    from confluent_kafka import Producer
+
+    producer = Producer({"bootstrap.servers": project.kafka, "linger.ms": 0})
+    for partition, (key, value) in messages:
+        producer.produce(project.topic, value, key, partition)
+    assert producer.flush(30) == 0
+
+
+def test_a_dead_letter_is_sent_again_to_the_partition_it_came_in(project):
+    """Whatever our client would choose for its key: else its entity's events would stand in two partitions."""
+    ensure_topic(client_config(project.kafka), project.topic, 3)
+    with project.syncing() as consumer:
+        in_partitions(project, *((p, (b"C1", b"{not json")) for p in range(3)))
+        wait_until(lambda: handled(consumer) == 3)
+        assert "3 message(s) sent again" in command("dlq", "replay", "--yes").output
+        wait_until(lambda: handled(consumer) == 6)
+    assert end_offsets(client_config(project.kafka), project.topic) == {0: 3, 1: 3, 2: 3}  # a transaction's mark counts
+    letters = read_dead_letters(client_config(project.kafka), project.topic)
+    assert Counter(x.partition for x in letters) == {0: 2, 1: 2, 2: 2}
+
+
+def test_an_entity_in_two_partitions_is_told(project, caplog):
+    ensure_topic(client_config(project.kafka), project.topic, 2)
+    with project.syncing() as consumer:
+        in_partitions(project, *((0, message(event(n, f"C{n}", T0))) for n in range(3)))
+        wait_until(lambda: handled(consumer) == 3)
+        assert "in partitions" not in caplog.text
+        in_partitions(project, *((1, message(event(10 + n, f"C{n}", T0 + HOUR))) for n in range(2)))
+        wait_until(lambda: handled(consumer) == 5)
+        in_partitions(project, (1, message(event(20, "C0", T0 + 2 * HOUR))), (1, message(event(21, "C7", T0))))
+        wait_until(lambda: handled(consumer) == 7)
+    assert caplog.text.count("are in partitions [0, 1]") == 1
+    assert consumer.metrics.moved.labels("customer_behavior")._value.get() == 2
+    assert [v["events_7d"] for v in values(project)][:3] == [3, 2, 1]
+
+
+def test_a_topic_that_is_made_again_while_it_is_read_stops_the_stream(project):
+    """Also where its offsets reach beyond what was read, so that reading on looks like more of the same."""
+    write_history(project.offline, [event(0, "C1", T0 - HOUR)])
+    project.bootstrap()
+
+    def read_both() -> None:
+        with project.syncing() as consumer:
+            produce(project.kafka, project.topic, [message(event(n, "C1", T0 + HOUR)) for n in range(1, 4)])
+            wait_until(lambda: handled(consumer) == 3)
+            make_again(project)
+            ensure_topic(client_config(project.kafka), project.topic)
+            produce(project.kafka, project.topic, [message(event(10 + n, "C1", T0 + 2 * HOUR)) for n in range(20)])
+            wait_until(consumer.finished.is_set)
+
+    with pytest.raises(DataError, match="deleted and made again"):
+        read_both()
+    project.bootstrap(rewind=True)  # with what was read of the new topic before that was noticed
+    with project.syncing() as consumer:
+        wait_until(lambda: handled(consumer) == 20)
+    assert log_of(project).read()["_offset"].to_pylist() == list(range(20))
+    assert values(project, ["C1"])[0]["events_7d"] == 21
+
+
+def test_lag_and_delay_are_told_on_a_silent_topic_and_while_the_disk_is_full(project, monkeypatch):
+    monkeypatch.setitem(project.environ, "PREDICTFLOW_CLOCK", "wall")
+    full, append = [], EventLog.append
+
+    def append_unless_full(log, rows):
+        if full:
+            raise OSError(28, "No space left on device")
+        append(log, rows)
+
+    monkeypatch.setattr(EventLog, "append", append_unless_full)
+
+    def gauge(name: str, **labels: str) -> float | None:
+        return consumer.metrics.registry.get_sample_value(f"predictflow_sync_{name}", {"partition": "0"} | labels)
+
+    def delay() -> float:
+        return gauge("watermark_delay_seconds", view="customer_behavior") or 0.0
+
+    with project.syncing() as consumer:
+        produce(project.kafka, project.topic, [message(event(1, "C1", datetime.now(UTC)))])
+        wait_until(lambda: handled(consumer) == 1)
+        assert gauge("lag") == 0
+        silent = delay()
+        wait_until(lambda: delay() > silent + 2)
+        full.append(True)
+        for n in range(2, 7):
+            produce(project.kafka, project.topic, [message(event(n, "C1", datetime.now(UTC)))])
+            wait_until(lambda left=n - 1: gauge("lag") == left)
+        held = delay()
+        wait_until(lambda: delay() > held + 2)
+        full.clear()
+        wait_until(lambda: handled(consumer) == 6)
+        wait_until(lambda: gauge("lag") == 0 and delay() < held)

@@ -32,6 +32,8 @@ def test_the_whole_platform_is_there() -> None:
     assert {"postgres", "redis", "kafka", "mlflow", "sync", "api"} <= set(SERVICES)
     assert SERVICES["kafka"]["environment"]["KAFKA_PROCESS_ROLES"] == "broker,controller"  # KRaft
     assert SERVICES["sync"]["command"][:2] == ["predictflow", "sync"]
+    assert SERVICES["sync"]["command"][-2:] == ["--metrics-host", "0.0.0.0"]  # scraped from another container
+    assert "ports" not in SERVICES["sync"]
     assert SERVICES["api"]["command"] == [
         "predictflow",
         "serve",

@@ -14,7 +14,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from feature_store.clock import to_micros
-from feature_store.errors import DefinitionError, UnavailableError
+from feature_store.errors import DefinitionError, UnavailableError, UsageError
 from feature_store.event_codec import codec_of
 from feature_store.event_decode import Decoder, RawBatch
 from feature_store.events import BadMessageError, Message, MessageSchema, parse_message
@@ -330,7 +330,7 @@ def test_any_bytes_are_either_avro_or_refused(value):
 
 @pytest.fixture
 def schema_registry():
-    """A registry's one path that matters, over real HTTP; schema 7 is known."""
+    """A registry's one path that matters, over real HTTP; schema 7 is known, 9 and 10 are not for everybody."""
     import threading
     from http.server import BaseHTTPRequestHandler, HTTPServer
 
@@ -340,7 +340,8 @@ def schema_registry():
         def do_GET(self):
             asked.append(self.path)
             body = json.dumps({"schema": json.dumps(AVRO)}).encode()
-            self.send_response(200 if self.path == "/schemas/ids/7" else 404)
+            status = {"/schemas/ids/7": 200, "/schemas/ids/9": 401, "/schemas/ids/10": 403}.get(self.path, 404)
+            self.send_response(status)
             self.end_headers()
             self.wfile.write(body)
 
@@ -375,10 +376,21 @@ def test_a_registrys_framing_is_read_with_its_schema_asked_for_once(schema_regis
     assert asked.count("/schemas/ids/7") == 1
 
 
+@pytest.mark.parametrize("number", [9, 10])
+def test_a_registry_that_lets_nobody_in_ends_the_stream(schema_registry, number):
+    """Waiting does not help, and the password stays out of the log."""
+    url, _ = schema_registry
+    codec = codec_of("avro", None, url.replace("http://", "http://reader:hidden@"))
+    with pytest.raises(UsageError, match=r"does not let us read.*HTTP 40[13].*USER:PASSWORD") as refused:
+        parse_message(AVRO_SCHEMA, b"C1", struct.pack(">bI", 0, number) + avro(), codec)
+    assert "hidden" not in str(refused.value)
+
+
 def test_a_registry_that_is_away_refuses_no_message():
-    codec = codec_of("avro", None, "http://127.0.0.1:9")
-    with pytest.raises(UnavailableError, match="SCHEMA_REGISTRY_URL"):
+    codec = codec_of("avro", None, "http://reader:hidden@127.0.0.1:9")
+    with pytest.raises(UnavailableError, match="SCHEMA_REGISTRY_URL") as away:
         parse_message(AVRO_SCHEMA, b"C1", struct.pack(">bI", 0, 7) + avro(), codec)
+    assert "hidden" not in str(away.value)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import subprocess
 from datetime import timedelta
 from types import SimpleNamespace
 
@@ -168,3 +171,39 @@ def test_watermarks_that_a_killed_owner_did_not_tell_are_told_when_its_events_co
     told, world.online.marks = world.online.marks, {}
     assert world.owner().apply(both, T + 101 * SECOND, T + 101 * SECOND).total("replayed") == 2
     assert world.online.marks == told == {0: (T + 90 * SECOND, T + 100 * SECOND)}
+
+
+def full_disk(tmp_path):
+    """A real file system of 1 MB, mounted at a path below; unmounted by the caller."""
+    place = tmp_path / "small"
+    place.mkdir()
+    if os.geteuid() != 0:
+        pytest.skip("only root may mount a small file system")
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(place)], capture_output=True, text=True
+    )
+    if done.returncode:
+        pytest.skip(f"no small file system can be mounted here: {done.stderr.strip()}")
+    return place
+
+
+def test_a_partition_starts_on_a_full_disk(tmp_path, monkeypatch, caplog):
+    """Merging its files can wait; sync waits for room when there is something to write."""
+    place = full_disk(tmp_path)
+    try:
+        world = World(place, monkeypatch)
+        view = world.owner()
+        for n in range(70):  # as many small files as are merged
+            view.apply(batch(message(n, T + n)), T + n, T + n)
+        with contextlib.suppress(OSError), (place / "filler").open("wb") as f:
+            while True:
+                f.write(bytes(4096))
+                f.flush()
+        again = world.owner(offset=70)
+        assert "not compacted: [Errno 28] No space left on device" in caplog.text
+        with pytest.raises(OSError, match="No space left"):
+            again.apply(batch(message(70, T + 70)), T + 70, T + 70)
+        (place / "filler").unlink()
+        assert again.apply(batch(message(70, T + 70)), T + 70, T + 70).partitions[0].applied == 1
+    finally:
+        subprocess.run(["umount", str(place)], check=True)

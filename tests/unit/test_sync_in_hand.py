@@ -64,6 +64,7 @@ class World:
             wait=lambda _: None,
             resume=lambda: None,
             lag=lambda _: 0,
+            lags=lambda _: {},
             go_back=self.go_back,
         )
         sync._place = SimpleNamespace(lost=lambda: self.lost, note=self.note)
@@ -140,6 +141,17 @@ def test_a_batch_that_was_not_written_comes_again_before_the_next(world, message
         f"commit {{0: {len(messages) + 1}}}",
         f"committed {len(messages) + 1}",
     ]
+
+
+def test_lag_is_told_while_a_server_is_away(world, caplog):
+    caplog.set_level("INFO", "feature_store")
+    asked = []
+    world.sync._consumer.lags = lambda ask: asked.append(ask) or {0: 7}
+    world.fail["begin [0]"] = AWAY
+    world.apply(0)
+    assert asked == [True]
+    assert world.sync.metrics.registry.get_sample_value("predictflow_sync_lag", {"partition": "0"}) == 7
+    assert "lag 7" in caplog.text
 
 
 def test_a_batch_that_cannot_be_begun_leaves_the_written_one_committed(world):

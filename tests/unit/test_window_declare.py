@@ -14,7 +14,7 @@ from feast.types import Bool, Bytes, Float64, Int64, String, UnixTimestamp
 
 from feature_store.errors import DefinitionError
 from feature_store.windows.declare import event_source, windowed_feature_view
-from feature_store.windows.definition import SQL_TAG, WINDOW_TAG, WindowedView, definition_of
+from feature_store.windows.definition import SQL_TAG, WINDOW_TAG, EventSource, WindowedView, definition_of
 
 customer = Entity(name="customer", join_keys=["customer_id"], value_type=ValueType.STRING)
 HOUR, DAY = timedelta(hours=1), timedelta(days=1)
@@ -160,6 +160,57 @@ def test_a_wrong_source_is_one_clear_line(changed: dict[str, Any], message: str)
     with pytest.raises(DefinitionError) as caught:
         event_source(**{"topic": "t", "columns": {"n": "int64"}} | changed)
     assert message in caught.value.message
+
+
+def avro(**changed: Any) -> EventSource:
+    """A source whose schema fits but for what is changed; None leaves a field out."""
+    fields = {
+        "customer_id": "string", "kind": {"type": "enum", "name": "K", "symbols": ["ok"]}, "n": ["null", "long"],
+        "price": "int", "event_timestamp": {"type": "long", "logicalType": "timestamp-micros"}, "created": "string",
+        "id": "string",
+    } | changed  # fmt: skip
+    listed = [{"name": n, "type": t} for n, t in fields.items() if t is not None]
+    schema = {"type": "record", "name": "e", "fields": listed}
+    return event_source(topic="t", columns=COLUMNS, event_id="id", format="avro", avro_schema=json.dumps(schema))
+
+
+def test_an_avro_schema_that_fits_is_taken() -> None:
+    for changed in (
+        {},
+        {"created": None},
+        {"price": ["double", "null"], "n": ["string", "int"]},
+        {"kind": {"type": "string"}},
+    ):
+        assert defined(view(source=avro(**changed))).source.format == "avro"
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"other": "nonsense"}, "avro_schema is not an Avro schema"),
+        ({"customer_id": None}, "v: not a field of the Avro schema: 'customer_id'"),
+        ({"customer_id": "long"}, "v: field customer_id of the Avro schema cannot be string: 'long'"),
+        ({"n": "string"}, "field n of the Avro schema cannot be int64: 'string'; valid: int, long"),
+        ({"n": {"type": "int", "logicalType": "date"}}, "cannot be int64: 'int (date)'"),
+        ({"n": "null"}, "cannot be int64: 'null'"),
+        ({"price": "bytes"}, "field price of the Avro schema cannot be float64"),
+        ({"event_timestamp": "long"}, "event_timestamp of the Avro schema cannot be timestamp: 'long'; valid: local-timestamp-"),
+        ({"created": "long"}, "field created"),
+        ({"id": {"type": "string", "logicalType": "uuid"}}, "field id of the Avro schema cannot be string"),
+    ],
+)  # fmt: skip
+def test_an_avro_schema_whose_messages_would_all_be_refused_is_one_clear_line(
+    changed: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(DefinitionError) as caught:
+        view(source=avro(**changed))
+    assert message in caught.value.message
+
+
+def test_an_avro_schema_of_another_type_than_a_record_is_refused() -> None:
+    schema = str(avro().avro_schema).replace('"record"', '"recrd"', 1)
+    with pytest.raises(DefinitionError, match="avro_schema is not"):
+        view(source=replace(avro(), avro_schema=schema))
 
 
 def test_more_filters_than_a_view_can_hold_are_refused() -> None:
