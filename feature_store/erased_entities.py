@@ -27,11 +27,12 @@ class ErasedEntities:
         self._seen: tuple[tuple[int, ...] | None, dict[str, set[str]]] = (None, {})
 
     def without(self, join_keys: Iterable[str], table: pa.Table) -> pa.Table:
-        """`table` without the rows of erased entities."""
+        """`table` without the rows of erased entities; a join key that it lacks is looked for in vain."""
         import pyarrow as pa
 
         digests = self._digests()
-        columns = [(key, digests[key], table.column(key).to_pylist()) for key in join_keys if key in digests]
+        listed_keys = digests.keys() & set(join_keys) & set(table.column_names) if digests else ()
+        columns = [(key, digests[key], table.column(key).to_pylist()) for key in listed_keys]
         if not columns:
             return table
         kept = [

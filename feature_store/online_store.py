@@ -27,7 +27,6 @@ from feature_store.clock import CLOCK_MODES, WallClock, replay_clock_key
 from feature_store.config_check import require_expanded, with_defaults
 from feature_store.erased_entities import ErasedEntities
 from feature_store.errors import DataError, UsageError
-from feature_store.few_proto_rows import Row as StoredRow
 from feature_store.online_reader import OnlineReader
 from feature_store.online_write import OnlineWriter
 from feature_store.read_plan import ReadPlan
@@ -142,11 +141,11 @@ class PredictFlowOnlineStore(RedisOnlineStore):
         """Writes rows; of each key the greatest (event time, created) stays, whatever the order of rows and writers.
 
         A row without `created` counts as known at its event time; of equal pairs the last write stays. Rows of a
-        windowed view without a window state are left out and logged, and rows of erased entities. Safe to repeat. DataError, before anything is written,
-        for a null join key and for a row dated after the clock; UnavailableError when Redis does not answer (rows of
-        earlier batches are then written).
+        windowed view without a window state are left out and logged, and rows of erased entities. Safe to repeat.
+        DataError, before anything is written, for a null join key and for a row dated after the clock; UnavailableError
+        when Redis does not answer (rows of earlier batches are then written).
         """
-        kept = self._kept(config, data)
+        kept = self.erased(config).without_rows(data)
         # Feast passes no time: a direct write happens now.
         self.writer(config, table).write_rows(kept, wall=WallClock(), progress=progress)
 
@@ -154,14 +153,14 @@ class PredictFlowOnlineStore(RedisOnlineStore):
         self, config: RepoConfig, table: FeatureView, data: list[Row], progress: Callable[[int], Any] | None
     ) -> None:
         """As `online_write_batch`."""
-        kept = self._kept(config, data)
+        kept = self.erased(config).without_rows(data)
         await self.writer(config, table).awrite_rows(kept, wall=WallClock(), progress=progress)
 
-    def _kept(self, config: RepoConfig, data: list[Row]) -> Sequence[StoredRow]:
-        """The rows but those of entities on the erasure list of the project's offline store."""
+    def erased(self, config: RepoConfig) -> ErasedEntities:
+        """The erasure list of the project's offline store."""
         if self._erased is None or self._erased[0] is not config:
             self._erased = config, ErasedEntities(config)
-        return self._erased[1].without_rows(data)
+        return self._erased[1]
 
     # --- reads --------------------------------------------------------------------------------------------------------
 

@@ -35,9 +35,8 @@ class PredictFlowProvider(PassthroughProvider):
         if writer is None:
             super().ingest_df(feature_view, df, field_mapping)
         else:
-            writer.write(
-                _table(feature_view, writer.columns, df), wall=WallClock()
-            )  # Feast passes no time: a direct write happens now
+            # Feast passes no time: a direct write happens now.
+            writer.write(self._table(feature_view, writer, df), wall=WallClock())
 
     async def ingest_df_async(
         self, feature_view: Any, df: pd.DataFrame, field_mapping: dict[str, str] | None = None
@@ -47,7 +46,7 @@ class PredictFlowProvider(PassthroughProvider):
         if writer is None:
             await super().ingest_df_async(feature_view, df, field_mapping)
         else:
-            await writer.awrite(_table(feature_view, writer.columns, df), wall=WallClock())
+            await writer.awrite(self._table(feature_view, writer, df), wall=WallClock())
 
     def _writer(self, view: Any) -> OnlineWriter | None:
         """None where Feast's own way is taken: another store, an on-demand or a windowed view, types that go cell by cell."""
@@ -63,12 +62,17 @@ class PredictFlowProvider(PassthroughProvider):
             return None
         return online.writer(self.repo_config, view)
 
+    def _table(self, view: Any, writer: OnlineWriter, frame: pd.DataFrame) -> pa.Table:
+        """The rows but those of entities on the erasure list."""
+        table = _columns(view, writer.columns, frame)
+        return self.online_store.erased(self.repo_config).without(view.join_keys, table)
+
 
 _OURS = PredictFlowOnlineStore.online_write_batch
 """A store derived from ours that writes in its own way gets its rows."""
 
 
-def _table(view: Any, wanted: Collection[str], frame: pd.DataFrame) -> pa.Table:
+def _columns(view: Any, wanted: Collection[str], frame: pd.DataFrame) -> pa.Table:
     """Those columns of the frame, or of an index that has a name, that the view knows, under its names for them.
 
     Column by column: `Table.from_pandas` takes several times as long for a few rows, for the other columns and for metadata.

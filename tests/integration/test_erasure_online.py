@@ -26,11 +26,11 @@ customer = Entity(name="customer", join_keys=["customer_id"], value_type=ValueTy
 shop = Entity(name="shop", join_keys=["shop_id"], value_type=ValueType.INT64)
 
 
-def store_on(home: Path, redis_url: str) -> FeatureStore:
+def store_on(home: Path, redis_url: str, provider: str = "local") -> FeatureStore:
     return FeatureStore(
         config=RepoConfig(
             project="shop",
-            provider="local",
+            provider=provider,
             registry=str(home / "registry.db"),
             online_store={
                 "type": "feature_store.online_store.PredictFlowOnlineStore",
@@ -50,9 +50,9 @@ def source(home: Path, name: str) -> FileSource:
     return FileSource(name=name, path=str(home / f"{name}.parquet"), timestamp_field="event_timestamp")
 
 
-@pytest.fixture
-def store(tmp_path: Path, redis_url: str) -> FeatureStore:
-    store = store_on(tmp_path, redis_url)
+@pytest.fixture(params=["local", "feature_store.provider.PredictFlowProvider"])
+def store(tmp_path: Path, redis_url: str, request: pytest.FixtureRequest) -> FeatureStore:
+    store = store_on(tmp_path, redis_url, request.param)
     visits = FeatureView(
         name="visits",
         entities=[customer, shop],
