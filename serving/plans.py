@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from feature_store.read_plan import OnlineRows, ReadPlan
     from serving.json_plan import JsonPlan
     from serving.json_view import Caches
+    from serving.metrics import Metrics
 
 log = logging.getLogger(__name__)
 
@@ -75,9 +76,13 @@ class ServicePlan:
 class Plans:
     """The plans of one project. Thread-safe; `refresh` runs in the background, look-ups never wait for it."""
 
-    def __init__(self, store: FeatureStore, make_reader: Callable[[ReadPlan], Reader]) -> None:
+    def __init__(
+        self, store: FeatureStore, make_reader: Callable[[ReadPlan], Reader], metrics: Metrics | None = None
+    ) -> None:
+        """`metrics` counts services that do not compile."""
         self._store = store
         self._make_reader = make_reader
+        self._metrics = metrics
         self._services: dict[str, ServicePlan] = {}
         self._others: OrderedDict[tuple[Asked, bool], ServicePlan] = OrderedDict()
         self._lock = threading.Lock()
@@ -124,9 +129,10 @@ class Plans:
     def refresh(self) -> bool:
         """Reads the registry; if it changed, compiles every service anew and swaps the plans in. True if it changed.
 
-        A service that does not compile keeps its old plan, is logged, and is tried again at every refresh: what was
-        wrong may have been outside the registry. Raises UnavailableError when the registry does not answer; the plans
-        at hand go on serving.
+        A service that does not compile is logged, counted, and tried again at every refresh: what was wrong may have
+        been outside the registry. It keeps its old plan, unless that runs a function that is not the applied one any
+        more: its values would be wrong ones, so requests are told the fault. Raises UnavailableError when the registry
+        does not answer; the plans at hand go on serving.
         """
         fingerprint = self._read_fingerprint()
         if fingerprint == self._fingerprint:
@@ -141,10 +147,14 @@ class Plans:
             try:
                 compiled[name] = self._compile(name, False, service)
             except Exception:  # one broken service must not take the others down
-                log.exception("feature service %s does not compile; its old plan stays", name)
+                old = self._services.get(name)
+                kept = old is not None and self._as_applied(old)
+                state = "its old plan stays" if kept else "it is not served"
+                log.exception("feature service %s does not compile; %s", name, state)
+                self._count_failure()
                 broken.append(name)
-                if name in self._services:
-                    compiled[name] = self._services[name]
+                if old is not None and kept:
+                    compiled[name] = old
         with self._lock:
             self._services = compiled
             self._others = OrderedDict()
@@ -161,6 +171,7 @@ class Plans:
                 plan = self._compile(name, False)
             except Exception as e:  # noqa: BLE001 - as in `refresh`
                 log.debug("feature service %s still does not compile: %s", name, e)
+                self._count_failure()
                 left.append(name)
                 continue
             with self._lock:
@@ -168,6 +179,19 @@ class Plans:
                 self._others.pop((name, True), None)
             log.info("feature service %s compiles again", name)
         self._broken = tuple(left)
+
+    def _as_applied(self, plan: ServicePlan) -> bool:
+        """Whether the functions that a plan runs are the applied ones; by the registry's cache."""
+        from feature_store.on_demand import still_applied
+
+        if not plan.computes:
+            return True
+        views = [view.computing for view in plan.reader.plan.on_demand]
+        return all(still_applied(self._store.registry, self.project, view) for view in views)
+
+    def _count_failure(self) -> None:
+        if self._metrics is not None:
+            self._metrics.refresh_failures.labels("plan").inc()
 
     def check(self) -> tuple[bool, str]:
         """Whether requests can be answered from the plans at hand, and how the registry is. No I/O."""
