@@ -49,12 +49,16 @@ class Reader(Protocol):
 
 @dataclass(frozen=True)
 class Column:
-    """One feature of a plan: its name in answers, where it comes from, and whether a model sees it as a number."""
+    """One feature of a plan: its name in answers, where it comes from, and whether a model sees it as a number.
+
+    `kind`: name of the declared Feast value type.
+    """
 
     name: str
     view: str
     feature: str
     numeric: bool
+    kind: str = "STRING"
 
 
 @dataclass(frozen=True)
@@ -241,7 +245,9 @@ class Plans:
         else:
             features = list(asked)
         plan = ReadPlan.compile(self._store, features, full_feature_names=full_names)
-        columns = [Column(f.result, v.name, f.name, f.type in NUMERIC) for v in plan.view_plans for f in v.features]
+        columns = [
+            Column(f.result, v.name, f.name, f.type in NUMERIC, f.type) for v in plan.view_plans for f in v.features
+        ]
         name = asked if isinstance(asked, str) else None
         json = None if plan.on_demand else JsonPlan(plan, name, self._caches)
         computes = bool(plan.on_demand)
