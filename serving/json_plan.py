@@ -18,7 +18,8 @@ from feature_store.redis_layout import decode_pair
 from feature_store.windows.state import NEVER
 from serving.encoding import dumps
 from serving.json_view import Caches, JsonView, Part, time_json
-from serving.served_log import Served, message_key
+from serving.log_keys import message_key
+from serving.served_log import Served
 
 if TYPE_CHECKING:
     from feature_store.read_command import Reply

@@ -66,7 +66,8 @@ class ServicePlan:
     """A compiled plan: `name` is the feature service's, None for a list of features.
 
     `json`: how replies become JSON without Python values; None where they must be computed with first. `computes`: a
-    read runs functions of on-demand views, which may take their time.
+    read runs functions of on-demand views, which may take their time. `inputs`: those of the `join_keys` that are none,
+    but values that on-demand views take from the request.
     """
 
     name: str | None
@@ -75,6 +76,7 @@ class ServicePlan:
     reader: Reader
     json: JsonPlan | None = None
     computes: bool = False
+    inputs: frozenset[str] = frozenset()
 
 
 class Plans:
@@ -251,7 +253,8 @@ class Plans:
         name = asked if isinstance(asked, str) else None
         json = None if plan.on_demand else JsonPlan(plan, name, self._caches)
         computes = bool(plan.on_demand)
-        return ServicePlan(name, tuple(columns), tuple(plan.join_keys), self._make_reader(plan), json, computes)
+        keys, inputs = tuple(plan.join_keys), frozenset(plan.join_keys) - plan.key_types.keys()
+        return ServicePlan(name, tuple(columns), keys, self._make_reader(plan), json, computes, inputs)
 
     def _feature_service(self, name: str) -> FeatureService:
         from feast.errors import FeatureServiceNotFoundException

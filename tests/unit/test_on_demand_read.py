@@ -217,6 +217,7 @@ def test_a_server_does_not_go_on_with_a_function_that_is_not_applied_any_more(st
     text = path.read_text()
     served = plans.cached("service", False)
     assert served is not None
+    assert served.inputs == {"factor"}
 
     changed(store, path, "n + 1", "n + 2")
     path.write_text(text)  # the server's own checkout was not changed
