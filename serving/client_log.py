@@ -148,7 +148,6 @@ def records(answer: OnlineFeatures | Predictions, request_id: str | None, logged
     predicted = answer if isinstance(answer, Predictions) else None
     out = []
     for row in _rows(answer):
-        times = {} if isinstance(row, Prediction) else row.event_timestamps
         out.append(
             {
                 "request_id": request_id,
@@ -157,7 +156,7 @@ def records(answer: OnlineFeatures | Predictions, request_id: str | None, logged
                 "feature_service": answer.feature_service,
                 "entity": plain(row.entity),
                 "features": {
-                    n: {"value": plain(v), "status": row.statuses[n], "event_timestamp": times.get(n)}
+                    n: {"value": plain(v), "status": row.statuses[n], "event_timestamp": row.event_timestamps.get(n)}
                     for n, v in row.values.items()
                 },
                 "offsets": row.offsets,

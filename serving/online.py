@@ -85,7 +85,7 @@ class OnlineService:
             "t": read.t,
             "feature_service": plan.name,
             "feature_names": [c.name for c in plan.columns],
-            "rows": [{**_row(row), "event_timestamps": row.event_timestamps} for row in read.rows],
+            "rows": [_row(row) for row in read.rows],
         }
 
     async def cells(
@@ -300,4 +300,5 @@ def _row(row: OnlineRow) -> dict[str, Any]:
             for name, view in row.views.items()
             if view.offsets is not None
         },
+        "event_timestamps": row.event_timestamps,
     }

@@ -73,7 +73,7 @@ class PredictRequest(Body):
     at: At | None = Field(None, description="Predict as of this time: only under the replay clock, not before it.")
 
 
-class Features(BaseModel):
+class FeatureRow(BaseModel):
     """Values of one entity. Every status but PRESENT goes with a null value."""
 
     entity: dict[str, JsonValue]
@@ -82,9 +82,6 @@ class Features(BaseModel):
     offsets: dict[str, dict[str, int]] = Field(
         description="Windowed view to (partition to last Kafka offset included; partition -1: history)."
     )
-
-
-class FeatureRow(Features):
     event_timestamps: dict[str, datetime | None]
 
 
@@ -95,7 +92,7 @@ class OnlineResponse(BaseModel):
     rows: list[FeatureRow] = Field(description="One per entity, in the request's order.")
 
 
-class Prediction(Features):
+class Prediction(FeatureRow):
     probability: float
 
 
