@@ -204,12 +204,21 @@ class FeatureInfo(BaseModel):
     unit: str | None
 
 
+class RequestInput(BaseModel):
+    name: str
+    type: str
+
+
 class ViewInfo(BaseModel):
     name: str
+    kind: Literal["feature", "stream", "on_demand", "label"] = "feature"
     description: str
     owner: str
     ttl_seconds: float | None = Field(description="Age beyond which a value is not served; null: no limit.")
-    join_keys: list[str]
+    join_keys: list[str] = Field(description="Of an on-demand view: those of the views that it reads.")
+    request: list[RequestInput] = Field(
+        [], description="What an on-demand view takes from the request, beside the join keys."
+    )
     windowed: bool
     topic: str | None = Field(description="Kafka topic that keeps a windowed view current.")
     features: list[FeatureInfo]

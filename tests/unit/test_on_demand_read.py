@@ -29,6 +29,7 @@ from feature_store.redis_layout import (
     timestamp_field,
 )
 from feature_store.view_plan import OnDemandViewError
+from serving.catalogue import FeatureCatalogue
 from serving.metrics import Metrics
 from serving.plans import Plans
 
@@ -238,6 +239,18 @@ def test_a_server_does_not_go_on_with_a_function_that_is_not_applied_any_more(st
     assert values == {"n": 3, "product": 5.0, "more": 5}
 
 
+def test_the_catalogue_shows_on_demand_views_and_what_they_take_from_the_request(store: FeatureStore) -> None:
+    catalogue = FeatureCatalogue(store)
+    kinds = {view.name: view.kind for view in catalogue.all().views}
+    on_demand = dict.fromkeys(("by_dict", "by_frame", "by_row", "narrow"), "on_demand")
+    assert kinds == {"account": "feature", **on_demand}
+    view = catalogue.view("by_frame")
+    assert [(f.name, f.type) for f in view.features] == [("product", "Float64")]
+    assert [(i.name, i.type) for i in view.request] == [("factor", "Float64")]
+    assert (view.join_keys, view.ttl_seconds, view.windowed) == (["customer_id"], None, False)
+    assert catalogue.view("by_dict").request == catalogue.view("account").request == []
+
+
 def test_the_registrys_pickled_functions_run_only_where_that_is_allowed(
     store: FeatureStore, repo: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -282,6 +295,7 @@ def test_no_read_unpickles_what_the_registry_holds(store: FeatureStore, tmp_path
     assert told.value.valid == ["account", "by_dict", "by_frame", "by_row", "flow", "narrow"]
     assert ReadPlan.compile(store, ["account:n", "flow:charges", "by_dict:more"]).feature_names[0] == "n"
 
+    assert FeatureCatalogue(store).view("flow").kind == "stream"
     registry.enable_online_versioning = True
     for kind, view in (("feature_view", account), ("stream_feature_view", stream)):
         message.feature_view_version_history.records.add(
