@@ -94,6 +94,7 @@ class Plans:
         self._lock = threading.Lock()
         self._fingerprint = ""
         self._broken: tuple[str, ...] = ()
+        self._lacking: frozenset[str] = frozenset()
         self._caches: Caches | None = None
         self._fault: str | None = "not read yet"
 
@@ -161,6 +162,7 @@ class Plans:
                 broken.append(name)
                 if old is not None and kept:
                     compiled[name] = old
+        self._lacking = (self._lacking if self._fingerprint else frozenset(broken)) - compiled.keys()
         with self._lock:
             self._services = compiled
             self._others = OrderedDict()
@@ -184,6 +186,7 @@ class Plans:
                 self._services[name] = plan
                 self._others.pop((name, True), None)
             log.info("feature service %s compiles again", name)
+        self._lacking &= frozenset(left)
         self._broken = tuple(left)
 
     def _as_applied(self, plan: ServicePlan) -> bool:
@@ -200,11 +203,19 @@ class Plans:
             self._metrics.refresh_failures.labels("plan").inc()
 
     def check(self) -> tuple[bool, str]:
-        """Whether requests can be answered from the plans at hand, and how the registry is. No I/O."""
+        """Whether requests can be answered from the plans at hand, and how the registry is. No I/O.
+
+        Not while a service of the server's first look at the registry has never compiled. One that broke later is named
+        only: it would take the others down, on all servers at once.
+        """
         names = ", ".join(sorted(self._services)) or "none"
+        left = sorted(self._broken)
+        broken = f"; do not compile: {', '.join(left)}" if left else ""
+        ok = self._lacking.isdisjoint(left)
         if self._fault is not None:
-            return bool(self._services), f"registry: {self._fault}; feature services served: {names}"
-        return True, f"feature services: {names}"
+            served = f"feature services served: {names}{broken}"
+            return ok and bool(self._services), f"registry: {self._fault}; {served}"
+        return ok, f"feature services: {names}{broken}"
 
     def _read_fingerprint(self) -> str:
         try:

@@ -66,6 +66,29 @@ def test_a_service_that_did_not_compile_is_tried_again(plans: Plans, monkeypatch
     assert compiled == ["two", "two"]
 
 
+def test_a_service_that_never_compiled_since_the_start_is_named_and_not_ready(
+    plans: Plans, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compile_one, fail = plans._compile, {"two"}
+
+    def sometimes(asked: Any, full_names: bool, service: Any = None) -> Any:
+        if asked in fail:
+            raise RuntimeError("not now")
+        return compile_one(asked, full_names, service)
+
+    monkeypatch.setattr(plans, "_compile", sometimes)
+    plans.refresh()
+    assert plans.check() == (False, "feature services: one; do not compile: two")
+    fail.clear()
+    plans.refresh()
+    assert plans.check() == (True, "feature services: one, two")
+
+    fail.update(("one", "three"))  # a running server does not take all of its services down with one
+    plans._store.apply([FeatureService(name="three", features=[account[["f1"]]])])
+    plans.refresh()
+    assert plans.check() == (True, "feature services: one, two; do not compile: one, three")
+
+
 def test_a_changed_stream_view_makes_plans_new(plans: Plans, monkeypatch: pytest.MonkeyPatch) -> None:
     held = Registry()
 
