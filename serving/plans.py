@@ -12,11 +12,12 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, Protocol
 
 from feature_store.errors import NotFoundError, UnavailableError
+from serving.columns import python_values
 
 if TYPE_CHECKING:
     from feast import FeatureService, FeatureStore
@@ -33,6 +34,9 @@ OTHER_PLANS = 256
 Asked = str | tuple[str, ...]
 """What a plan is for: the name of a feature service, or references `view:feature`."""
 NUMERIC = ("INT32", "INT64", "FLOAT", "DOUBLE", "BOOL")
+
+TEXTS = ("BYTES", "UNIX_TIMESTAMP")
+"""Types of join keys that come as texts in JSON."""
 
 
 class Reader(Protocol):
@@ -67,7 +71,8 @@ class ServicePlan:
 
     `json`: how replies become JSON without Python values; None where they must be computed with first. `computes`: a
     read runs functions of on-demand views, which may take their time. `inputs`: those of the `join_keys` that are none,
-    but values that on-demand views take from the request.
+    but values that on-demand views take from the request. `texts`: those of which JSON has no values of their own, with
+    their types; a plan that has some has no `json`.
     """
 
     name: str | None
@@ -77,6 +82,16 @@ class ServicePlan:
     json: JsonPlan | None = None
     computes: bool = False
     inputs: frozenset[str] = frozenset()
+    texts: Mapping[str, str] = field(default_factory=dict)
+
+    def keyed(self, rows: list[dict[str, object]]) -> list[dict[str, object]]:
+        """The entity rows, with base64 and ISO 8601 texts decoded by the types of their join keys: in place. ColumnError for
+        what is no such text; what is of its type stays."""
+        for name, kind in self.texts.items():
+            if name in rows[0]:  # all have the same; the reader tells what is missing
+                for row, value in zip(rows, python_values(name, [row[name] for row in rows], kind)):
+                    row[name] = value
+        return rows
 
 
 class Plans:
@@ -262,10 +277,11 @@ class Plans:
             Column(f.result, v.name, f.name, f.type in NUMERIC, f.type) for v in plan.view_plans for f in v.features
         ]
         name = asked if isinstance(asked, str) else None
-        json = None if plan.on_demand else JsonPlan(plan, name, self._caches)
+        texts = {key: kind for key, kind in plan.key_types.items() if kind in TEXTS}
+        json = None if plan.on_demand or texts else JsonPlan(plan, name, self._caches)
         computes = bool(plan.on_demand)
         keys, inputs = tuple(plan.join_keys), frozenset(plan.join_keys) - plan.key_types.keys()
-        return ServicePlan(name, tuple(columns), keys, self._make_reader(plan), json, computes, inputs)
+        return ServicePlan(name, tuple(columns), keys, self._make_reader(plan), json, computes, inputs, texts)
 
     def _feature_service(self, name: str) -> FeatureService:
         from feast.errors import FeatureServiceNotFoundException
