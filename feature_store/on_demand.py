@@ -7,13 +7,11 @@ PREDICTFLOW_ALLOW_PICKLED_FUNCTIONS=1) allows it where there is no checkout.
 
 from __future__ import annotations
 
-import importlib
-import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from feature_store.errors import DataError, UsageError
+from feature_store.checkout import changed_definitions, definitions
+from feature_store.errors import DataError
 from feature_store.view_plan import (
     Feature,
     OnDemandViewError,
@@ -44,13 +42,17 @@ def source_view(registry: Any, project: str, name: str) -> Any:
 
 
 def with_function(config: RepoConfig, registry: Any, project: str, view: OnDemandFeatureView) -> OnDemandFeatureView:
-    """`view` with the function to run, from the checkout. OnDemandViewError where it is not there or not as applied."""
+    """`view` with the function to run, from the checkout as it is now. OnDemandViewError where it is not there or not as
+    applied."""
     from feast import OnDemandFeatureView
 
     proto = _proto(registry, project, view.name)
-    found = _definitions(getattr(config, "repo_path", None)).get(view.name)
+    repo = getattr(config, "repo_path", None)
+    found = definitions(repo).get(view.name)
+    if found is None or not _as_applied(found, proto):  # it may have changed since it was imported
+        found = changed_definitions(repo).get(view.name)
     if found is not None:
-        if _shape(found.to_proto().spec) != _shape(proto.spec):
+        if not _as_applied(found, proto):
             raise OnDemandViewError(
                 "the on-demand feature view in the checkout is not the applied one",
                 value=view.name,
@@ -76,6 +78,16 @@ def with_function(config: RepoConfig, registry: Any, project: str, view: OnDeman
         )
     copy: OnDemandFeatureView = made.with_projection(view.projection)
     return copy
+
+
+def still_applied(registry: Any, project: str, view: OnDemandFeatureView) -> bool:
+    """Whether a view that `with_function` gave is the applied one to this day, by the registry's cache."""
+    proto = _proto(registry, project, view.name)
+    return proto is not None and _as_applied(view, proto)
+
+
+def _as_applied(view: OnDemandFeatureView, proto: Any) -> bool:
+    return bool(_shape(view.to_proto().spec) == _shape(proto.spec))
 
 
 def _proto(registry: Any, project: str, name: str) -> Any:
@@ -104,36 +116,11 @@ def _shape(spec: Any) -> Any:
     return spec.mode or "pandas", spec.singleton, features, sorted(sources), function.body_text.strip()
 
 
-def _definitions(repo: Path | str | None) -> dict[str, OnDemandFeatureView]:
-    """The on-demand views that the modules of a Feast repository define, as `feast apply` would find them."""
-    from feast import OnDemandFeatureView
-    from feast.repo_operations import get_repo_files
-
-    if repo is None or not Path(repo).is_dir():
-        return {}
-    root = Path(repo).resolve()
-    if str(root) not in sys.path:
-        sys.path.append(str(root))  # last, as Feast's own command line does
-    found = {}
-    for path in get_repo_files(root):
-        name = ".".join(path.relative_to(root).with_suffix("").parts)
-        module = importlib.import_module(name)
-        if Path(module.__file__ or "").resolve() != path:
-            raise UsageError(
-                "a module of the feature repository is hidden by another of its name",
-                value=name,
-                next_step=f"rename {path}, or uninstall {module.__file__}",
-            )
-        for value in vars(module).values():
-            if isinstance(value, OnDemandFeatureView):
-                found[value.name] = value
-    return found
-
-
 class OnDemandPlan:
     """One on-demand view of a read plan; has the attributes of a `ViewPlan` that readers of answers need.
 
     `inputs`: the plans of its source views, read for it alone. `request_keys`: inputs that come with the request.
+    `computing`: the view with its function.
     """
 
     definition = None
@@ -177,7 +164,7 @@ class OnDemandPlan:
             prefix = f"{p.name}__" if full_feature_names else ""
             kinds |= {prefix + f.name: f.dtype.to_value_type().name for f in p.features}
         self._arrow = {name: arrow_type(kind) for name, kind in kinds.items()}
-        self._view = view
+        self.computing = view
         self._full = full_feature_names
 
     def at(self, entities: Sequence[Entity], answers: Sequence[Mapping[int, ViewRow]]) -> list[ViewRow]:
@@ -190,7 +177,7 @@ class OnDemandPlan:
                 columns[name] = [float(v) if type(v) is int else v for v in columns[name]]
         for view, i, feature, name in self._columns:
             columns[name] = [python_value(feature, row[id(view)].cells[i])[1] for row in answers]
-        found = computed(self._view, columns, len(entities), [f.name for f in self.features], self._arrow)
+        found = computed(self.computing, columns, len(entities), [f.name for f in self.features], self._arrow)
         cells = [_cells(values, kind) for values, kind in zip(found, self._types, strict=True)]
         return [ViewRow(None, None, None, [column[i] for column in cells]) for i in range(len(entities))]
 

@@ -8,9 +8,11 @@ registry when its cache is too old.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 from feature_store.errors import NotFoundError, UsageError
+
+Kind = Literal["feature", "stream", "on_demand", "label"]
 
 
 def message(registry: Any, project: str, *, fresh: bool = False) -> Any:
@@ -59,6 +61,11 @@ def view_version(registry: Any, project: str, name: str, number: int) -> Any:
     return view
 
 
+def all_views(registry: Any, project: str) -> list[tuple[Kind, Any]]:
+    """The project's views of every kind, each with its kind."""
+    return [(_KINDS[kind], _made(kind, view)) for kind, view in _views(message(registry, project), project)]
+
+
 def view_names(registry: Any, project: str) -> list[str]:
     """The names of the project's views of every kind."""
     return sorted({view.spec.name for _, view in _views(message(registry, project), project)})
@@ -98,7 +105,12 @@ def requested_on_demand(feature_refs: Sequence[str], project: str, registry: Any
 
 
 _ON_DEMAND = "on_demand_feature_views"
-_KINDS = ("feature_views", "stream_feature_views", _ON_DEMAND, "label_views")
+_KINDS: dict[str, Kind] = {
+    "feature_views": "feature",
+    "stream_feature_views": "stream",
+    _ON_DEMAND: "on_demand",
+    "label_views": "label",
+}
 
 
 def _views(stored: Any, project: str) -> list[tuple[str, Any]]:

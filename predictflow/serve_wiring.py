@@ -84,7 +84,7 @@ def build_app(settings: Settings, options: ServeOptions) -> ASGIApp:
     def reader(plan: ReadPlan) -> OnlineReader:
         return OnlineReader(plan, redis, store.project, settings.clock)
 
-    plans = Plans(store, reader)
+    plans = Plans(store, reader, metrics)
     models = _models(settings, options, plans, metrics)
     served_log = _served_log(settings, options, metrics)
     limits = Limits(rows=options.max_rows)

@@ -8,16 +8,14 @@ from __future__ import annotations
 import logging
 import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Protocol
-
-import mmh3
 
 from feature_store.errors import UsageError
 from serving.client_types import OnlineFeatures, Prediction, Predictions
 from serving.encoding import dumps, plain
-from serving.served_log import message_key
+from serving.log_keys import Sample, message_key
 
 if TYPE_CHECKING:
     from confluent_kafka import Producer
@@ -34,8 +32,8 @@ class FeatureLog(Protocol):
 class KafkaFeatureLog:
     """One JSON record per sampled entity row, message key = entity key, as in the server's served log.
 
-    `sample`: the share of keys that are logged, always the same ones (by a hash of the key), so that a key's history is
-    whole. `queue_size`: answers held in memory; more are dropped. Counters: `logged` (acknowledged by Kafka), `dropped`.
+    `sample`: the share of keys that are logged, always the same ones, and the same as in the server's log of that share.
+    `inputs`: names among the entities that are no join keys, but what on-demand views take from the request. `queue_size`: answers held in memory; more are dropped. Counters: `logged` (acknowledged by Kafka), `dropped`.
     """
 
     def __init__(
@@ -45,13 +43,15 @@ class KafkaFeatureLog:
         *,
         sample: float = 1.0,
         queue_size: int = 1000,
+        inputs: Collection[str] = (),
         wall: Callable[[], datetime] = lambda: datetime.now(UTC),
     ) -> None:
         if not 0 <= sample <= 1:
             raise UsageError("sample is a share of the keys", value=sample, valid=["0.0 to 1.0"])
         self._bootstrap = bootstrap_servers
         self._topic = topic
-        self._below = int(sample * 2**32)
+        self._sample = Sample(sample)
+        self._inputs = frozenset(inputs)
         self._wall = wall
         self._queue: queue.Queue[tuple[Any, str | None, datetime] | None] = queue.Queue(queue_size)
         self._thread: threading.Thread | None = None
@@ -119,8 +119,8 @@ class KafkaFeatureLog:
 
         for record in records(answer, request_id, logged_at):
             try:
-                key = message_key(record["entity"])
-                if mmh3.hash(key, signed=False) < self._below:
+                key = message_key(record["entity"], self._inputs)
+                if key in self._sample:
                     producer.produce(self._topic, dumps(record), key, on_delivery=self._delivered)
             except (BufferError, ValueError, TypeError, KafkaException) as e:  # full, or not to be written as JSON
                 self._drop(1)
@@ -148,7 +148,6 @@ def records(answer: OnlineFeatures | Predictions, request_id: str | None, logged
     predicted = answer if isinstance(answer, Predictions) else None
     out = []
     for row in _rows(answer):
-        times = {} if isinstance(row, Prediction) else row.event_timestamps
         out.append(
             {
                 "request_id": request_id,
@@ -157,7 +156,7 @@ def records(answer: OnlineFeatures | Predictions, request_id: str | None, logged
                 "feature_service": answer.feature_service,
                 "entity": plain(row.entity),
                 "features": {
-                    n: {"value": plain(v), "status": row.statuses[n], "event_timestamp": times.get(n)}
+                    n: {"value": plain(v), "status": row.statuses[n], "event_timestamp": row.event_timestamps.get(n)}
                     for n, v in row.values.items()
                 },
                 "offsets": row.offsets,

@@ -48,6 +48,7 @@ class Prediction:
     statuses: dict[str, Status]
     probability: float
     offsets: dict[str, dict[str, int]] = field(default_factory=dict)
+    event_timestamps: dict[str, datetime | None] = field(default_factory=dict)
 
 
 @dataclass(slots=True)

@@ -55,6 +55,15 @@ def typed(name: str, values: Sequence[object], kind: str) -> pa.Array:
     import pyarrow as pa
 
     convert, arrow = _converter(name, kind)
+    return pa.array(_converted(name, values, kind, convert), arrow)
+
+
+def python_values(name: str, values: Sequence[object], kind: str) -> list[Any]:
+    """As `typed`, as Python's own values."""
+    return _converted(name, values, kind, _converter(name, kind)[0])
+
+
+def _converted(name: str, values: Sequence[object], kind: str, convert: Callable[[Any], Any]) -> list[Any]:
     out = []
     for i, value in enumerate(values):
         try:
@@ -62,7 +71,7 @@ def typed(name: str, values: Sequence[object], kind: str) -> pa.Array:
         except (TypeError, ValueError, InvalidOperation, OverflowError) as e:
             shown = value if len(str(value)) <= 80 else f"{str(value)[:80]}..."
             raise ColumnError(f"column {name}, row {i}: not a value of type {kind}", value=shown) from e
-    return pa.array(out, arrow)
+    return out
 
 
 def times(name: str, values: Sequence[object]) -> pa.Array:

@@ -18,7 +18,8 @@ from feature_store.redis_layout import decode_pair
 from feature_store.windows.state import NEVER
 from serving.encoding import dumps
 from serving.json_view import Caches, JsonView, Part, time_json
-from serving.served_log import Served, message_key
+from serving.log_keys import message_key
+from serving.served_log import Served
 
 if TYPE_CHECKING:
     from feature_store.read_command import Reply
@@ -185,16 +186,19 @@ class JsonPlan:
             values: list[Any] = []
             for part in parts:
                 values += part.values
-            statuses = b",".join([v.statuses(p) for v, p in zip(self._views, parts) if v.n])
+            pairs = [(v, p) for v, p in zip(self._views, parts) if v.n]
+            statuses = b",".join([v.statuses(p) for v, p in pairs])
+            times = b",".join([p.time.join(v.times) for v, p in pairs])
             offsets = b",".join(self._offsets(parts)) if self._windowed else b""
             out.append(
-                b'%b{"entity":%b,"values":%b,"statuses":{%b},"offsets":{%b},"probability":%b}'
+                b'%b{"entity":%b,"values":%b,"statuses":{%b},"offsets":{%b},"event_timestamps":{%b},"probability":%b}'
                 % (
                     b"," if i else b"",
                     orjson.dumps(entity),
                     orjson.dumps(dict(zip(self._names, values))),
                     statuses,
                     offsets,
+                    times,
                     _number(probabilities[i]),
                 )
             )

@@ -78,7 +78,7 @@ class Metrics:
         )
         self.refresh_failures = Counter(
             "predictflow_refresh_failures",
-            "Failed background refreshes (registry, model, lineage)",
+            "Failed background refreshes (registry, plan, model, lineage)",
             ("what",),
             registry=self.registry,
         )

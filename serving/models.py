@@ -1,7 +1,7 @@
 """The champion models of MLflow's registry: loaded once, replaced atomically when another version is promoted.
 
 `get` never waits for MLflow once a model is loaded; `refresh` runs in the background. A champion that cannot be
-loaded, or that its feature service cannot feed, leaves the old one in place.
+loaded, that its feature service cannot feed, or that cannot predict, leaves the old one in place.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
+from feature_store.clock import EPOCH
 from feature_store.errors import DataError, NotFoundError, PredictFlowError, UnavailableError
 from serving.model_runs import ModelInput
 
@@ -115,6 +116,7 @@ class MLflowModels:
         self._recorder = recorder
         self._models: dict[str, Model] = {}
         self._faults: dict[str, str] = dict.fromkeys(required, "not loaded yet")
+        self._unproved: dict[str, str] = {}
         self._unrecorded: dict[str, Model] = {}
         self._lock = threading.Lock()
         self._client: Any = None
@@ -152,12 +154,12 @@ class MLflowModels:
         self._record()
 
     def check(self) -> tuple[bool, str]:
-        """Whether every required model is loaded; no I/O."""
+        """Whether every required model is loaded, and could predict when it was; no I/O."""
         parts, ok = [], True
         for name in self._required:
-            model, fault = self._models.get(name), self._faults.get(name)
-            ok = ok and model is not None
-            parts.append(f"{name}: " + "; ".join(p for p in (model and f"version {model.version}", fault) if p))
+            model, faults = self._models.get(name), (self._unproved.get(name), self._faults.get(name))
+            ok = ok and model is not None and name not in self._unproved
+            parts.append(f"{name}: " + "; ".join(p for p in (model and f"version {model.version}", *faults) if p))
         return ok, ", ".join(parts) or "none required"
 
     def _update(self, name: str) -> None:
@@ -172,7 +174,15 @@ class MLflowModels:
                 next_step="tag the version with its feature service, or run predictflow train",
             )
         model = self._load(name, str(version.version), service)
-        self._prove(model)
+        fault = self._prove(model)
+        if fault is not None:
+            if old is not None and name not in self._unproved:
+                raise fault
+            log.error("model %s: %s", name, fault.format_message())  # with none before, it may be better than none
+            self._metrics.refresh_failures.labels("model").inc()
+            self._unproved[name] = fault.what
+        else:
+            self._unproved.pop(name, None)
         self._models = {**self._models, name: model}
         self._unrecorded[name] = model
         if old is not None:
@@ -199,6 +209,7 @@ class MLflowModels:
                 log.warning("model %s: alias %s is gone; no longer served", name, ALIAS)
                 self._metrics.model_loaded.labels(name, self._models[name].version).set(0)
                 self._models = {k: v for k, v in self._models.items() if k != name}
+                self._unproved.pop(name, None)
             raise NotFoundError(
                 f"no model version with alias {ALIAS!r}", value=name, next_step="predictflow train"
             ) from e
@@ -225,16 +236,32 @@ class MLflowModels:
         features = None if names is None else tuple(str(n) for n in names)
         return Model(name, version, service, pipeline, classes.index(1), features)
 
-    def _prove(self, model: Model) -> None:
-        """Refuses a model that its feature service cannot feed, and runs it once: the first run imports and compiles."""
+    def _prove(self, model: Model) -> DataError | None:
+        """Refuses a model that its feature service cannot feed, and runs it once: the first run imports and compiles.
+
+        What it cannot: to predict for an entity without features, nor for one of zeros and empty values. None: it can.
+        """
         columns = self._columns_of(model.feature_service)
         model.check(columns)
         try:
             model.predict(columns, [{c.name: None for c in columns}])
-        except Exception:  # it may still predict for entities that have features; the log warns of those that do not
-            log.exception(
-                "model %s: version %s cannot predict for an entity without features", model.name, model.version
+            return None
+        except Exception as first:  # noqa: BLE001 - told below; it may still predict for entities that have features
+            reason = first
+        try:
+            model.predict(columns, [{c.name: _empty(c) for c in columns}])
+        except Exception:  # noqa: BLE001 - told by the error below, with the reason of the first row
+            return DataError(
+                f"model {model.name} version {model.version} cannot predict ({type(reason).__name__}: {reason})",
+                next_step="see which scikit-learn it was trained with, and promote another version",
             )
+        log.error(
+            "model %s: version %s cannot predict for an entity without features",
+            model.name,
+            model.version,
+            exc_info=reason,
+        )
+        return None
 
     def _record(self) -> None:
         for name, model in list(self._unrecorded.items()):
@@ -245,6 +272,15 @@ class MLflowModels:
                 log.exception("lineage of model %s version %s not recorded yet", name, model.version)
             else:
                 self._unrecorded.pop(name, None)
+
+
+def _empty(column: Column) -> Any:
+    """A value that a feature of this type may well have."""
+    if column.numeric:
+        return 0
+    if column.kind.endswith("_LIST"):
+        return []
+    return {"STRING": "", "BYTES": b"", "UNIX_TIMESTAMP": EPOCH}.get(column.kind)
 
 
 def _mlflow_unavailable(error: Exception) -> UnavailableError:

@@ -78,14 +78,14 @@ class OnlineService:
         started = time.perf_counter()
         rows = entity_rows(entities, self._limits.rows)
         plan = await self._plan(feature_service or tuple(features or ()), full_names)
-        read = await self._read(plan, rows, at)
+        read = await self._read(plan, plan.keyed(rows), at)
         self._count(plan, read, started)
         self._log.write(Served(request_id, self._wall(), self._plans.project), plan, read)
         return {
             "t": read.t,
             "feature_service": plan.name,
             "feature_names": [c.name for c in plan.columns],
-            "rows": [{**_row(row), "event_timestamps": row.event_timestamps} for row in read.rows],
+            "rows": [_row(row) for row in read.rows],
         }
 
     async def cells(
@@ -150,7 +150,8 @@ class OnlineService:
         if not isinstance(asked, str) and len(asked) > self._limits.features:
             raise TooManyError("features", len(asked), self._limits.features)
         rows = entity_rows(entities, self._limits.rows)
-        return await self._plan(asked, full_names), rows
+        plan = await self._plan(asked, full_names)
+        return plan, plan.keyed(rows)
 
     def begin(
         self, rows: Sequence[Mapping[str, object]], asked: Asked, full_names: bool, request_id: str, done: Done
@@ -250,7 +251,7 @@ class OnlineService:
         if model is None:
             model = await asyncio.to_thread(self._models.get, model_name)
         plan = await self._plan(model.feature_service, False)
-        read = await self._read(plan, rows, at)
+        read = await self._read(plan, plan.keyed(rows), at)
         probabilities = await self._runs.run(model, plan.columns, _values(plan, read), self._gate)
         self._count(plan, read, started)
         served = Served(request_id, self._wall(), self._plans.project, model.name, model.version)
@@ -300,4 +301,5 @@ def _row(row: OnlineRow) -> dict[str, Any]:
             for name, view in row.views.items()
             if view.offsets is not None
         },
+        "event_timestamps": row.event_timestamps,
     }

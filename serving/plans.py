@@ -12,11 +12,12 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, Protocol
 
 from feature_store.errors import NotFoundError, UnavailableError
+from serving.columns import python_values
 
 if TYPE_CHECKING:
     from feast import FeatureService, FeatureStore
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from feature_store.read_plan import OnlineRows, ReadPlan
     from serving.json_plan import JsonPlan
     from serving.json_view import Caches
+    from serving.metrics import Metrics
 
 log = logging.getLogger(__name__)
 
@@ -32,6 +34,9 @@ OTHER_PLANS = 256
 Asked = str | tuple[str, ...]
 """What a plan is for: the name of a feature service, or references `view:feature`."""
 NUMERIC = ("INT32", "INT64", "FLOAT", "DOUBLE", "BOOL")
+
+TEXTS = ("BYTES", "UNIX_TIMESTAMP")
+"""Types of join keys that come as texts in JSON."""
 
 
 class Reader(Protocol):
@@ -48,12 +53,16 @@ class Reader(Protocol):
 
 @dataclass(frozen=True)
 class Column:
-    """One feature of a plan: its name in answers, where it comes from, and whether a model sees it as a number."""
+    """One feature of a plan: its name in answers, where it comes from, and whether a model sees it as a number.
+
+    `kind`: name of the declared Feast value type.
+    """
 
     name: str
     view: str
     feature: str
     numeric: bool
+    kind: str = "STRING"
 
 
 @dataclass(frozen=True)
@@ -61,7 +70,9 @@ class ServicePlan:
     """A compiled plan: `name` is the feature service's, None for a list of features.
 
     `json`: how replies become JSON without Python values; None where they must be computed with first. `computes`: a
-    read runs functions of on-demand views, which may take their time.
+    read runs functions of on-demand views, which may take their time. `inputs`: those of the `join_keys` that are none,
+    but values that on-demand views take from the request. `texts`: those of which JSON has no values of their own, with
+    their types; a plan that has some has no `json`.
     """
 
     name: str | None
@@ -70,19 +81,35 @@ class ServicePlan:
     reader: Reader
     json: JsonPlan | None = None
     computes: bool = False
+    inputs: frozenset[str] = frozenset()
+    texts: Mapping[str, str] = field(default_factory=dict)
+
+    def keyed(self, rows: list[dict[str, object]]) -> list[dict[str, object]]:
+        """The entity rows, with base64 and ISO 8601 texts decoded by the types of their join keys: in place. ColumnError for
+        what is no such text; what is of its type stays."""
+        for name, kind in self.texts.items():
+            if name in rows[0]:  # all have the same; the reader tells what is missing
+                for row, value in zip(rows, python_values(name, [row[name] for row in rows], kind)):
+                    row[name] = value
+        return rows
 
 
 class Plans:
     """The plans of one project. Thread-safe; `refresh` runs in the background, look-ups never wait for it."""
 
-    def __init__(self, store: FeatureStore, make_reader: Callable[[ReadPlan], Reader]) -> None:
+    def __init__(
+        self, store: FeatureStore, make_reader: Callable[[ReadPlan], Reader], metrics: Metrics | None = None
+    ) -> None:
+        """`metrics` counts services that do not compile."""
         self._store = store
         self._make_reader = make_reader
+        self._metrics = metrics
         self._services: dict[str, ServicePlan] = {}
         self._others: OrderedDict[tuple[Asked, bool], ServicePlan] = OrderedDict()
         self._lock = threading.Lock()
         self._fingerprint = ""
         self._broken: tuple[str, ...] = ()
+        self._lacking: frozenset[str] = frozenset()
         self._caches: Caches | None = None
         self._fault: str | None = "not read yet"
 
@@ -124,9 +151,10 @@ class Plans:
     def refresh(self) -> bool:
         """Reads the registry; if it changed, compiles every service anew and swaps the plans in. True if it changed.
 
-        A service that does not compile keeps its old plan, is logged, and is tried again at every refresh: what was
-        wrong may have been outside the registry. Raises UnavailableError when the registry does not answer; the plans
-        at hand go on serving.
+        A service that does not compile is logged, counted, and tried again at every refresh: what was wrong may have
+        been outside the registry. It keeps its old plan, unless that runs a function that is not the applied one any
+        more: its values would be wrong ones, so requests are told the fault. Raises UnavailableError when the registry
+        does not answer; the plans at hand go on serving.
         """
         fingerprint = self._read_fingerprint()
         if fingerprint == self._fingerprint:
@@ -141,10 +169,15 @@ class Plans:
             try:
                 compiled[name] = self._compile(name, False, service)
             except Exception:  # one broken service must not take the others down
-                log.exception("feature service %s does not compile; its old plan stays", name)
+                old = self._services.get(name)
+                kept = old is not None and self._as_applied(old)
+                state = "its old plan stays" if kept else "it is not served"
+                log.exception("feature service %s does not compile; %s", name, state)
+                self._count_failure()
                 broken.append(name)
-                if name in self._services:
-                    compiled[name] = self._services[name]
+                if old is not None and kept:
+                    compiled[name] = old
+        self._lacking = (self._lacking if self._fingerprint else frozenset(broken)) - compiled.keys()
         with self._lock:
             self._services = compiled
             self._others = OrderedDict()
@@ -161,20 +194,43 @@ class Plans:
                 plan = self._compile(name, False)
             except Exception as e:  # noqa: BLE001 - as in `refresh`
                 log.debug("feature service %s still does not compile: %s", name, e)
+                self._count_failure()
                 left.append(name)
                 continue
             with self._lock:
                 self._services[name] = plan
                 self._others.pop((name, True), None)
             log.info("feature service %s compiles again", name)
+        self._lacking &= frozenset(left)
         self._broken = tuple(left)
 
+    def _as_applied(self, plan: ServicePlan) -> bool:
+        """Whether the functions that a plan runs are the applied ones; by the registry's cache."""
+        from feature_store.on_demand import still_applied
+
+        if not plan.computes:
+            return True
+        views = [view.computing for view in plan.reader.plan.on_demand]
+        return all(still_applied(self._store.registry, self.project, view) for view in views)
+
+    def _count_failure(self) -> None:
+        if self._metrics is not None:
+            self._metrics.refresh_failures.labels("plan").inc()
+
     def check(self) -> tuple[bool, str]:
-        """Whether requests can be answered from the plans at hand, and how the registry is. No I/O."""
+        """Whether requests can be answered from the plans at hand, and how the registry is. No I/O.
+
+        Not while a service of the server's first look at the registry has never compiled. One that broke later is named
+        only: it would take the others down, on all servers at once.
+        """
         names = ", ".join(sorted(self._services)) or "none"
+        left = sorted(self._broken)
+        broken = f"; do not compile: {', '.join(left)}" if left else ""
+        ok = self._lacking.isdisjoint(left)
         if self._fault is not None:
-            return bool(self._services), f"registry: {self._fault}; feature services served: {names}"
-        return True, f"feature services: {names}"
+            served = f"feature services served: {names}{broken}"
+            return ok and bool(self._services), f"registry: {self._fault}; {served}"
+        return ok, f"feature services: {names}{broken}"
 
     def _read_fingerprint(self) -> str:
         try:
@@ -218,11 +274,15 @@ class Plans:
         else:
             features = list(asked)
         plan = ReadPlan.compile(self._store, features, full_feature_names=full_names)
-        columns = [Column(f.result, v.name, f.name, f.type in NUMERIC) for v in plan.view_plans for f in v.features]
+        columns = [
+            Column(f.result, v.name, f.name, f.type in NUMERIC, f.type) for v in plan.view_plans for f in v.features
+        ]
         name = asked if isinstance(asked, str) else None
-        json = None if plan.on_demand else JsonPlan(plan, name, self._caches)
+        texts = {key: kind for key, kind in plan.key_types.items() if kind in TEXTS}
+        json = None if plan.on_demand or texts else JsonPlan(plan, name, self._caches)
         computes = bool(plan.on_demand)
-        return ServicePlan(name, tuple(columns), tuple(plan.join_keys), self._make_reader(plan), json, computes)
+        keys, inputs = tuple(plan.join_keys), frozenset(plan.join_keys) - plan.key_types.keys()
+        return ServicePlan(name, tuple(columns), keys, self._make_reader(plan), json, computes, inputs, texts)
 
     def _feature_service(self, name: str) -> FeatureService:
         from feast.errors import FeatureServiceNotFoundException

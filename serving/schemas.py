@@ -73,7 +73,7 @@ class PredictRequest(Body):
     at: At | None = Field(None, description="Predict as of this time: only under the replay clock, not before it.")
 
 
-class Features(BaseModel):
+class FeatureRow(BaseModel):
     """Values of one entity. Every status but PRESENT goes with a null value."""
 
     entity: dict[str, JsonValue]
@@ -82,9 +82,6 @@ class Features(BaseModel):
     offsets: dict[str, dict[str, int]] = Field(
         description="Windowed view to (partition to last Kafka offset included; partition -1: history)."
     )
-
-
-class FeatureRow(Features):
     event_timestamps: dict[str, datetime | None]
 
 
@@ -95,7 +92,7 @@ class OnlineResponse(BaseModel):
     rows: list[FeatureRow] = Field(description="One per entity, in the request's order.")
 
 
-class Prediction(Features):
+class Prediction(FeatureRow):
     probability: float
 
 
@@ -207,12 +204,21 @@ class FeatureInfo(BaseModel):
     unit: str | None
 
 
+class RequestInput(BaseModel):
+    name: str
+    type: str
+
+
 class ViewInfo(BaseModel):
     name: str
+    kind: Literal["feature", "stream", "on_demand", "label"] = "feature"
     description: str
     owner: str
     ttl_seconds: float | None = Field(description="Age beyond which a value is not served; null: no limit.")
-    join_keys: list[str]
+    join_keys: list[str] = Field(description="Of an on-demand view: those of the views that it reads.")
+    request: list[RequestInput] = Field(
+        [], description="What an on-demand view takes from the request, beside the join keys."
+    )
     windowed: bool
     topic: str | None = Field(description="Kafka topic that keeps a windowed view current.")
     features: list[FeatureInfo]

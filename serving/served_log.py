@@ -7,15 +7,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import zlib
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Protocol
 
 from serving.encoding import dumps, plain
+from serving.log_keys import Sample, message_key
 
 if TYPE_CHECKING:
     from confluent_kafka import KafkaError, Message, Producer
@@ -105,12 +105,6 @@ def records(
     return out
 
 
-def message_key(entity: Mapping[str, Any]) -> bytes:
-    """The value of a single join key as text, or of several as a JSON array in the order of the keys' names."""
-    values = [plain(entity[k]) for k in sorted(entity)]
-    return str(values[0]).encode() if len(values) == 1 else dumps(values)
-
-
 class NoServedLog:
     """Keeps nothing."""
 
@@ -152,7 +146,7 @@ class KafkaServedLog:
         self._producer = producer
         self._topic = topic
         self._metrics = metrics
-        self._below = round(sample * 2**32)
+        self._sample = Sample(sample)
         self._waiting: deque[_Batch] = deque()
         self._rows = 0
         self._scheduled = False
@@ -182,8 +176,8 @@ class KafkaServedLog:
         done = 0
         try:
             for record in records(served, plan, rows, probabilities):
-                key = message_key(record["entity"])
-                if self._sampled(key):
+                key = message_key(record["entity"], plan.inputs)
+                if key in self._sample:
                     self._produce(key, dumps(record))
                 done += 1
             self._producer.poll(0)
@@ -220,7 +214,7 @@ class KafkaServedLog:
             reason = None
             try:
                 for key, record in islice(batch.records, limit):
-                    if self._sampled(key):
+                    if key in self._sample:
                         self._produce(key, record)
                     batch.left -= 1
                     self._rows -= 1
@@ -237,9 +231,6 @@ class KafkaServedLog:
             if not batch.left:
                 self._waiting.popleft()
         self._producer.poll(0)
-
-    def _sampled(self, key: bytes) -> bool:
-        return self._below >= 2**32 or zlib.crc32(key) < self._below
 
     def _produce(self, key: bytes, record: bytes) -> None:
         self._producer.produce(self._topic, record, key, on_delivery=self._delivered)

@@ -41,10 +41,10 @@ def test_a_record_holds_values_times_offsets_and_the_prediction() -> None:
     (one,) = records(answer(1), "r", T)
     assert one["features"] == {"f": {"value": 0, "status": "PRESENT", "event_timestamp": T}}
     assert (one["offsets"], one["request_id"], one["t"], one["probability"]) == ({"v": {"0": 0}}, "r", T, None)
-    prediction = Prediction({"id": "C"}, {"f": b"\xff"}, {"f": "PRESENT"}, 0.5)
+    prediction = Prediction({"id": "C"}, {"f": b"\xff"}, {"f": "PRESENT"}, 0.5, {}, {"f": T})
     (two,) = records(Predictions("m", "3", "s", T, [prediction]), None, T)
     assert (two["model"], two["version"], two["probability"]) == ("m", "3", 0.5)
-    assert two["features"]["f"]["value"] == "/w=="
+    assert two["features"]["f"] == {"value": "/w==", "status": "PRESENT", "event_timestamp": T}
 
 
 def test_the_sample_is_the_same_keys_every_time_and_about_the_share() -> None:

@@ -35,9 +35,10 @@ from serving.feast_answer import feast_answer
 from serving.grpc_wire import Heads, encode
 from serving.json_plan import JsonPlan
 from serving.json_view import Caches, _value
+from serving.log_keys import message_key
 from serving.online import _row
 from serving.plans import Column, ServicePlan
-from serving.served_log import Served, message_key, records
+from serving.served_log import Served, records
 from serving.wire_plan import WirePlan, Wires, spliced
 from tests.window_states import states_of
 

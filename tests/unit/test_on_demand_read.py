@@ -10,6 +10,7 @@ import textwrap
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -28,6 +29,9 @@ from feature_store.redis_layout import (
     timestamp_field,
 )
 from feature_store.view_plan import OnDemandViewError
+from serving.catalogue import FeatureCatalogue
+from serving.metrics import Metrics
+from serving.plans import Plans
 
 T = datetime(2026, 1, 10, tzinfo=UTC)
 DEFINITIONS = """
@@ -167,6 +171,86 @@ def test_a_function_changed_since_the_apply_is_not_run(store: FeatureStore, repo
         ReadPlan.compile(store, ["by_dict:more"])
 
 
+def changed(store: FeatureStore, path: Path, old: str, new: str) -> None:
+    """As `feast apply` in another process, after the checkout was changed: this one has the old modules."""
+    text = path.read_text().replace(old, new)
+    path.write_text(text)
+    other = path.with_name(f"{path.stem}_other.py")
+    other.write_text(text)
+    module = importlib.import_module(other.stem)
+    other.unlink()
+    store.apply([getattr(module, n) for n in ("customer", "account", "by_frame", "by_dict", "service")])
+
+
+def test_a_running_process_takes_up_a_function_that_was_changed_and_applied(store: FeatureStore, repo: Path) -> None:
+    (path,) = repo.glob("defined_*.py")
+    helper = path.with_name(f"{path.stem}_helper.py")
+    helper.write_text("STEP = 1\n")
+    path.write_text(path.read_text() + f"\nfrom {helper.stem} import STEP\n")
+    sys.modules.pop(path.stem)
+    plan = ReadPlan.compile(store, ["by_dict:more"])
+    assert read(plan, {"customer_id": "C1"})[0].values == {"more": 4}
+
+    helper.write_text("STEP = 5\n")
+    changed(store, path, "n + 1", "n + STEP")
+    assert read(ReadPlan.compile(store, ["by_dict:more"]), {"customer_id": "C1"})[0].values == {"more": 8}
+
+
+def test_a_changed_module_that_cannot_be_imported_is_told_and_the_others_stay(store: FeatureStore, repo: Path) -> None:
+    (path,) = repo.glob("defined_*.py")
+    ReadPlan.compile(store, ["by_dict:more"])
+    before = sys.modules[path.stem]
+    changed(store, path, "n + 1", "n + 2")
+    text = path.read_text()
+    path.write_text(text + "\n1 / 0\n")
+    with pytest.raises(OnDemandViewError, match=r"cannot be imported.*ZeroDivisionError"):
+        ReadPlan.compile(store, ["by_dict:more"])
+    assert sys.modules[path.stem] is before
+    path.write_text(text)
+    assert read(ReadPlan.compile(store, ["by_dict:more"]), {"customer_id": "C1"})[0].values == {"more": 5}
+
+
+def test_a_server_does_not_go_on_with_a_function_that_is_not_applied_any_more(store: FeatureStore, repo: Path) -> None:
+    (path,) = repo.glob("defined_*.py")
+    metrics = Metrics()
+    plans = Plans(store, lambda plan: SimpleNamespace(plan=plan), metrics)  # type: ignore[arg-type,return-value]
+    plans.refresh()
+    text = path.read_text()
+    served = plans.cached("service", False)
+    assert served is not None
+    assert served.inputs == {"factor"}
+
+    changed(store, path, "n + 1", "n + 2")
+    path.write_text(text)  # the server's own checkout was not changed
+    plans.refresh()
+    assert plans.cached("service", False) is None
+    with pytest.raises(OnDemandViewError, match="not the applied one"):
+        plans.get("service", False)
+    failures = 'predictflow_refresh_failures_total{what="plan"}'
+    assert f"{failures} 1.0" in metrics.expose().decode()
+    plans.refresh()
+    assert f"{failures} 2.0" in metrics.expose().decode()
+
+    path.write_text(text.replace("n + 1", "n + 2"))
+    plans.refresh()
+    again = plans.cached("service", False)
+    assert again is not None
+    values = read(again.reader.plan, {"customer_id": "C1", "factor": 2.0})[0].values
+    assert values == {"n": 3, "product": 5.0, "more": 5}
+
+
+def test_the_catalogue_shows_on_demand_views_and_what_they_take_from_the_request(store: FeatureStore) -> None:
+    catalogue = FeatureCatalogue(store)
+    kinds = {view.name: view.kind for view in catalogue.all().views}
+    on_demand = dict.fromkeys(("by_dict", "by_frame", "by_row", "narrow"), "on_demand")
+    assert kinds == {"account": "feature", **on_demand}
+    view = catalogue.view("by_frame")
+    assert [(f.name, f.type) for f in view.features] == [("product", "Float64")]
+    assert [(i.name, i.type) for i in view.request] == [("factor", "Float64")]
+    assert (view.join_keys, view.ttl_seconds, view.windowed) == (["customer_id"], None, False)
+    assert catalogue.view("by_dict").request == catalogue.view("account").request == []
+
+
 def test_the_registrys_pickled_functions_run_only_where_that_is_allowed(
     store: FeatureStore, repo: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -211,6 +295,7 @@ def test_no_read_unpickles_what_the_registry_holds(store: FeatureStore, tmp_path
     assert told.value.valid == ["account", "by_dict", "by_frame", "by_row", "flow", "narrow"]
     assert ReadPlan.compile(store, ["account:n", "flow:charges", "by_dict:more"]).feature_names[0] == "n"
 
+    assert FeatureCatalogue(store).view("flow").kind == "stream"
     registry.enable_online_versioning = True
     for kind, view in (("feature_view", account), ("stream_feature_view", stream)):
         message.feature_view_version_history.records.add(

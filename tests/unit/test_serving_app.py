@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -204,6 +205,19 @@ def client(server: Server) -> Iterator[TestClient]:
 
 def ask(client: TestClient, **body: Any) -> Any:
     return client.post("/api/v1/features/online", json={"feature_service": "s", "entities": {"id": ["a"]}, **body})
+
+
+def test_a_join_key_of_bytes_is_read_from_base64_and_answered_as_that() -> None:
+    server = Server()
+    server.plans.plan = replace(server.plans.plan, texts={"id": "BYTES"})
+    with TestClient(server.app) as client:
+        for path, of in (("/api/v1/features/online", {"feature_service": "s"}), ("/api/v1/predict/m", {})):
+            answer = client.post(path, json={**of, "entities": {"id": ["AP8="]}})
+            assert answer.status_code == 200, answer.text
+            (row,) = answer.json().get("rows") or answer.json()["predictions"]
+            assert row["entity"] == {"id": "AP8="}
+            refused = client.post(path, json={**of, "entities": {"id": ["?"]}})
+            assert (refused.status_code, refused.json()["error"]["code"]) == (400, "column")
 
 
 def test_answers_have_the_documented_models(client: TestClient) -> None:

@@ -7,6 +7,7 @@ import base64
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -15,10 +16,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from feature_store.read_plan import OnlineRow, OnlineRows, ViewRead
+from serving.client_log import KafkaFeatureLog
+from serving.client_types import FeatureRow, OnlineFeatures
 from serving.encoding import dumps, plain
+from serving.log_keys import message_key
 from serving.metrics import Metrics
 from serving.plans import Column, ServicePlan
-from serving.served_log import KafkaServedLog, Served, message_key
+from serving.served_log import KafkaServedLog, Served
 
 T = datetime(2026, 1, 1, tzinfo=UTC)
 PLAN = ServicePlan("s", (Column("f", "v", "f", True),), ("id",), None)  # type: ignore[arg-type]  # nothing is read
@@ -103,6 +107,29 @@ def test_each_row_is_one_message_keyed_by_its_entity() -> None:
 def test_a_composite_key_is_a_json_array_in_the_order_of_its_names() -> None:
     assert message_key({"b": 2, "a": "x"}) == b'["x",2]'
     assert message_key({"a": 7}) == b"7"
+
+
+def test_what_on_demand_views_take_from_the_request_is_no_part_of_the_key() -> None:
+    producer = FakeProducer(10)
+    plan = replace(PLAN, join_keys=("id", "factor"), inputs=frozenset({"factor"}))
+    read = rows("a", "a")
+    for factor, row in enumerate(read.rows):
+        row.entity["factor"] = factor
+    KafkaServedLog(producer, "t", Metrics()).write(SERVED, plan, read)  # type: ignore[arg-type]
+    assert [key for key, _, _ in producer.taken] == [b"a", b"a"]
+    assert json.loads(producer.taken[1][1])["entity"] == {"id": "a", "factor": 1}
+    assert message_key({"factor": 1}, {"factor"}) == b"1"  # a service that reads nothing stored
+
+
+def test_the_clients_log_samples_the_same_keys() -> None:
+    ids = [f"C{i}" for i in range(2000)]
+    server, client = FakeProducer(2000), FakeProducer(2000)
+    KafkaServedLog(server, "t", Metrics(), 0.25).write(SERVED, PLAN, rows(*ids))  # type: ignore[arg-type]
+    given = [FeatureRow({"id": i, "factor": n}, {}, {}, {}) for n, i in enumerate(ids)]
+    log = KafkaFeatureLog("nowhere:1", "t", sample=0.25, inputs=["factor"])
+    log._send(client, OnlineFeatures(T, "s", [], given), None, T)  # type: ignore[arg-type]
+    assert [key for key, _, _ in client.taken] == [key for key, _, _ in server.taken]
+    assert 400 < len(client.taken) < 600
 
 
 def test_a_full_queue_drops_and_counts_the_rest_of_a_request() -> None:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
 
+from feature_store.clock import EPOCH
 from feature_store.errors import DataError
-from serving.models import Model
+from serving.metrics import Metrics
+from serving.models import MLflowModels, Model, _empty
 from serving.plans import Column
 
 COLUMNS = (
@@ -57,3 +60,80 @@ def test_a_model_that_needs_more_than_its_service_gives_is_refused() -> None:
     model = Model("m", "4", "s", Recorder(), 1, ("charges", "tenure"))
     with pytest.raises(DataError, match=r"version 4 needs a feature that service s lacks: 'tenure'"):
         model.check(COLUMNS)
+
+
+class Needs:
+    """A pipeline that predicts only for rows without this value; `never`: for none."""
+
+    def __init__(self, refuses: Any = None, never: bool = False) -> None:
+        self.refuses = refuses
+        self.never = never
+
+    def predict_proba(self, frame: pd.DataFrame) -> Any:
+        if self.never or (frame["method"].isna().any() and self.refuses == "missing"):
+            raise AttributeError("no attribute of the other scikit-learn")
+        return np.full((len(frame), 2), 0.5)
+
+
+class Champions(MLflowModels):
+    """The champion is what `serve` says, out of no MLflow."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        super().__init__("nowhere:", ("m",), metrics, lambda _: COLUMNS, lambda _: None)
+
+    def serve(self, version: str, pipeline: Needs) -> None:
+        self.next = version, pipeline
+        self.refresh()
+
+    def _champion(self, name: str) -> Any:
+        return SimpleNamespace(version=self.next[0], tags={"feature_service": "s"})
+
+    def _load(self, name: str, version: str, service: str) -> Model:
+        return Model(name, version, service, self.next[1], 1, None)
+
+    @property
+    def version(self) -> str | None:
+        model = self.cached("m")
+        return None if model is None else model.version
+
+
+def failures(metrics: Metrics) -> float:
+    return metrics.registry.get_sample_value("predictflow_refresh_failures_total", {"what": "model"}) or 0.0
+
+
+def test_a_champion_that_cannot_predict_does_not_replace_one_that_can(caplog: pytest.LogCaptureFixture) -> None:
+    metrics = Metrics()
+    models = Champions(metrics)
+    models.serve("1", Needs())
+    models.serve("2", Needs(never=True))
+    assert models.version == "1"
+    assert "version 2 cannot predict (AttributeError: no attribute" in caplog.text
+    assert failures(metrics) == 1
+    ok, detail = models.check()
+    assert ok
+    assert "version 1; model m version 2 cannot predict" in detail
+
+    models.serve("3", Needs("missing"))  # entities that have features are worth serving
+    assert (models.version, models.check()) == ("3", (True, "m: version 3"))
+    assert "cannot predict for an entity without features" in caplog.text
+
+
+def test_the_first_champion_is_not_ready_when_it_cannot_predict() -> None:
+    metrics = Metrics()
+    models = Champions(metrics)
+    models.serve("1", Needs(never=True))
+    models.refresh()
+    ok, detail = models.check()
+    assert not ok
+    assert "version 1; model m version 1 cannot predict (AttributeError" in detail
+    assert failures(metrics) == 1
+    models.serve("2", Needs(never=True))
+    assert (models.version, models.check()[0]) == ("2", False)
+    models.serve("3", Needs())
+    assert (models.version, models.check()) == ("3", (True, "m: version 3"))
+
+
+def test_the_second_row_that_a_model_is_tried_with_has_a_value_of_each_type() -> None:
+    kinds = ["INT64", "STRING", "BYTES", "UNIX_TIMESTAMP", "STRING_LIST", "MAP"]
+    found = [_empty(Column("f", "v", "f", kind == "INT64", kind)) for kind in kinds]
+    assert found == [0, "", b"", EPOCH, [], None]
