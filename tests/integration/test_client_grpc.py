@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import pytest
 
 from feature_store.errors import NotFoundError, UnavailableError, UsageError
@@ -76,6 +78,30 @@ def test_pushed_rows_are_read_back(url: str) -> None:
         )
     assert answer.rows[0].event_timestamps == {"charges": NOW, "visits": NOW}, "microseconds arrive"
     assert [row.values for row in answer.rows] == [{"charges": 1.25, "visits": 3}, {"charges": None, "visits": None}]
+
+
+def test_numpy_and_pandas_values_are_sent(url: str) -> None:
+    rows = pd.DataFrame(
+        {
+            "customer_id": ["N1", "N2", "N3"],
+            "charges": np.array([1.5, np.nan, np.inf]),
+            "plan": pd.Series(["a", pd.NA, "c"], dtype="string"),
+            "since": pd.Series([NOW, pd.NaT, NOW]),
+            "tags": [np.array(["x"]), ["y"], None],
+            "active": pd.Series([True, None, False], dtype="boolean"),
+            "event_timestamp": pd.Series([pd.Timestamp(NOW) + pd.Timedelta(1, "ns")] * 3),
+        }
+    )
+    with FeatureClient(url) as client:
+        assert client.push(rows, push_source="account_push", to="online").rows == 3  # type: ignore[arg-type]
+        answer = client.get_online_features({"customer_id": rows["customer_id"]}, feature_service="all")
+        with pytest.raises(UsageError, match=r"column tags: values that cannot be sent over gRPC: .*'str'"):
+            client.push({**dict(rows), "tags": [["x"], "y", 1]}, push_source="account_push", to="online")
+    assert str([row.values["charges"] for row in answer.rows]) == "[1.5, None, inf]", "the store keeps no NaN"
+    assert [row.values["plan"] for row in answer.rows] == ["a", None, "c"]
+    assert [row.values["tags"] for row in answer.rows] == [["x"], ["y"], None]
+    assert [row.values["active"] for row in answer.rows] == [True, None, False]
+    assert answer.rows[0].event_timestamps["charges"] == NOW
 
 
 def test_errors_are_the_same_kinds_as_over_rest(repo: Repo, url: str) -> None:

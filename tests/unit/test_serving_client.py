@@ -205,6 +205,22 @@ def test_a_push_sends_columns_as_json_can_hold_them(script: Script) -> None:
     )
 
 
+def test_what_numpy_and_pandas_hold_is_sent_as_python_values(script: Script) -> None:
+    import numpy as np
+    import pandas as pd
+
+    client = script.client()
+    client.get_online_features({"id": np.array([1, 2])}, feature_service="s")
+    client.get_online_features(pd.DataFrame({"id": ["C0", None]}), feature_service="s")  # type: ignore[arg-type]
+    assert [body["entities"] for _, body, _ in script.asked] == [{"id": [1, 2]}, {"id": ["C0", None]}]
+    script.answers = [(200, {"rows": 1, "feature_views": ["v"], "to": "online"}, {})]
+    times = pd.Series([pd.Timestamp("2026-01-01T00:00:00.000001"), pd.NaT])
+    client.push({"n": pd.Series([1, None], dtype="Int64"), "event_timestamp": times}, feature_view="v")
+    assert script.asked[-1][1]["columns"] == {"n": [1, None], "event_timestamp": ["2026-01-01T00:00:00.000001", None]}
+    with pytest.raises(UsageError, match="column n: a value of type complex"):
+        client.predict("m", {"n": [1j]})
+
+
 def test_history_comes_as_arrow_also_from_a_job(script: Script) -> None:
     import pyarrow as pa
 
