@@ -35,7 +35,7 @@ T = TypeVar("T")
 class Call(Generic[T]):
     """One request over either transport; `over_grpc` makes its gRPC form, None where there is none. Safe to repeat.
 
-    `starts_work`: it may start a job, so no answer in time does not mean that it may be sent again: the job may run.
+    `starts_work`: it may start a job, so once it was sent no answer does not mean that it may be sent again: the job may run.
     """
 
     what: str
@@ -231,13 +231,13 @@ def no_answer(url: str, error: Exception) -> Failure:
     )
 
 
-def too_late(url: str) -> Failure:
-    """The error of a server that took a call that starts work and did not answer in time: not to be sent again unseen."""
+def maybe_started(url: str, error: Exception) -> Failure:
+    """The error of a call that starts work, was sent, and had no answer: not to be sent again unseen."""
     return Failure(
         UnavailableError(
-            "the server did not answer in time, and may still be working on the request",
+            f"no answer came ({type(error).__name__}), and the server may still be working on the request",
             value=url,
-            next_step="pass a longer timeout= to the client, or send fewer rows",
+            next_step="ask again when it has had time to finish, or pass a longer timeout= to the client",
         ),
         final=True,
     )

@@ -271,3 +271,43 @@ def test_a_historical_request_that_is_not_answered_in_time_is_not_sent_again() -
         with pytest.raises(UnavailableError, match="does not answer"):
             client.get_online_features({"id": ["C1"]}, feature_service="s")
         assert len(slept) == 3
+
+
+@pytest.mark.parametrize("answer", [b"", b"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\nhalf"])
+def test_a_historical_request_whose_connection_breaks_is_not_sent_again(answer: bytes) -> None:
+    import socket
+
+    taken = 0
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def serve() -> None:
+            nonlocal taken
+            while True:
+                try:
+                    connection, _ = listener.accept()
+                except OSError:
+                    return
+                with connection:
+                    connection.recv(65_536)
+                    taken += 1
+                    connection.sendall(answer)
+
+        thread = threading.Thread(target=serve, daemon=True)
+        thread.start()
+        slept: list[float] = []
+        client = FeatureClient(f"http://127.0.0.1:{listener.getsockname()[1]}", retries=2, sleep=slept.append)
+        rows = {"id": ["C1"], "event_timestamp": [datetime(2026, 1, 1, tzinfo=UTC)]}
+        with pytest.raises(UnavailableError, match="may still be working"):
+            client.get_historical_features(rows, feature_service="s")
+        assert (taken, slept) == (1, [])
+        with pytest.raises(UnavailableError, match="does not answer"):
+            client.get_online_features({"id": ["C1"]}, feature_service="s")
+        assert (taken, len(slept)) == (4, 2)
+        listener.shutdown(socket.SHUT_RDWR)
+        thread.join()
+    slept.clear()
+    with pytest.raises(UnavailableError, match="does not answer"):  # nothing was sent: it may be tried again
+        FeatureClient("http://127.0.0.1:1", retries=2, sleep=slept.append).get_historical_features(
+            rows, feature_service="s"
+        )
+    assert len(slept) == 2
