@@ -26,6 +26,8 @@ Lists = Mapping[str, Sequence[object]]
 """Columns as `client_values.python_columns` makes them."""
 _STATUS = {number: name for name, number in feast_serving.FieldStatus.items()}
 _RETRY = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.DEADLINE_EXCEEDED)
+_TOO_MANY = "Concurrent RPC limit exceeded"
+"""What gRPC itself says beyond the server's limit of calls; a message that is too large has the same code, and is final."""
 _USAGE = (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED)
 
 
@@ -212,7 +214,7 @@ def _failure(target: str, error: Any) -> Failure:
         kind = NotFoundError
     elif code in _USAGE:
         kind = UsageError
-    elif code in _RETRY and "retry-after" in trailing:
+    elif code in _RETRY and ("retry-after" in trailing or (ours is None and _TOO_MANY in said)):
         kind = UnavailableError
     fault = kind(said)
     fault.code = str(ours or code.name.lower())

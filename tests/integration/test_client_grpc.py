@@ -7,11 +7,12 @@ from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 
+import grpc
 import numpy as np
 import pandas as pd
 import pytest
 
-from feature_store.errors import NotFoundError, UnavailableError, UsageError
+from feature_store.errors import NotFoundError, PredictFlowError, UnavailableError, UsageError
 from serving.client import AsyncFeatureClient, FeatureClient
 from serving.limits import Gate
 from tests.integration.grpc_support import NOW, Repo, serving
@@ -126,6 +127,32 @@ def test_errors_are_the_same_kinds_as_over_rest(repo: Repo, url: str) -> None:
         pytest.raises(UnavailableError, match="predictflow serve"),
     ):
         client.get_online_features({"customer_id": ["C1"]}, feature_service="all")
+
+
+def test_what_grpc_itself_refuses_as_too_many_is_tried_again_and_a_message_too_large_is_not(repo: Repo) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    slept: list[float] = []
+    full = grpc.server(ThreadPoolExecutor(1), maximum_concurrent_rpcs=0)
+    methods = {"GetOnlineFeatures": grpc.unary_unary_rpc_method_handler(lambda request, _: request)}
+    full.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("feast.serving.ServingService", methods),))
+    port = full.add_insecure_port("127.0.0.1:0")
+    full.start()
+    with (
+        FeatureClient(f"grpc://127.0.0.1:{port}", retries=2, sleep=slept.append) as client,
+        pytest.raises(UnavailableError, match="Concurrent RPC limit") as raised,
+    ):
+        client.get_online_features({"customer_id": ["C1"]}, feature_service="all")
+    full.stop(None).wait()
+    assert (raised.value.code, len(slept)) == ("resource_exhausted", 2)
+    slept.clear()
+    with (
+        serving(repo, request_bytes=1000) as (address, _),
+        FeatureClient(f"grpc://{address}", sleep=slept.append) as client,
+        pytest.raises(PredictFlowError, match="larger than max"),
+    ):
+        client.get_online_features({"customer_id": ["C" * 2000]}, feature_service="all")
+    assert slept == []
 
 
 def test_tls_trusts_the_given_file_only(repo: Repo, tmp_path: Path) -> None:
