@@ -46,7 +46,7 @@ class FeatureClient:
     `base_url`: `http://` or `https://` for REST, `grpc://host:port` or `grpcs://` for gRPC, which carries online features
     and pushes only. `timeout` in seconds, for connecting and for each wait on an answer. Every call is safe to repeat, so an
     overloaded or unavailable server and a broken connection are tried again up to `retries` times, after a random pause
-    that grows and honours Retry-After; historical features that are not answered in time are not, as each try may start a job. `ca_file`: certificates (PEM) to trust instead of the system's.
+    that grows and honours Retry-After; historical features only while there is no connection, as each request may start a job. `ca_file`: certificates (PEM) to trust instead of the system's.
 
     Raises UsageError and NotFoundError (with the valid values) for what the server refuses, UnavailableError when it
     does not answer or a server behind it does not, PredictFlowError for anything else.
@@ -107,10 +107,13 @@ class FeatureClient:
         *,
         feature_view: str | None = None,
         push_source: str | None = None,
-        to: To = "online_and_offline",
+        to: To = "online",
         request_id: str | None = None,
     ) -> Pushed:
-        """Writes rows (join keys, features, `event_timestamp`, `created`?) to a view or to all views of a push source."""
+        """Writes rows (join keys, features, `event_timestamp`, `created`?) to a view or to all views of a push source.
+
+        `to`: rows that are only online cannot be audited or trained on; give "online_and_offline" to keep them.
+        """
         return self._run(calls.push(columns, feature_view, push_source, to, request_id))
 
     def get_historical_features(
@@ -210,7 +213,7 @@ class AsyncFeatureClient:
         *,
         feature_view: str | None = None,
         push_source: str | None = None,
-        to: To = "online_and_offline",
+        to: To = "online",
         request_id: str | None = None,
     ) -> Pushed:
         """As `FeatureClient.push`."""

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import io
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
@@ -15,6 +14,7 @@ from pydantic import TypeAdapter, ValidationError
 from feature_store.errors import NotFoundError, PredictFlowError, UnavailableError, UsageError
 from serving import schemas
 from serving.client_types import HistoricalJob, OnlineFeatures, Predictions, Pushed
+from serving.client_values import arrow_stream, python_columns
 from serving.encoding import dumps, plain
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ BACKOFF_SECONDS = 0.1
 MAX_BACKOFF_SECONDS = 2.0
 ARROW = "application/vnd.apache.arrow.stream"
 To = Literal["online", "offline", "online_and_offline"]
-Columns = Mapping[str, Sequence[object]]
+Columns = Mapping[str, Iterable[object]]
 T = TypeVar("T")
 
 
@@ -35,7 +35,7 @@ T = TypeVar("T")
 class Call(Generic[T]):
     """One request over either transport; `over_grpc` makes its gRPC form, None where there is none. Safe to repeat.
 
-    `starts_work`: it may start a job, so no answer in time does not mean that it may be sent again: the job may run.
+    `starts_work`: it may start a job, so once it was sent no answer does not mean that it may be sent again: the job may run.
     """
 
     what: str
@@ -74,7 +74,8 @@ def online(
     full_feature_names: bool,
     request_id: str | None,
 ) -> Call[OnlineFeatures]:
-    body: dict[str, Any] = {"entities": _lists(entities)}
+    keys = python_columns(entities, keys=True)
+    body: dict[str, Any] = {"entities": keys}
     if feature_service is not None:
         body["feature_service"] = feature_service
     if features is not None:
@@ -85,7 +86,7 @@ def online(
     def over_grpc() -> GrpcCall[OnlineFeatures]:
         from serving.client_grpc import online_call
 
-        return online_call(entities, feature_service, features, full_feature_names)
+        return online_call(keys, feature_service, features, full_feature_names)
 
     path = "/api/v1/features/online"
     return _json("get_online_features", path, body, at, request_id, OnlineFeatures, None if at else over_grpc)
@@ -93,13 +94,14 @@ def online(
 
 def predict(model: str, entities: Columns, at: datetime | None, request_id: str | None) -> Call[Predictions]:
     path = f"/api/v1/predict/{quote(model, safe='')}"
-    return _json("predict", path, {"entities": _lists(entities)}, at, request_id, Predictions)
+    return _json("predict", path, {"entities": python_columns(entities, keys=True)}, at, request_id, Predictions)
 
 
 def push(
     columns: Columns, feature_view: str | None, push_source: str | None, to: To, request_id: str | None
 ) -> Call[Pushed]:
-    body: dict[str, Any] = {"columns": {k: [plain(v) for v in vs] for k, vs in columns.items()}, "to": to}
+    values = python_columns(columns)
+    body: dict[str, Any] = {"columns": {k: [plain(v) for v in vs] for k, vs in values.items()}, "to": to}
     if feature_view is not None:
         body["feature_view"] = feature_view
     if push_source is not None:
@@ -108,7 +110,7 @@ def push(
     def over_grpc() -> GrpcCall[Pushed]:
         from serving.client_grpc import push_call
 
-        return push_call(columns, feature_view, push_source, to)
+        return push_call(values, feature_view, push_source, to)
 
     return _json("push", "/api/v1/features/push", body, None, request_id, Pushed, over_grpc)
 
@@ -130,7 +132,7 @@ def historical(
         "get_historical_features",
         "/api/v1/features/historical",
         _table_or_job,
-        content=_stream(entities),
+        content=arrow_stream(entities),
         headers={"Content-Type": ARROW, "Accept": ARROW},
         params=params,
         starts_work=True,
@@ -161,25 +163,6 @@ def _json(
     if request_id:
         headers["X-Request-Id"] = request_id
     return Call(what, path, _reader(kind), content=dumps(body), headers=headers, over_grpc=over_grpc)
-
-
-def _lists(entities: Columns) -> dict[str, list[object]]:
-    return {key: list(values) for key, values in entities.items()}
-
-
-def _stream(entities: Any) -> bytes:
-    import pyarrow as pa
-
-    if isinstance(entities, Mapping):
-        table = pa.table({k: list(v) for k, v in entities.items()})
-    elif isinstance(entities, pa.Table):
-        table = entities
-    else:
-        table = pa.Table.from_pandas(entities, preserve_index=False)
-    sink = io.BytesIO()
-    with pa.ipc.new_stream(sink, table.schema) as writer:
-        writer.write_table(table)
-    return sink.getvalue()
 
 
 _readers: dict[Any, TypeAdapter[Any]] = {}
@@ -248,13 +231,13 @@ def no_answer(url: str, error: Exception) -> Failure:
     )
 
 
-def too_late(url: str) -> Failure:
-    """The error of a server that took a call that starts work and did not answer in time: not to be sent again unseen."""
+def maybe_started(url: str, error: Exception) -> Failure:
+    """The error of a call that starts work, was sent, and had no answer: not to be sent again unseen."""
     return Failure(
         UnavailableError(
-            "the server did not answer in time, and may still be working on the request",
+            f"no answer came ({type(error).__name__}), and the server may still be working on the request",
             value=url,
-            next_step="pass a longer timeout= to the client, or send fewer rows",
+            next_step="ask again when it has had time to finish, or pass a longer timeout= to the client",
         ),
         final=True,
     )

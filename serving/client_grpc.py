@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import ssl
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from math import nan
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -16,12 +17,17 @@ from feast.protos.feast.types.Value_pb2 import Null, RepeatedValue, Value
 from feast.type_map import feast_value_type_to_python_type, python_values_to_proto_values
 
 from feature_store.errors import NotFoundError, PredictFlowError, UnavailableError, UsageError
-from serving.client_calls import Call, Columns, Failure, To, no_answer
+from serving.client_calls import Call, Failure, To, no_answer
 from serving.client_types import FeatureRow, OnlineFeatures, Pushed
+from serving.client_values import require_equal_lengths
 
 T = TypeVar("T")
+Lists = Mapping[str, Sequence[object]]
+"""Columns as `client_values.python_columns` makes them."""
 _STATUS = {number: name for name, number in feast_serving.FieldStatus.items()}
 _RETRY = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.DEADLINE_EXCEEDED)
+_TOO_MANY = "Concurrent RPC limit exceeded"
+"""What gRPC itself says beyond the server's limit of calls; a message that is too large has the same code, and is final."""
 _USAGE = (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED)
 
 
@@ -88,7 +94,7 @@ class Channel:
 
 
 def online_call(
-    entities: Columns, feature_service: str | None, features: Sequence[str] | None, full_feature_names: bool
+    entities: Lists, feature_service: str | None, features: Sequence[str] | None, full_feature_names: bool
 ) -> GrpcCall[OnlineFeatures]:
     """GetOnlineFeatures. UsageError unless exactly one of the two is given."""
     if (feature_service is None) == (features is None):
@@ -98,29 +104,28 @@ def online_call(
         request.feature_service = feature_service
     else:
         request.features.val.extend(features or ())
-    given = {name: list(values) for name, values in entities.items()}
-    for name, values in given.items():
+    for name, values in entities.items():
         request.entities[name].CopyFrom(RepeatedValue(val=[_key(name, v) for v in values]))
 
     def parse(answers: list[bytes]) -> OnlineFeatures:
         answer = feast_serving.GetOnlineFeaturesResponse.FromString(answers[0])
         names = list(answer.metadata.feature_names.val)
-        columns = {n: v for n, v in zip(names, answer.results) if n not in given}
+        columns = {n: v for n, v in zip(names, answer.results) if n not in entities}
         rows = [
             FeatureRow(
-                {name: values[i] for name, values in given.items()},
+                {name: values[i] for name, values in entities.items()},
                 {n: _python(v.values[i]) for n, v in columns.items()},
                 {n: _STATUS[v.statuses[i]] for n, v in columns.items()},
                 {n: _time(v.event_timestamps[i]) for n, v in columns.items()},
             )
-            for i in range(len(next(iter(given.values()))))
+            for i in range(len(next(iter(entities.values()))))
         ]
         return OnlineFeatures(None, feature_service, list(columns), rows)
 
     return GrpcCall("/feast.serving.ServingService/GetOnlineFeatures", [request.SerializeToString()], parse)
 
 
-def push_call(columns: Columns, feature_view: str | None, push_source: str | None, to: To) -> GrpcCall[Pushed]:
+def push_call(columns: Lists, feature_view: str | None, push_source: str | None, to: To) -> GrpcCall[Pushed]:
     """Push, or WriteToOnlineStore for a view: one message per row, as Feast's service takes them."""
     if (feature_view is None) == (push_source is None):
         raise UsageError("give either feature_view or push_source")
@@ -131,11 +136,11 @@ def push_call(columns: Columns, feature_view: str | None, push_source: str | Non
             valid=["online"],
             next_step='pass to="online", or name its push_source',
         )
-    typed = {name: python_values_to_proto_values([_sent(v) for v in values]) for name, values in columns.items()}
-    rows = [dict(zip(typed, row)) for row in zip(*typed.values(), strict=True)]
+    require_equal_lengths(columns)
+    typed = {name: _sent(name, values) for name, values in columns.items()}
     messages = []
-    for row in rows:
-        row = {n: v if v.WhichOneof("val") else Value(null_val=Null.NULL) for n, v in row.items()}
+    for values in zip(*typed.values()):
+        row = dict(zip(typed, values))
         made: Any
         if push_source is not None:
             made = feast_server.PushRequest(stream_feature_view=push_source, typed_features=row, to=to)
@@ -152,20 +157,39 @@ def _key(name: str, value: object) -> Value:
             return Value(null_val=Null.NULL)
         case bool():
             return Value(bool_val=value)
-        case int():
+        case int() if -(2**63) <= value < 2**63:
             return Value(int64_val=value)
         case str():
             return Value(string_val=value)
+        case float():  # no join key is one; on-demand views take them
+            return Value(double_val=value)
         case bytes():
             return Value(bytes_val=value)
-    raise UsageError(f"join key {name}: not a text, integer, boolean or bytes", value=value)
+    raise UsageError(f"join key {name}: not a text, number of 64 bits, boolean or bytes", value=value)
 
 
-def _sent(value: object) -> object:
-    """A time as text, which the server reads as one: Feast's own Value would cut it to seconds."""
+def _sent(name: str, values: Sequence[object]) -> list[Value]:
+    """A column as Values. What Feast's conversion would lose goes around it: NaN, which it makes a null, and the
+    microseconds of times, which the server reads from a text."""
+    try:
+        made = python_values_to_proto_values([_text_or_same(v) for v in values])
+    except (TypeError, ValueError, OverflowError) as e:
+        types = sorted({type(v).__name__ for v in values if v is not None})
+        raise UsageError(
+            f"column {name}: values that cannot be sent over gRPC",
+            value=types,
+            next_step="give the column one type, or use the http:// URL",
+        ) from e
+    return [
+        sent if sent.WhichOneof("val") else Value(double_val=nan) if v != v else Value(null_val=Null.NULL)
+        for v, sent in zip(values, made)
+    ]
+
+
+def _text_or_same(value: object) -> object:
     if isinstance(value, datetime):
         return (value if value.tzinfo else value.replace(tzinfo=UTC)).isoformat()
-    return value
+    return None if value != value else value
 
 
 def _python(value: Value) -> Any:
@@ -190,7 +214,7 @@ def _failure(target: str, error: Any) -> Failure:
         kind = NotFoundError
     elif code in _USAGE:
         kind = UsageError
-    elif code in _RETRY and "retry-after" in trailing:
+    elif code in _RETRY and ("retry-after" in trailing or (ours is None and _TOO_MANY in said)):
         kind = UnavailableError
     fault = kind(said)
     fault.code = str(ours or code.name.lower())

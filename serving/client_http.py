@@ -64,8 +64,9 @@ class Http:
 
         if isinstance(error, httpx.UnsupportedProtocol):
             raise UsageError(f"the request cannot be sent ({error})", value=self._base) from error
-        if call.starts_work and isinstance(error, httpx.ReadTimeout):
-            return calls.too_late(self._base)
+        before_it = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout)
+        if call.starts_work and not isinstance(error, before_it):
+            return calls.maybe_started(self._base, error)
         return calls.no_answer(self._base, error)
 
 

@@ -7,9 +7,12 @@ from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 
+import grpc
+import numpy as np
+import pandas as pd
 import pytest
 
-from feature_store.errors import NotFoundError, UnavailableError, UsageError
+from feature_store.errors import NotFoundError, PredictFlowError, UnavailableError, UsageError
 from serving.client import AsyncFeatureClient, FeatureClient
 from serving.limits import Gate
 from tests.integration.grpc_support import NOW, Repo, serving
@@ -66,9 +69,7 @@ def test_pushed_rows_are_read_back(url: str) -> None:
     with FeatureClient(url) as client:
         assert client.push(rows, push_source="account_push", to="online").rows == 2
         assert (
-            client.push(
-                {"customer_id": ["G1"], "visits": [3], "event_timestamp": [NOW]}, feature_view="visits", to="online"
-            ).rows
+            client.push({"customer_id": ["G1"], "visits": [3], "event_timestamp": [NOW]}, feature_view="visits").rows
             == 1
         )
         answer = client.get_online_features(
@@ -76,6 +77,30 @@ def test_pushed_rows_are_read_back(url: str) -> None:
         )
     assert answer.rows[0].event_timestamps == {"charges": NOW, "visits": NOW}, "microseconds arrive"
     assert [row.values for row in answer.rows] == [{"charges": 1.25, "visits": 3}, {"charges": None, "visits": None}]
+
+
+def test_numpy_and_pandas_values_are_sent(url: str) -> None:
+    rows = pd.DataFrame(
+        {
+            "customer_id": ["N1", "N2", "N3"],
+            "charges": np.array([1.5, np.nan, np.inf]),
+            "plan": pd.Series(["a", pd.NA, "c"], dtype="string"),
+            "since": pd.Series([NOW, pd.NaT, NOW]),
+            "tags": [np.array(["x"]), ["y"], None],
+            "active": pd.Series([True, None, False], dtype="boolean"),
+            "event_timestamp": pd.Series([pd.Timestamp(NOW) + pd.Timedelta(1, "ns")] * 3),
+        }
+    )
+    with FeatureClient(url) as client:
+        assert client.push(rows, push_source="account_push", to="online").rows == 3  # type: ignore[arg-type]
+        answer = client.get_online_features({"customer_id": rows["customer_id"]}, feature_service="all")
+        with pytest.raises(UsageError, match=r"column tags: values that cannot be sent over gRPC: .*'str'"):
+            client.push({**dict(rows), "tags": [["x"], "y", 1]}, push_source="account_push", to="online")
+    assert str([row.values["charges"] for row in answer.rows]) == "[1.5, None, inf]", "the store keeps no NaN"
+    assert [row.values["plan"] for row in answer.rows] == ["a", None, "c"]
+    assert [row.values["tags"] for row in answer.rows] == [["x"], ["y"], None]
+    assert [row.values["active"] for row in answer.rows] == [True, None, False]
+    assert answer.rows[0].event_timestamps["charges"] == NOW
 
 
 def test_errors_are_the_same_kinds_as_over_rest(repo: Repo, url: str) -> None:
@@ -102,6 +127,32 @@ def test_errors_are_the_same_kinds_as_over_rest(repo: Repo, url: str) -> None:
         pytest.raises(UnavailableError, match="predictflow serve"),
     ):
         client.get_online_features({"customer_id": ["C1"]}, feature_service="all")
+
+
+def test_what_grpc_itself_refuses_as_too_many_is_tried_again_and_a_message_too_large_is_not(repo: Repo) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    slept: list[float] = []
+    full = grpc.server(ThreadPoolExecutor(1), maximum_concurrent_rpcs=0)
+    methods = {"GetOnlineFeatures": grpc.unary_unary_rpc_method_handler(lambda request, _: request)}
+    full.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("feast.serving.ServingService", methods),))
+    port = full.add_insecure_port("127.0.0.1:0")
+    full.start()
+    with (
+        FeatureClient(f"grpc://127.0.0.1:{port}", retries=2, sleep=slept.append) as client,
+        pytest.raises(UnavailableError, match="Concurrent RPC limit") as raised,
+    ):
+        client.get_online_features({"customer_id": ["C1"]}, feature_service="all")
+    full.stop(None).wait()
+    assert (raised.value.code, len(slept)) == ("resource_exhausted", 2)
+    slept.clear()
+    with (
+        serving(repo, request_bytes=1000) as (address, _),
+        FeatureClient(f"grpc://{address}", sleep=slept.append) as client,
+        pytest.raises(PredictFlowError, match="larger than max"),
+    ):
+        client.get_online_features({"customer_id": ["C" * 2000]}, feature_service="all")
+    assert slept == []
 
 
 def test_tls_trusts_the_given_file_only(repo: Repo, tmp_path: Path) -> None:

@@ -199,10 +199,36 @@ def test_a_push_sends_columns_as_json_can_hold_them(script: Script) -> None:
     assert pushed.feature_views == ["v"]
     path, body, _ = script.asked[0]
     columns = {"id": ["C0"], "b": ["/w=="], "event_timestamp": ["2026-01-01T00:00:00Z"]}
-    assert (path, body) == (
-        "/api/v1/features/push",
-        {"columns": columns, "to": "online_and_offline", "feature_view": "v"},
-    )
+    assert (path, body) == ("/api/v1/features/push", {"columns": columns, "to": "online", "feature_view": "v"})
+
+
+def test_a_push_that_names_no_store_goes_to_the_same_one_everywhere() -> None:
+    import inspect
+
+    from serving.feast_rest import FeastPush
+    from serving.schemas import PushRequest
+
+    defaults = [
+        *(inspect.signature(kind.push).parameters["to"].default for kind in (FeatureClient, AsyncFeatureClient)),
+        *(body.model_fields["to"].default for body in (PushRequest, FeastPush)),
+    ]
+    assert defaults == ["online"] * 4
+
+
+def test_what_numpy_and_pandas_hold_is_sent_as_python_values(script: Script) -> None:
+    import numpy as np
+    import pandas as pd
+
+    client = script.client()
+    client.get_online_features({"id": np.array([1, 2])}, feature_service="s")
+    client.get_online_features(pd.DataFrame({"id": ["C0", None]}), feature_service="s")  # type: ignore[arg-type]
+    assert [body["entities"] for _, body, _ in script.asked] == [{"id": [1, 2]}, {"id": ["C0", None]}]
+    script.answers = [(200, {"rows": 1, "feature_views": ["v"], "to": "online"}, {})]
+    times = pd.Series([pd.Timestamp("2026-01-01T00:00:00.000001"), pd.NaT])
+    client.push({"n": pd.Series([1, None], dtype="Int64"), "event_timestamp": times}, feature_view="v")
+    assert script.asked[-1][1]["columns"] == {"n": [1, None], "event_timestamp": ["2026-01-01T00:00:00.000001", None]}
+    with pytest.raises(UsageError, match="column n: a value of type complex"):
+        client.predict("m", {"n": [1j]})
 
 
 def test_history_comes_as_arrow_also_from_a_job(script: Script) -> None:
@@ -245,3 +271,43 @@ def test_a_historical_request_that_is_not_answered_in_time_is_not_sent_again() -
         with pytest.raises(UnavailableError, match="does not answer"):
             client.get_online_features({"id": ["C1"]}, feature_service="s")
         assert len(slept) == 3
+
+
+@pytest.mark.parametrize("answer", [b"", b"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\nhalf"])
+def test_a_historical_request_whose_connection_breaks_is_not_sent_again(answer: bytes) -> None:
+    import socket
+
+    taken = 0
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def serve() -> None:
+            nonlocal taken
+            while True:
+                try:
+                    connection, _ = listener.accept()
+                except OSError:
+                    return
+                with connection:
+                    connection.recv(65_536)
+                    taken += 1
+                    connection.sendall(answer)
+
+        thread = threading.Thread(target=serve, daemon=True)
+        thread.start()
+        slept: list[float] = []
+        client = FeatureClient(f"http://127.0.0.1:{listener.getsockname()[1]}", retries=2, sleep=slept.append)
+        rows = {"id": ["C1"], "event_timestamp": [datetime(2026, 1, 1, tzinfo=UTC)]}
+        with pytest.raises(UnavailableError, match="may still be working"):
+            client.get_historical_features(rows, feature_service="s")
+        assert (taken, slept) == (1, [])
+        with pytest.raises(UnavailableError, match="does not answer"):
+            client.get_online_features({"id": ["C1"]}, feature_service="s")
+        assert (taken, len(slept)) == (4, 2)
+        listener.shutdown(socket.SHUT_RDWR)
+        thread.join()
+    slept.clear()
+    with pytest.raises(UnavailableError, match="does not answer"):  # nothing was sent: it may be tried again
+        FeatureClient("http://127.0.0.1:1", retries=2, sleep=slept.append).get_historical_features(
+            rows, feature_service="s"
+        )
+    assert len(slept) == 2
