@@ -116,8 +116,7 @@ def _may_fail(expression: Expression, finite: str) -> bool:
     """Whether DuckDB may raise an error for it: int64 arithmetic overflows, and so do floats that are checked."""
     fails = ("+", "-", "*", "%", "neg", "abs")
     return any(
-        isinstance(e, Call)
-        and ((e.type == "int64" and e.operator in fails) or (finite != "" and _may_be_infinite(e)))
+        isinstance(e, Call) and ((e.type == "int64" and e.operator in fails) or (finite != "" and _may_be_infinite(e)))
         for e in walk(expression)
     )
 

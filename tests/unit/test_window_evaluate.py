@@ -132,7 +132,10 @@ def test_random_expressions_agree(connection):
         e = expression(_random(rng, rng.choice(["int64", "float64", "bool"]), 3))
         row = {n: rng.choice(values) for n, values in numbers.items()}
         found = []
-        for compute in (lambda e=e, row=row: evaluate(e, names=row), lambda e=e, row=row: in_duckdb(connection, e, row)):
+        for compute in (
+            lambda e=e, row=row: evaluate(e, names=row),
+            lambda e=e, row=row: in_duckdb(connection, e, row),
+        ):
             try:
                 found.append(compute())
             except OverflowError:
