@@ -14,6 +14,7 @@ from feature_store.point_in_time.source import file_path
 from feature_store.point_in_time.types import as_declared, kind, ns_per_tick, sql_type_of
 from feature_store.source_columns import columns_of
 from feature_store.windows.definition import SQL_TAG, STATE_FIELD, WindowedView, definition_of
+from feature_store.windows.plan import NOT_FINITE, not_finite_sql
 
 if TYPE_CHECKING:
     from feast import FeatureView
@@ -81,6 +82,8 @@ class Plan:
         ]
         if self.definition:
             parts += [self.definition.source.event_id, self.definition.entity_key]
+            if not_finite := not_finite_sql(self.definition.source):
+                parts.append(not_finite)
         return hashlib.sha256(json.dumps([VERSION, *parts]).encode()).hexdigest()[:16]
 
     @property
@@ -124,10 +127,14 @@ class Plan:
         names = ", ".join(ident(c.name) for c in self.columns)
         event_id = self.definition.source.event_id
         tie = ident(event_id) if event_id is not None else names
-        dropped = "CAST(NULL AS VARCHAR)"
+        not_finite = not_finite_sql(self.definition.source)
+        reasons = [f"WHEN {not_finite} THEN '{NOT_FINITE}'"] if not_finite else []
         if event_id is not None:
-            same = ", ".join(ident(c) for c in (*self.definition.entity_key, event_id))
-            dropped = f"CASE WHEN row_number() OVER (PARTITION BY {same} ORDER BY _offset) > 1 THEN 'duplicate' END"
+            # One that is dropped for another reason is no first event of its id, as a dead letter is none.
+            apart = [f"{not_finite} IS TRUE"] if not_finite else []
+            same = ", ".join([*(ident(c) for c in (*self.definition.entity_key, event_id)), *apart])
+            reasons.append(f"WHEN row_number() OVER (PARTITION BY {same} ORDER BY _offset) > 1 THEN 'duplicate'")
+        dropped = f"CASE {' '.join(reasons)} END" if reasons else "CAST(NULL AS VARCHAR)"
         return (
             f"SELECT {names}, '' AS _topic_id, CAST(-1 AS INTEGER) AS _partition, _offset, created AS _visible_at, "
             f"CAST(NULL AS TIMESTAMPTZ) AS _watermark, {dropped} AS _dropped FROM (SELECT *, "

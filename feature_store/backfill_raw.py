@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +18,9 @@ from feature_store.backfill_plan import Column, Plan
 from feature_store.clock import to_micros
 from feature_store.errors import DataError, NotFoundError
 from feature_store.point_in_time.engine import ident, reading, text
+from feature_store.windows.plan import NOT_FINITE
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -133,6 +137,8 @@ def load(
     missing = " OR ".join(f"{ident(c)} IS NULL" for c in plan.required)
     stored = "VIEW" if plan.row_by_row else "TABLE"
     nulls = "".join(f", count(*) - count({ident(c)})" for c in plan.required)
+    if plan.definition is not None:
+        nulls += f", count(*) FILTER (WHERE _dropped = '{NOT_FINITE}')"
     with reading_raw(plan, tables):
         con.execute(
             f"CREATE {stored} _rows AS SELECT * FROM ({plan.wrap(f'SELECT {selected} FROM ({plan.sql})')}) "
@@ -147,6 +153,11 @@ def load(
         if lacking:
             files = ", ".join(map(str, tables.values()))
             raise DataError(f"{plan.view}: {lacking} row(s) of {', '.join(tables)} have no {column} ({files})")
+    if plan.definition is not None and (left_out := sum(row[-1] for row in counted)):
+        log.warning(
+            "%s: %d event(s) of %s hold a NaN or an infinity: they are marked %s and count for nothing",
+            plan.view, left_out, ", ".join(map(str, tables.values())), NOT_FINITE,
+        )  # fmt: skip
     return [Month(row[0], row[1]) for row in counted]
 
 

@@ -354,8 +354,16 @@ def _cells(values: list[Any], kind: Type) -> list[Cell]:
             return [_NULL if v is None else ("PRESENT", b"\x38\x01" if v else b"\x38\x00") for v in values]
         case "timestamp":
             return [_NULL if v is None else ("PRESENT", b"\x40" + varint(v // 1_000_000 % 2**64)) for v in values]
+        case "string":  # of few constants: made once each
+            stored = {v: _NULL if v is None else ("PRESENT", _string(v)) for v in set(values)}
+            return [stored[v] for v in values]
         case _:
             return [_NULL if v is None else ("PRESENT", v) for v in values]
+
+
+def _string(text: str) -> bytes:
+    data = text.encode()
+    return b"\x12" + varint(len(data)) + data
 
 
 def blob_of(cell: bytes | None) -> bytes | None:

@@ -344,7 +344,8 @@ class WindowStore:
             table: dict[str, pa.Array] = self._key_table(some)
             for o in self.definition.outputs:
                 values, null = finals.arrays[o.name]
-                array = pa.array(values != 0 if o.type == "bool" else values, mask=null if null.any() else None)
+                kind = pa.string() if o.type == "string" else None  # else as numpy has it
+                array = pa.array(values != 0 if o.type == "bool" else values, kind, mask=null if null.any() else None)
                 table[o.name] = array.cast(_TIME) if o.type == "timestamp" else array
             table[STATE_FIELD] = pa.array(blobs, pa.binary())
             seen = np.where(held.last_seen == NEVER, held.visible_at, held.last_seen)

@@ -20,6 +20,7 @@ from feature_store.point_in_time.source import ParquetSource, open_source, requi
 from feature_store.point_in_time.types import as_declared, ns_per_tick, ticks
 from feature_store.windows.definition import STATE_FIELD, WindowedView
 from feature_store.windows.ir import Type
+from feature_store.windows.plan import NOT_FINITE, not_finite_sql
 
 EVENTS = "_window_events"
 """The temporary view that `make_events` creates."""
@@ -51,6 +52,7 @@ def make_events(
     """
     times = [definition.source.timestamp, "_visible_at", "_watermark"]
     items = [ident(k) for k in definition.entity_key]
+    not_finite = not_finite_sql(definition.source)
     for key in definition.entity_key:
         source.require(key, "an entity key")
     read: dict[str, str] = {**definition.source.columns, **_LOG}
@@ -60,7 +62,10 @@ def make_events(
         if name in definition.entity_key:
             continue
         stored = source.require(name, "the event log")
-        items.append(f"{as_type(name, stored, _SQL.get(kind, kind))} AS {ident(name)}")  # type: ignore[call-overload]  # kind is a Type or SQL
+        value = as_type(name, stored, _SQL.get(kind, kind))  # type: ignore[call-overload]  # kind is a Type or SQL
+        if name == "_dropped" and not_finite is not None:  # files of before backfill marked them
+            value = f"coalesce({value}, CASE WHEN {not_finite} THEN '{NOT_FINITE}' END)"
+        items.append(f"{value} AS {ident(name)}")
     for name in times:
         stored = source.columns.get(name, "") if name == "_watermark" else source.require_time(name, "an event's time")
         items.append(f"{as_type(name, stored, _SQL['timestamp'])} AS {ident(name)}")

@@ -20,6 +20,7 @@ from feature_store.avro_types import check_avro
 from feature_store.errors import DefinitionError
 from feature_store.windows.definition import SQL_TAG, STATE_FIELD, WINDOW_TAG, EventSource, WindowedView
 from feature_store.windows.ir import TYPES, Type
+from feature_store.windows.sql_tokens import SqlError
 
 if TYPE_CHECKING:
     from feast import Entity, FeatureView
@@ -109,7 +110,7 @@ def windowed_feature_view(
     it is written by backfill, which runs `history_sql` over the raw tables, `stream/` by sync. `ttl`: an entity silent for
     longer has no value; zero, never, only with `bounded_keys=True`, because state then lives for ever.
     """
-    text = _text(sql, Path(sys._getframe(1).f_globals.get("__file__", ".")).parent)
+    text, file = _text(sql, Path(sys._getframe(1).f_globals.get("__file__", ".")).parent)
     keys, key_types = _keys(name, entity, source)
     if ttl < timedelta(0) or (not ttl and not bounded_keys):
         raise DefinitionError(
@@ -128,6 +129,11 @@ def windowed_feature_view(
         ttl=ttl,
         max_events_per_entity=max_events_per_entity,
     )
+    try:
+        definition.statements  # noqa: B018 - read here, so that an error names where the text stands
+    except SqlError as e:
+        where = f"{name} ({file})" if file is not None else name
+        raise DefinitionError(f"{where}: {e.what}", value=e.value, valid=e.valid, next_step=e.next_step) from e
     if source.retention_us == _BY_VIEW:
         kept = max(definition.longest_window_us, source.allowed_lateness_us)
         definition = replace(definition, source=replace(source, retention_us=kept))
@@ -193,12 +199,13 @@ def _view(
     )
 
 
-def _text(sql: str | Path, base: Path) -> str:
-    if isinstance(sql, str) and not re.fullmatch(r"\S+\.sql", sql.strip(), re.IGNORECASE):
-        return sql  # as it is, so that errors name the lines of the user's text
+def _text(sql: str | Path, base: Path) -> tuple[str, Path | None]:
+    """The SQL, and the file that it stands in."""
+    if isinstance(sql, str) and not re.fullmatch(r"[^\n;()]+\.sql", sql.strip(), re.IGNORECASE):
+        return sql, None  # as it is, so that errors name the lines of the user's text
     file = base / (sql.strip() if isinstance(sql, str) else sql)
     try:
-        return file.read_text(encoding="utf-8")
+        return file.read_text(encoding="utf-8-sig"), file  # some editors begin a file with a mark
     except (OSError, UnicodeDecodeError) as e:
         reason = e.strerror if isinstance(e, OSError) else "not UTF-8"
         raise DefinitionError(

@@ -74,7 +74,10 @@ def reading_text(s: Statement) -> str:
     """What the window holds, read at t."""
     length = length_in_words(s.window.size_us)
     if s.window.on_close:
-        return "the newest one that the watermark has closed"
+        newest = "the newest one that the watermark has closed"
+        if s.window.kind == "session":
+            return f"{newest}, of events that were not behind the watermark when they came"
+        return newest
     return {
         "over": f"events with t - {length} <= event time <= t",
         "tumble": f"the {length} that hold t, up to t",

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from feature_store.clock import from_micros
-from feature_store.windows.ir import AggregateRef, Output
+from feature_store.windows.ir import AggregateRef, Output, Type
 from feature_store.windows.kept_events import events_of
 from feature_store.windows.layout import Layout
 from feature_store.windows.partials import Partials, Result
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from feature_store.windows.state import States
 
 Column = tuple[Array, Array]
-"""Values (int64 or float64) and which are null."""
+"""Values (int64, float64, or str as objects) and which are null."""
 
 
 class Finals:
@@ -51,14 +51,16 @@ class Finals:
 
     @cached_property
     def arrays(self) -> dict[str, Column]:
-        """Values (int64, also of bool and of timestamps in microseconds, or float64) and which are null."""
+        """Values (int64, also of bool and of timestamps in microseconds, float64, or str) and which are null."""
         if self._one is None:
             return self._made
         out = {}
         for o in self.outputs:
             value = self._one[o.name]
-            kind = np.float64 if o.type == "float64" else np.int64
-            out[o.name] = np.array([value or 0], kind), np.array([value is None])
+            column = _empty(1, o.type)
+            if value is not None:
+                column[0] = value
+            out[o.name] = column, np.array([value is None])
         return out
 
     @cached_property
@@ -72,6 +74,13 @@ class Finals:
     def seen(self) -> list[int | None]:
         """Greatest time of a counted event by then; None: never seen."""
         return [None if t == NEVER else t for t in self.last_seen.tolist()]
+
+
+def _empty(n: int, kind: Type) -> Array:
+    """Room for n values of an output."""
+    if kind == "string":
+        return np.full(n, "", np.object_)
+    return np.zeros(n, np.float64 if kind == "float64" else np.int64)
 
 
 def _listed(values: Array, null: Array, truth: bool) -> list[Any]:
@@ -295,8 +304,7 @@ def _evaluated(view: str, output: Output, columns: list[Column], unseen: Array, 
     """An expression over aggregates, entity by entity."""
     lists = [_listed(values, null, False) for values, null in columns]
     n = len(unseen)
-    values = np.zeros(n, np.float64 if output.type == "float64" else np.int64)
-    null = np.ones(n, bool)
+    values, null = _empty(n, output.type), np.ones(n, bool)
     for i in np.flatnonzero(~unseen).tolist():
         if output.name in said.errors.get(i, ()):
             continue

@@ -40,10 +40,14 @@ def _table(d: WindowedView) -> str:
     topic = source.topic.replace("'", "''")
     coded = "'json', 'json.timestamp-format.standard' = 'ISO-8601'"
     if source.format == "avro":
-        coded = "'avro-confluent'" if source.avro_schema is None else "'avro'"
+        coded = (
+            "'avro-confluent', 'avro-confluent.url' = '<schema registry>'" if source.avro_schema is None else "'avro'"
+        )
     return (
+        "-- what stands in <...> is yours to fill in\n"
         f"-- the events of {d.name}; set first: SET 'table.local-time-zone' = 'UTC' (windows and parts of times are in UTC)\n"
-        f"{_idle(source)}CREATE TABLE {EVENTS} (\n{body}\n) WITH ('connector' = 'kafka', 'topic' = '{topic}', 'format' = {coded})"
+        f"{_idle(source)}CREATE TABLE {EVENTS} (\n{body}\n) WITH ('connector' = 'kafka', 'topic' = '{topic}',\n"
+        f"  'properties.bootstrap.servers' = '<brokers>', 'scan.startup.mode' = 'earliest-offset', 'format' = {coded})"
     )
 
 

@@ -11,7 +11,7 @@ from datetime import timedelta
 from typing import Literal
 
 from feature_store.windows.definition import WindowedView
-from feature_store.windows.history_partials import final_sql, finite_sql, partials_of
+from feature_store.windows.history_partials import final_sql, partials_of
 from feature_store.windows.history_ranges import SEEN, aligned, range_ctes
 from feature_store.windows.history_sessions import session_ctes
 from feature_store.windows.plan import Plan, plan_of
@@ -171,9 +171,7 @@ def _outputs(plan: Plan) -> list[str]:
     for n, statement in enumerate(plan.definition.statements):
         names = [f"_a{n}_{i}" for i in range(len(statement.aggregates))]
         for o in statement.outputs:
-            value = expression_sql(o.expression, "duckdb", names)
-            if o.type == "float64":
-                value = finite_sql(value, f"{plan.definition.name}.{o.name}")
+            value = expression_sql(o.expression, "duckdb", names, f"{plan.definition.name}.{o.name}")
             out.append(f"CASE WHEN _valued THEN {value} END AS {identifier(o.name)}")
     return out
 

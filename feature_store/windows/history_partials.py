@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from feature_store.windows.ir import Aggregate
 from feature_store.windows.plan import HASH_BITS, SKETCH_SIZE, Input, Plan
+from feature_store.windows.sql_text import beyond_sql, finite_sql
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ def final_sql(aggregate: Aggregate, wanted: Input, where: str) -> str:
             return f"CASE WHEN {kept} < {SKETCH_SIZE} THEN {kept} ELSE {estimate} END"
         case "sum" if aggregate.type == "int64":
             fits = f"_s_{at} IS NULL OR _s_{at} BETWEEN -9223372036854775808 AND 9223372036854775807"
-            return f"CASE WHEN {fits} THEN _s_{at}::BIGINT ELSE error({_beyond(where, 'an int64')}) END"
+            return f"CASE WHEN {fits} THEN _s_{at}::BIGINT ELSE error({beyond_sql(where, 'an int64')}) END"
         case "sum":
             return finite_sql(f"_s_{at}", where)
         case "avg":
@@ -77,15 +78,6 @@ def final_sql(aggregate: Aggregate, wanted: Input, where: str) -> str:
                 case "float64":
                     return finite_sql(value, where)
             return value
-
-
-def finite_sql(value: str, where: str) -> str:
-    """The float, or an error where it is none."""
-    return f"CASE WHEN {value} IS NULL OR isfinite({value}) THEN {value} ELSE error({_beyond(where, 'a float64')}) END"
-
-
-def _beyond(where: str, kind: str) -> str:
-    return "'" + f"{where}: the result does not fit into {kind}".replace("'", "''") + "'"
 
 
 def _needed(plan: Plan, aggregate: Aggregate, wanted: Input) -> list[Partial]:

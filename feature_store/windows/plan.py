@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
 from feature_store.errors import DefinitionError
-from feature_store.windows.definition import WindowedView
+from feature_store.windows.definition import EventSource, WindowedView
 from feature_store.windows.ir import Aggregate, Expression
 from feature_store.windows.sql_text import expression_sql, identifier
 
@@ -99,6 +99,16 @@ class Plan:
         """A select-list item: `_id` BIGINT, which stands for the event id in the state (0 without one)."""
         column = self.definition.source.event_id
         return f"{hash_sql(identifier(column))} AS _id" if column is not None else "0::BIGINT AS _id"
+
+
+NOT_FINITE = "not_finite"
+"""In `_dropped` of history: an event with a NaN or an infinity, which in the stream is a dead letter."""
+
+
+def not_finite_sql(source: EventSource) -> str | None:
+    """SQL over an event's columns: true where one of them is NaN or infinite; None: none of them is a float."""
+    finite = [f"isfinite({identifier(n)})" for n, kind in source.columns.items() if kind == "float64"]
+    return f"(NOT ({' AND '.join(finite)}))" if finite else None
 
 
 def hash_sql(text: str) -> str:

@@ -33,8 +33,15 @@ _FUNCTION: dict[str, dict[Dialect, str]] = {
 }
 
 
-def expression_sql(expression: Expression, dialect: Dialect, aggregates: Sequence[str] = ()) -> str:
-    """The text of an expression. `aggregates`: what stands for each AggregateRef. Always safe to put within another expression."""
+_REPEATED = 200
+"""Up to so many characters a value is written down thrice to be checked; longer ones once, or nesting would explode."""
+
+
+def expression_sql(expression: Expression, dialect: Dialect, aggregates: Sequence[str] = (), finite: str = "") -> str:
+    """The text of an expression. `aggregates`: what stands for each AggregateRef. Always safe to put within another expression.
+
+    `finite`: the output's name, of which DuckDB is to raise an error where a float on the way is no longer finite.
+    """
     match expression:
         case Column(name, _):
             return identifier(name, dialect)
@@ -42,7 +49,12 @@ def expression_sql(expression: Expression, dialect: Dialect, aggregates: Sequenc
             return constant_sql(value, kind, dialect)
         case AggregateRef(index, _):
             return aggregates[index]
-    parts = [expression_sql(a, dialect, aggregates) for a in expression.arguments]
+    text = _call_sql(expression, dialect, aggregates, finite)
+    return finite_sql(text, finite) if finite and _may_be_infinite(expression) else text
+
+
+def _call_sql(expression: Call, dialect: Dialect, aggregates: Sequence[str], finite: str) -> str:
+    parts = [expression_sql(a, dialect, aggregates, finite) for a in expression.arguments]
     kinds = [a.type for a in expression.arguments]
     double = _CAST[dialect]["float64"]
     match expression.operator:
@@ -50,7 +62,7 @@ def expression_sql(expression: Expression, dialect: Dialect, aggregates: Sequenc
             return f"({parts[0]} {operator} {parts[1]})"
         case "and" | "or" as operator:
             every = "(" + f" {operator.upper()} ".join(parts) + ")"
-            if dialect != "duckdb" or not any(_may_fail(a) for a in expression.arguments):
+            if dialect != "duckdb" or not any(_may_fail(a, finite) for a in expression.arguments):
                 return every
             # DuckDB looks at all parts of a condition or at some, in an order of its own; a CASE, at no more than decide.
             decides = "NOT {}" if operator == "and" else "{}"
@@ -87,10 +99,32 @@ def expression_sql(expression: Expression, dialect: Dialect, aggregates: Sequenc
             return f"{_FUNCTION[name].get(dialect, name)}({', '.join(parts)})"
 
 
-def _may_fail(expression: Expression) -> bool:
-    """Whether DuckDB may raise an error for it: int64 arithmetic overflows."""
+def finite_sql(value: str, where: str) -> str:
+    """The float, or an error where it is none."""
+    raised = f"error({beyond_sql(where, 'a float64')})"
+    if len(value) > _REPEATED:
+        return f"list_transform([{value}], lambda v: CASE WHEN v IS NULL OR isfinite(v) THEN v ELSE {raised} END)[1]"
+    return f"CASE WHEN {value} IS NULL OR isfinite({value}) THEN {value} ELSE {raised} END"
+
+
+def beyond_sql(where: str, kind: str) -> str:
+    """A literal: what is said of a result beyond its type."""
+    return constant_sql(f"{where}: the result does not fit into {kind}", "string")
+
+
+def _may_fail(expression: Expression, finite: str) -> bool:
+    """Whether DuckDB may raise an error for it: int64 arithmetic overflows, and so do floats that are checked."""
     fails = ("+", "-", "*", "%", "neg", "abs")
-    return any(isinstance(e, Call) and e.type == "int64" and e.operator in fails for e in walk(expression))
+    return any(
+        isinstance(e, Call) and ((e.type == "int64" and e.operator in fails) or (finite != "" and _may_be_infinite(e)))
+        for e in walk(expression)
+    )
+
+
+def _may_be_infinite(call: Call) -> bool:
+    """Of finite arguments: not for a quotient of integers."""
+    floats = any(a.type == "float64" for a in call.arguments)
+    return floats and call.operator in ("+", "-", "*", "/")
 
 
 def _utc(timestamp: str, dialect: Dialect) -> str:

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 import redis
 from feast import Entity, FeatureStore, FeatureView, Field, FileSource, RepoConfig, ValueType
-from feast.types import Bool, Bytes, Float64, Int64, UnixTimestamp
+from feast.types import Bool, Bytes, Float64, Int64, String, UnixTimestamp
 
 from feature_store.clock import from_micros
 from feature_store.errors import DefinitionError
@@ -24,7 +24,7 @@ from feature_store.window_store import StateLostError, StateMovedError, WindowSt
 from feature_store.window_write import state_key, watermarks_key
 from feature_store.windows import definition as definitions
 from feature_store.windows.definition import STATE_FIELD, WINDOW_TAG, EventSource, WindowedView
-from feature_store.windows.ir import Aggregate, AggregateRef, Column, Output, Statement, Window
+from feature_store.windows.ir import Aggregate, AggregateRef, Call, Column, Constant, Output, Statement, Window
 from feature_store.windows.plan import plan_of
 from feature_store.windows.state import NEVER, Events, States
 
@@ -37,7 +37,7 @@ ENTITIES = [
     Entity(name="customer_id", join_keys=["customer_id"], value_type=ValueType.STRING),
     Entity(name="shop_id", join_keys=["shop_id"], value_type=ValueType.INT64),
 ]
-TYPES = {"int64": Int64, "float64": Float64, "bool": Bool, "timestamp": UnixTimestamp}
+TYPES = {"int64": Int64, "float64": Float64, "bool": Bool, "string": String, "timestamp": UnixTimestamp}
 
 
 def statement(window: Window, **aggregates: Aggregate) -> Statement:
@@ -45,7 +45,24 @@ def statement(window: Window, **aggregates: Aggregate) -> Statement:
     return Statement(window, tuple(aggregates.values()), outputs)
 
 
+COUNTED = AggregateRef(0, "int64")
+LEVEL = Call(
+    "case",
+    (
+        Call("=", (COUNTED, Constant(1, "int64")), "bool"),
+        Constant("one", "string"),
+        Call("=", (COUNTED, Constant(2, "int64")), "bool"),
+        Constant("", "string"),
+        Constant(None, "string"),
+    ),
+    "string",
+)
 STATEMENTS = (
+    Statement(
+        Window("tumble", HOUR, HOUR),
+        (Aggregate("count", None, None, "int64"),),
+        (Output("level", LEVEL, "string"),),
+    ),
     statement(
         Window("tumble", HOUR, HOUR),
         events=Aggregate("count", None, None, "int64"),
@@ -185,6 +202,7 @@ def test_what_was_written_is_loaded_served_and_there_for_stock_readers(repo: Rep
     assert answer.t == from_micros(T + 12 * MINUTE)  # the watermarks were known only then
     of_a, of_b, unknown = answer.rows
     assert of_a.values == {
+        "level": "",
         "events": 2,
         "total": 14,
         "mean": 0.5,
@@ -193,11 +211,23 @@ def test_what_was_written_is_loaded_served_and_there_for_stock_readers(repo: Rep
         "closed": 1,
         "recent": 2,
     }
+    assert of_b.values["level"] == "one"
     assert of_b.values["closed"] == 1  # closed by A's event, as the watermark of the partition says
     assert of_b.views["behavior"].watermark == from_micros(T + 11 * MINUTE)
     assert set(unknown.statuses.values()) == {"NOT_FOUND"}
-    stock = repo.stock.get_online_features(["behavior:events", "behavior:mean"], entities[:2]).to_dict()
-    assert (stock["events"], stock["mean"]) == ([2, 1], [0.5, 0.5])
+    names = ["behavior:events", "behavior:mean", "behavior:level"]
+    stock = repo.stock.get_online_features(names, entities[:2]).to_dict()
+    assert (stock["events"], stock["mean"], stock["level"]) == ([2, 1], [0.5, 0.5], ["", "one"])
+
+
+def test_a_string_that_no_entity_has_is_null(repo: Repo) -> None:
+    windows = WindowStore(repo.store, repo.view)
+    states = windows.load(KEYS)
+    states.apply(events(states, *({"entity": i, "time": T, "offset": 3 * i + j} for i in range(2) for j in range(3))))
+    windows.write(KEYS, states)
+    windows.clock.set(T)
+    rows = repo.reader().read([{"customer_id": "A", "shop_id": 1}]).rows
+    assert (rows[0].values["level"], rows[0].statuses["level"]) == (None, "NULL_VALUE")
 
 
 def test_an_owner_of_before_cannot_move_a_state_back(repo: Repo) -> None:

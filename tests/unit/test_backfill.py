@@ -244,6 +244,35 @@ def test_an_event_without_its_id_is_refused(tmp_path: Path) -> None:
         backfill(behaviour_view(), raw_dir=tmp_path / "raw", offline_path=tmp_path / "off")
 
 
+def test_an_event_that_is_not_finite_is_marked_told_and_no_first_of_its_id(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    from feature_store.windows.declare import event_source, windowed_feature_view
+
+    view = windowed_feature_view(
+        name="spent",
+        entity=customer(),
+        source=event_source(topic="events", columns={"charges": "float64"}, event_id="event_id"),
+        sql="SELECT SUM(charges) AS s FROM events GROUP BY customer, TUMBLE(event_timestamp, INTERVAL '1' DAY)",
+        history_sql="SELECT event_id, customer, event_timestamp, created, charges FROM accounts",
+        ttl=timedelta(days=20),
+    )
+    charges = [float("nan"), 1.0, float("-inf"), None, 2.0]
+    columns = {
+        "event_id": ["e1", "e1", "e2", "e3", "e1"],
+        "customer": ["a"] * 5,
+        "event_timestamp": pa.array([at(1)] * 5, TIME),
+        "created": pa.array([at(i) for i in range(5)], TIME),
+        "charges": pa.array(charges, pa.float64()),
+    }
+    (tmp_path / "raw").mkdir()
+    pq.write_table(pa.table(columns), tmp_path / "raw" / "accounts.parquet")
+    backfill(view, raw_dir=tmp_path / "raw", offline_path=tmp_path / "off")
+    rows = sorted(read(tmp_path / "off/spent/history"), key=lambda r: r["_offset"])
+    assert [r["_dropped"] for r in rows] == ["not_finite", None, "not_finite", None, "duplicate"]
+    assert "2 event(s)" in caplog.text
+
+
 def test_history_may_not_reach_into_what_the_stream_has_logged(tmp_path: Path) -> None:
     """An event in both would count twice."""
     event = {"event_id": "e1", "customer": "a", "kind": "ok", "quantity": 1}

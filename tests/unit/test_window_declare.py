@@ -49,6 +49,17 @@ def test_the_outputs_are_typed_fields_and_the_state_one_more() -> None:
     assert (v.name, v.description, v.owner, v.ttl, v.batch_source.path) == ("v", "d", "o", DAY, "v")
 
 
+def test_an_error_of_the_sql_names_the_view_and_its_file(tmp_path: Path) -> None:
+    wrong = "SELECT SUM(zz) AS x FROM events GROUP BY customer_id, TUMBLE(event_timestamp, INTERVAL '1' DAY)"
+    with pytest.raises(DefinitionError, match=r"^v: SQL line 1, column 12: unknown column: 'zz'; valid: "):
+        view(sql=wrong)
+    file = tmp_path / "my views.sql"
+    file.write_text(wrong, encoding="utf-8-sig")
+    for given in (file, str(file)):
+        with pytest.raises(DefinitionError, match=r"^v \(.*my views\.sql\): SQL line 1, column 12: unknown column"):
+            view(sql=given)
+
+
 def test_the_definition_travels_in_the_tags_of_view_and_source() -> None:
     v = view(history_sql="SELECT 1 AS x", path="p")
     assert v.tags[WINDOW_TAG] == v.batch_source.tags[WINDOW_TAG]

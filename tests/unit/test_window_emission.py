@@ -134,3 +134,15 @@ def test_the_size_of_a_state_grows_with_what_it_keeps() -> None:
         assert 0 < few <= many
     d = definition("over")
     assert state_size(d, d.statements[0], 1e9).words == state_size(d, d.statements[0], 1e12).words  # the cap
+
+
+def test_the_flink_table_says_where_its_topic_is() -> None:
+    from feature_store.windows.definition import EventSource
+    from feature_store.windows.ir import Window
+    from tests.unit.window_support import view
+
+    for kind, coded in (("json", "'json'"), ("avro", "'avro-confluent.url' = '<schema registry>'")):
+        d = view(Window("over", 20), source=EventSource("t", {"n": "int64"}, 0, format=kind))
+        table = flink_sql(d)[0]
+        assert coded in table
+        assert "'properties.bootstrap.servers' = '<brokers>', 'scan.startup.mode' = 'earliest-offset'" in table

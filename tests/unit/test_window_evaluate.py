@@ -44,15 +44,14 @@ def in_duckdb(con, e: Expression, row: dict):
         f'make_timestamptz(?::BIGINT) AS "{n}"' if k == "timestamp" else f'?::{kinds[k]} AS "{n}"'
         for n, k in COLUMNS.items()
     )
-    sql = expression_sql(e, "duckdb")
+    sql = expression_sql(e, "duckdb", finite="v.o")
     try:
         # A table of its own: constants would be folded, which columns are not.
         con.execute(f"CREATE OR REPLACE TEMP TABLE one AS SELECT {columns}", [row[n] for n in COLUMNS])
         (value,) = con.execute(f"SELECT {f'epoch_us({sql})' if e.type == 'timestamp' else sql} FROM one").fetchone()
-    except duckdb.OutOfRangeException:
+    except (duckdb.OutOfRangeException, duckdb.InvalidInputException):
         raise OverflowError from None
-    if isinstance(value, float) and not math.isfinite(value):
-        raise OverflowError
+    assert not isinstance(value, float) or math.isfinite(value)
     return value
 
 
@@ -128,23 +127,68 @@ def test_random_expressions_agree(connection):
         "t": [None, 0, -1, 86_399_999_999, 1_709_164_800_000_000],
     }
     numbers |= {"j": numbers["i"], "y": numbers["x"]}
-    agreed = overflowed = 0
+    agreed = overflowed = got_round = 0
     for _ in range(1_500):
         e = expression(_random(rng, rng.choice(["int64", "float64", "bool"]), 3))
         row = {n: rng.choice(values) for n, values in numbers.items()}
-        try:
-            ours = evaluate(e, names=row)
-        except OverflowError:
-            # Which part of a condition is looked at first is DuckDB's to choose, so it may get round the overflow.
+        found = []
+        for compute in (
+            lambda e=e, row=row: evaluate(e, names=row),
+            lambda e=e, row=row: in_duckdb(connection, e, row),
+        ):
+            try:
+                found.append(compute())
+            except OverflowError:
+                found.append(OverflowError)
+        ours, theirs = found
+        if ours is OverflowError:
             overflowed += 1
+            got_round += theirs is not OverflowError
             continue
-        try:
-            assert ours == in_duckdb(connection, e, row), (expression_sql(e, "duckdb"), row)
-        except OverflowError:
-            pytest.fail(f"overflow in DuckDB alone: {expression_sql(e, 'duckdb')} of {row}")
+        assert ours == theirs, (expression_sql(e, "duckdb", finite="v.o"), row)
         agreed += 1
     assert agreed > 1_000
-    assert overflowed
+    assert overflowed > 20
+    # DuckDB does not compute what stands beside a null that it knows of, and moves integers from one side of a comparison
+    # to the other: seldom, and never where floats alone are added, multiplied and compared, as below.
+    assert got_round < overflowed / 10
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "CASE WHEN x * 2 > 5 THEN 1 ELSE 0 END",
+        "COALESCE(1 / (x * x), 0)",
+        "x * 2 > 5",
+        "x * 2 IN (1.0, 2.0)",
+        "x * 2 IS NULL",
+        "NOT x - y * 2 > 5",
+        "x + x",
+        "i / (x * y)",
+        "x / 0.1 - x / 0.1",
+        "ABS(x * x) > 1 OR b",
+        "x * x > 1 AND b",
+        "((((((((x * y) + 1) * 0.5) - 1) * 0.5) + 1) * 0.5) + 1) * 0.0",
+    ],
+)
+def test_a_float_that_is_no_longer_finite_on_the_way_is_an_error_on_both(connection, text):
+    e, row = expression(text), ROW | {"x": 1e308, "y": 1e308}
+    for compute in (lambda: evaluate(e, names=row), lambda: in_duckdb(connection, e, row)):
+        with pytest.raises(OverflowError):
+            compute()
+    assert evaluate(e, names=ROW) == in_duckdb(connection, e, ROW)
+
+
+def test_the_text_of_a_nested_float_does_not_explode():
+    text = "x"
+    for _ in range(15):
+        text = f"({text} * y + 1)"
+    assert len(expression_sql(expression(text), "duckdb", finite="v.o")) < 10_000
+
+
+def test_what_a_case_does_not_take_may_overflow(connection):
+    e, row = expression("CASE WHEN b THEN 0.5 ELSE ((((x * y) + 1) * 0.5) - 1) * 0.5 END"), ROW | {"x": 1e308}
+    assert evaluate(e, names=row) == in_duckdb(connection, e, row) == 0.5
 
 
 def _random(rng: random.Random, kind: str, depth: int) -> str:

@@ -21,7 +21,7 @@ from feature_store.errors import DataError, NotFoundError, UsageError
 from feature_store.point_in_time.request import Feature, Key, ViewRequest
 from feature_store.point_in_time.windowed import window_values
 from feature_store.windows.definition import WINDOW_TAG, WindowedView
-from feature_store.windows.ir import Window
+from feature_store.windows.ir import Aggregate, Column, Window
 from tests.unit.test_window_agreement import WINDOWS, a_log
 from tests.unit.window_support import (
     LATENESS,
@@ -317,6 +317,32 @@ def test_states_made_from_the_log_give_what_history_gives(kind, events, tmp_path
     assert found == {r.key for r in known if r.key is not None}
     assert summary.entities == len(found)
     assert summary.events == sum(r.dropped is None for r in {(r.partition, r.offset, r.key): r for r in known}.values())
+
+
+def test_events_that_are_not_finite_count_neither_in_history_nor_in_states_made_of_it(tmp_path):
+    """In the stream they are dead letters; files of before backfill marked them hold them yet."""
+    from feast.types import Float64, Int64
+
+    from feature_store.bootstrap_states import LoggedStates
+
+    x = Column("x", "float64")
+    numbers = [Aggregate(f, x, None, "float64") for f in ("min", "max")]
+    d = view(Window("over", 20), aggregates=[Aggregate("count", None, None, "int64"), *numbers])
+    events = [
+        Logged("a", T0 + i, -1, i, T0 + i, x=x) for i, x in enumerate([1.0, float("nan"), float("inf"), None, 2.0])
+    ]
+    write_log(tmp_path, events)
+    names = ["w0_0", "w0_1", "w0_2"]
+    features = tuple(Feature(n, n, Int64 if n == "w0_0" else Float64, n) for n in names)
+    request = ViewRequest("v", str(tmp_path), (Key("k", "k"),), features, "event_timestamp", None, None, d)
+    with duckdb.connect() as con:
+        con.execute("SET TimeZone = 'UTC'")
+        found = window_values(con, request, pa.table({"k": ["a"]}), pa.array([(T0 + 9) * 1000]))
+    with LoggedStates(d, tmp_path, None) as logged:
+        (chunk,) = logged.chunks()
+        columns = chunk.states.values(T0 + 9).columns
+        assert logged.summary.events == 3
+    assert found.to_pylist() == [{n: columns[n][0] for n in names}] == [dict(zip(names, (3, 1.0, 2.0), strict=True))]
 
 
 def test_states_leave_out_erased_entities(tmp_path):

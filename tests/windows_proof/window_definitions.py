@@ -162,7 +162,7 @@ class _Maker:
         a, at = self.aggregate(where, over)
         if r.random() < 0.65:
             return a, at
-        shape = r.choice(["coalesce", "ratio", "minus", "case", "times", "nullif", "abs", "is_null", "share"])
+        shape = r.choice(["coalesce", "ratio", "minus", "case", "times", "nullif", "abs", "is_null", "share", "level"])
         if shape == "coalesce" and a.type in ("int64", "float64"):
             zero = Constant(0, "int64") if a.type == "int64" else Constant(0.5, "float64")
             return Call("coalesce", (a, zero), a.type), f"COALESCE({at}, {sql_of(zero)})"
@@ -185,6 +185,14 @@ class _Maker:
             return Call("nullif", (a, Constant(0, "int64")), "int64"), f"NULLIF({at}, 0)"
         if shape == "share":
             return Call("/", (a, Constant(3, "int64")), "float64"), f"{at} / 3"
+        if shape == "level" and a.type == "int64":
+            test = Call(">", (a, Constant(2, "int64")), "bool")
+            none = Call("is_null", (a,), "bool")
+            words = (none, Constant(None, "string"), test, Constant("many", "string"), Constant("", "string"))
+            return (
+                Call("case", words, "string"),
+                f"CASE WHEN {at} IS NULL THEN NULL WHEN {at} > 2 THEN 'many' ELSE '' END",
+            )
         return a, at
 
     def _of_two(self, shape: str, a: AggregateRef, at: str, b: AggregateRef, bt: str) -> tuple[Expression, str] | None:
