@@ -107,13 +107,10 @@ class FeatureClient:
         *,
         feature_view: str | None = None,
         push_source: str | None = None,
-        to: To = "online",
+        to: To = "online_and_offline",
         request_id: str | None = None,
     ) -> Pushed:
-        """Writes rows (join keys, features, `event_timestamp`, `created`?) to a view or to all views of a push source.
-
-        `to`: rows that are only online cannot be audited or trained on; give "online_and_offline" to keep them.
-        """
+        """Writes rows (join keys, features, `event_timestamp`, `created`?) to a view or to all views of a push source."""
         return self._run(calls.push(columns, feature_view, push_source, to, request_id))
 
     def get_historical_features(
@@ -213,7 +210,7 @@ class AsyncFeatureClient:
         *,
         feature_view: str | None = None,
         push_source: str | None = None,
-        to: To = "online",
+        to: To = "online_and_offline",
         request_id: str | None = None,
     ) -> Pushed:
         """As `FeatureClient.push`."""

@@ -121,7 +121,9 @@ class PushRequest(Body):
             examples=[{"customer_id": ["C1"], "event_timestamp": ["2026-01-01T00:00:00Z"], "tenure_months": [12.5]}],
         ),
     ]
-    to: To = Field("online", description="Which stores to write to. Rows that are only online cannot be audited.")
+    to: To = Field(
+        "online_and_offline", description="Which stores to write to. Rows that are only online cannot be audited."
+    )
 
 
 class PushResponse(BaseModel):

@@ -69,7 +69,9 @@ def test_pushed_rows_are_read_back(url: str) -> None:
     with FeatureClient(url) as client:
         assert client.push(rows, push_source="account_push", to="online").rows == 2
         assert (
-            client.push({"customer_id": ["G1"], "visits": [3], "event_timestamp": [NOW]}, feature_view="visits").rows
+            client.push(
+                {"customer_id": ["G1"], "visits": [3], "event_timestamp": [NOW]}, feature_view="visits", to="online"
+            ).rows
             == 1
         )
         answer = client.get_online_features(

@@ -199,20 +199,10 @@ def test_a_push_sends_columns_as_json_can_hold_them(script: Script) -> None:
     assert pushed.feature_views == ["v"]
     path, body, _ = script.asked[0]
     columns = {"id": ["C0"], "b": ["/w=="], "event_timestamp": ["2026-01-01T00:00:00Z"]}
-    assert (path, body) == ("/api/v1/features/push", {"columns": columns, "to": "online", "feature_view": "v"})
-
-
-def test_a_push_that_names_no_store_goes_to_the_same_one_everywhere() -> None:
-    import inspect
-
-    from serving.feast_rest import FeastPush
-    from serving.schemas import PushRequest
-
-    defaults = [
-        *(inspect.signature(kind.push).parameters["to"].default for kind in (FeatureClient, AsyncFeatureClient)),
-        *(body.model_fields["to"].default for body in (PushRequest, FeastPush)),
-    ]
-    assert defaults == ["online"] * 4
+    assert (path, body) == (
+        "/api/v1/features/push",
+        {"columns": columns, "to": "online_and_offline", "feature_view": "v"},
+    )
 
 
 def test_what_numpy_and_pandas_hold_is_sent_as_python_values(script: Script) -> None:
