@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import re
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 
 import duckdb
+import numpy as np
 import pytest
 import sqlglot
 
+from feature_store.clock import to_micros
 from feature_store.windows.declare import event_source
-from feature_store.windows.definition import WindowedView
-from feature_store.windows.explain import state_size
+from feature_store.windows.definition import WindowedView, definition_of
+from feature_store.windows.explain import state_bytes
 from feature_store.windows.flink import flink_sql
 from feature_store.windows.in_words import output_columns, output_text
 from feature_store.windows.spark import spark_sql
 from feature_store.windows.sql_text import constant_sql
+from tests.window_states import states_of
 
 EVERYTHING = """
     COUNT(*) AS c, COUNT(*) FILTER (WHERE kind = 'it''s \\ ok') AS f, COUNT(DISTINCT kind) AS d, SUM(n) AS s, AVG(n) AS a,
@@ -128,12 +131,33 @@ def test_lineage_names_the_columns_and_the_whole_of_an_output() -> None:
 
 def test_the_size_of_a_state_grows_with_what_it_keeps() -> None:
     for kind in TAILS:
-        d = definition(kind)
-        (statement,) = d.statements
-        few, many = (state_size(d, statement, rate).words for rate in (1, 1_000))
+        few, many = (state_bytes(definition(kind), rate) for rate in (1, 1_000))
         assert 0 < few <= many
     d = definition("over")
-    assert state_size(d, d.statements[0], 1e9).words == state_size(d, d.statements[0], 1e12).words  # the cap
+    assert state_bytes(d, 1e9) == state_bytes(d, 1e12)  # the cap
+
+
+@pytest.mark.parametrize("rate", [1, 10, 100])
+def test_a_state_is_about_as_large_as_explain_says(rate: int) -> None:
+    d = behaviour()
+    start = datetime(2026, 1, 1, tzinfo=UTC)
+    rng = np.random.default_rng(3)
+    events = [
+        (start + timedelta(days=i / rate), {"event_type": "purchase", "quantity": int(q), "amount_cents": int(100 * q)})
+        for i, q in enumerate(rng.integers(1, 60, 150 * rate))
+    ]
+    states = states_of(d, events, events[-1][0])
+    states.advance(to_micros(events[-1][0]))
+    (blob,) = states.encode()
+    assert 0.6 < state_bytes(d, rate) / len(blob) < 1.7
+
+
+def behaviour() -> WindowedView:
+    from features.behavioral_features import customer_behavior
+
+    made = definition_of(customer_behavior)
+    assert made is not None
+    return made
 
 
 def test_the_flink_table_says_where_its_topic_is() -> None:
