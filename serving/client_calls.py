@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
+from functools import partial
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 from urllib.parse import quote
 
@@ -13,7 +14,8 @@ from pydantic import TypeAdapter, ValidationError
 
 from feature_store.errors import NotFoundError, PredictFlowError, UnavailableError, UsageError
 from serving import schemas
-from serving.client_types import HistoricalJob, OnlineFeatures, Predictions, Pushed
+from serving.client_kinds import decode
+from serving.client_types import FeatureRow, HistoricalJob, OnlineFeatures, Prediction, Predictions, Pushed
 from serving.client_values import arrow_stream, python_columns
 from serving.encoding import dumps, plain
 
@@ -89,12 +91,15 @@ def online(
         return online_call(keys, feature_service, features, full_feature_names)
 
     path = "/api/v1/features/online"
-    return _json("get_online_features", path, body, at, request_id, OnlineFeatures, None if at else over_grpc)
+    call = _json("get_online_features", path, body, at, request_id, OnlineFeatures, None if at else over_grpc)
+    return replace(call, parse=partial(_features, keys))
 
 
 def predict(model: str, entities: Columns, at: datetime | None, request_id: str | None) -> Call[Predictions]:
     path = f"/api/v1/predict/{quote(model, safe='')}"
-    return _json("predict", path, {"entities": python_columns(entities, keys=True)}, at, request_id, Predictions)
+    keys = python_columns(entities, keys=True)
+    call = _json("predict", path, {"entities": keys}, at, request_id, Predictions)
+    return replace(call, parse=partial(_predictions, keys))
 
 
 def push(
@@ -180,6 +185,35 @@ def _reader(kind: type[T]) -> Callable[[httpx.Response], T]:
         return found
 
     return read
+
+
+def _features(keys: Mapping[str, Sequence[object]], response: httpx.Response) -> OnlineFeatures:
+    answer = _reader(OnlineFeatures)(response)
+    _decode(keys, response, answer.rows, zip(answer.feature_names, answer.feature_types))
+    return answer
+
+
+def _predictions(keys: Mapping[str, Sequence[object]], response: httpx.Response) -> Predictions:
+    answer = _reader(Predictions)(response)
+    _decode(keys, response, answer.predictions, answer.feature_types.items())
+    return answer
+
+
+def _decode(
+    keys: Mapping[str, Sequence[object]],
+    response: httpx.Response,
+    rows: Sequence[FeatureRow | Prediction],
+    types: Iterable[tuple[str, str]],
+) -> None:
+    """As gRPC gives them: values of their declared types, and keys of bytes as they were given."""
+    try:
+        decode([row.values for row in rows], types)
+    except (TypeError, ValueError, ArithmeticError) as e:
+        raise _not_ours(response) from e
+    for name, given in keys.items():
+        for row, value in zip(rows, given):
+            if isinstance(value, bytes):
+                row.entity[name] = value
 
 
 def _table_or_job(response: httpx.Response) -> pa.Table | HistoricalJob:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ssl
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from math import nan
@@ -120,7 +120,8 @@ def online_call(
             )
             for i in range(len(next(iter(entities.values()))))
         ]
-        return OnlineFeatures(None, feature_service, list(columns), rows)
+        types = [_type(v.values) for v in columns.values()]
+        return OnlineFeatures(None, feature_service, list(columns), rows, types)
 
     return GrpcCall("/feast.serving.ServingService/GetOnlineFeatures", [request.SerializeToString()], parse)
 
@@ -195,6 +196,16 @@ def _text_or_same(value: object) -> object:
 def _python(value: Value) -> Any:
     kind = value.WhichOneof("val")
     return None if kind in (None, "null_val") else feast_value_type_to_python_type(value)
+
+
+def _type(column: Iterable[Value]) -> str:
+    """The name of the Feast value type of a column; empty where it holds no value."""
+    for value in column:
+        kind = value.WhichOneof("val")
+        if kind not in (None, "null_val"):
+            name = str(kind).removesuffix("_val").upper()
+            return f"VALUE_{name}" if name in ("LIST", "SET") else name
+    return ""
 
 
 def _time(timestamp: Any) -> datetime | None:

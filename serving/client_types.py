@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
+from serving.client_kinds import frame
 from serving.schemas import Status
 
 if TYPE_CHECKING:
@@ -14,7 +15,10 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class FeatureRow:
-    """Values of one entity, None unless the status is PRESENT; `offsets`: windowed view -> partition -> last offset."""
+    """Values of one entity, None unless the status is PRESENT; `offsets`: windowed view -> partition -> last offset.
+
+    `values` are Python's own of the declared types, whichever way they came: a REST answer without types keeps JSON's.
+    """
 
     entity: dict[str, Any]
     values: dict[str, Any]
@@ -25,18 +29,23 @@ class FeatureRow:
 
 @dataclass(slots=True)
 class OnlineFeatures:
-    """Feature values, one row per entity in the order asked for; `t` is the time as of which they hold (gRPC: None)."""
+    """Feature values, one row per entity in the order asked for; `t` is the time as of which they hold (gRPC: None).
+
+    `feature_types`: names of Feast's value types, in the order of `feature_names`; over gRPC those of the values, and empty
+    texts where there is none. None at all from a server that does not tell them.
+    """
 
     t: datetime | None
     feature_service: str | None
     feature_names: list[str]
     rows: list[FeatureRow]
+    feature_types: list[str] = field(default_factory=list)
 
     def to_df(self) -> pd.DataFrame:
-        """One row per entity: join keys, then features (missing: None). Statuses are in `rows`."""
-        import pandas as pd
-
-        return pd.DataFrame([{**row.entity, **row.values} for row in self.rows], dtype=object).infer_objects()
+        """One row per entity: join keys, then features; missing: NaN in floats, NA in integers and booleans, NaT in times,
+        else None. Statuses are in `rows`."""
+        rows = [{**row.entity, **row.values} for row in self.rows]
+        return frame(rows, zip(self.feature_names, self.feature_types))
 
 
 @dataclass(slots=True)
@@ -53,20 +62,19 @@ class Prediction:
 
 @dataclass(slots=True)
 class Predictions:
-    """Predictions, one per entity in the order asked for."""
+    """Predictions, one per entity in the order asked for; `feature_types`: feature to the name of its Feast value type."""
 
     model: str
     version: str
     feature_service: str
     t: datetime
     predictions: list[Prediction]
+    feature_types: dict[str, str] = field(default_factory=dict)
 
     def to_df(self) -> pd.DataFrame:
-        """One row per entity: join keys, features (missing: None), `probability`."""
-        import pandas as pd
-
+        """One row per entity: join keys, features (missing: as `OnlineFeatures.to_df`), `probability`."""
         rows = [{**p.entity, **p.values, "probability": p.probability} for p in self.predictions]
-        return pd.DataFrame(rows, dtype=object).infer_objects()
+        return frame(rows, self.feature_types.items())
 
 
 @dataclass(slots=True)

@@ -89,9 +89,15 @@ class JsonPlan:
         self._times = caches.times
         self._values = caches.values
         self._names = [f.result for v in plan.view_plans for f in v.features]
-        self._head = b',"feature_service":%b,"feature_names":%b,"rows":[' % (
+        types = [f.type for v in plan.view_plans for f in v.features]
+        self._head = b',"feature_service":%b,"feature_names":%b,"feature_types":%b,"rows":[' % (
             orjson.dumps(name),
             orjson.dumps(self._names),
+            orjson.dumps(types),
+        )
+        self._predicted = b'"feature_service":%b,"feature_types":%b' % (
+            orjson.dumps(name),
+            orjson.dumps(dict(zip(self._names, types))),
         )
         self._bare = [v for v in self._views if v.n]
 
@@ -179,8 +185,8 @@ class JsonPlan:
     def predictions(self, read: Answered, probabilities: Sequence[float], model: str, version: str) -> bytes:
         """The body of a PredictResponse."""
         out = [
-            b'{"model":%b,"version":%b,"feature_service":%b,"t":%b,"predictions":['
-            % (orjson.dumps(model), orjson.dumps(version), orjson.dumps(self.name), _micros(read.t_us))
+            b'{"model":%b,"version":%b,%b,"t":%b,"predictions":['
+            % (orjson.dumps(model), orjson.dumps(version), self._predicted, _micros(read.t_us))
         ]
         for i, (entity, parts) in enumerate(zip(read.entities, read.rows)):
             values: list[Any] = []

@@ -85,6 +85,7 @@ class OnlineService:
             "t": read.t,
             "feature_service": plan.name,
             "feature_names": [c.name for c in plan.columns],
+            "feature_types": [c.kind for c in plan.columns],
             "rows": [_row(row) for row in read.rows],
         }
 
@@ -260,6 +261,7 @@ class OnlineService:
             "model": model.name,
             "version": model.version,
             "feature_service": model.feature_service,
+            "feature_types": {c.name: c.kind for c in plan.columns},
             "t": read.t,
             "predictions": [{**_row(row), "probability": p} for row, p in zip(read.rows, probabilities)],
         }

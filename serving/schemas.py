@@ -89,6 +89,9 @@ class OnlineResponse(BaseModel):
     t: datetime = Field(description="The time as of which the values hold.")
     feature_service: str | None
     feature_names: list[str]
+    feature_types: list[str] = Field(
+        description="Feast's value types of the features, in that order: DOUBLE, INT64_LIST, ..."
+    )
     rows: list[FeatureRow] = Field(description="One per entity, in the request's order.")
 
 
@@ -100,6 +103,7 @@ class PredictResponse(BaseModel):
     model: str
     version: str
     feature_service: str
+    feature_types: dict[str, str] = Field(description="Feature to its Feast value type: DOUBLE, INT64_LIST, ...")
     t: datetime = Field(description="The time as of which the features hold.")
     predictions: list[Prediction] = Field(description="One per entity, in the request's order.")
 

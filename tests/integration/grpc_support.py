@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -32,6 +33,7 @@ from serving.served_log import NoServedLog
 
 NOW = datetime.now(UTC).replace(microsecond=123_456)
 DAY = timedelta(days=1)
+LIMITS = Limits(rows=120, features=8)
 
 customer = Entity(name="customer", join_keys=["customer_id"], value_type=ValueType.STRING)
 
@@ -124,7 +126,7 @@ def serving(repo: Repo, gate: Any = None, **options: Any) -> Iterator[tuple[str,
             metrics,
             ThreadPoolExecutor(1),
             lambda: datetime.now(UTC),
-            Limits(rows=120, features=8),
+            LIMITS,
         )
 
         async def ready() -> bool:
@@ -135,6 +137,7 @@ def serving(repo: Repo, gate: Any = None, **options: Any) -> Iterator[tuple[str,
         server = GrpcServer(service, writer, metrics, ready, chosen, gate)
         await server.start()
         server.client = redis  # type: ignore[attr-defined]  # closed below
+        server.rest = loop, service, plans, metrics  # type: ignore[attr-defined]  # for `serving_rest`
         return server
 
     server = run(make())
@@ -146,3 +149,27 @@ def serving(repo: Repo, gate: Any = None, **options: Any) -> Iterator[tuple[str,
         loop.call_soon_threadsafe(loop.stop)
         thread.join(10)
         loop.close()
+
+
+@contextmanager
+def serving_rest(server: GrpcServer, hot: bool) -> Iterator[str]:
+    """The URL of REST online reads by the service of a gRPC server; `hot`: with the short cut for plain requests."""
+    import uvicorn
+
+    from serving.app import Dependencies, create_app
+    from serving.hot import HotRoutes
+
+    loop, online, plans, metrics = server.rest  # type: ignore[attr-defined]  # see `serving`
+    nothing: Any = None
+    made: Any = create_app(Dependencies(online, plans, *[nothing] * 7, metrics, nothing, nothing))
+    if hot:
+        made = HotRoutes(made, online, metrics, LIMITS)
+    rest = uvicorn.Server(uvicorn.Config(made, log_config=None, access_log=False, lifespan="off"))
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        done = asyncio.run_coroutine_threadsafe(rest.serve([listener]), loop)
+        try:
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        finally:
+            rest.should_exit = True
+            done.result(10)

@@ -155,12 +155,14 @@ def replies(draw: st.DrawFn) -> Any:
 def test_fragments_make_the_documents_of_python_values(plan: ReadPlan, rows: list[Any]) -> None:
     entities = [{"customer_id": f'"C{i}'} for i in range(len(rows))]
     made = JsonPlan(plan, "s")
+    kinds = [t.to_value_type().name for t in TYPES] + ["DOUBLE"] * 4 + ["INT64"] * 2
     slow = plan.decode(entities, rows, to_micros(T))
     fast = made.answered(entities, rows, to_micros(T))
     expected = {
         "t": slow.t,
         "feature_service": "s",
         "feature_names": plan.feature_names,
+        "feature_types": kinds,
         "rows": [{**_row(row), "event_timestamps": row.event_timestamps} for row in slow.rows],
     }
     assert json.loads(made.body(fast)) == json.loads(dumps(expected))
@@ -182,6 +184,7 @@ def test_fragments_make_the_documents_of_python_values(plan: ReadPlan, rows: lis
         "model": "m",
         "version": "3",
         "feature_service": "s",
+        "feature_types": dict(zip(plan.feature_names, kinds, strict=True)),
         "t": slow.t,
         "predictions": [{**_row(row), "probability": p} for row, p in zip(slow.rows, probabilities)],
     }

@@ -100,6 +100,50 @@ def test_features_are_typed_and_become_a_frame(script: Script) -> None:
     assert frame["events"].tolist() == [2**53 + 1] * 2
 
 
+def test_predictions_are_made_from_values_of_their_types(script: Script) -> None:
+    row = {**FEATURES["rows"][0], "probability": "NaN"}  # type: ignore[index]
+    row["values"] = {"charges": "NaN", "since": "2026-01-01T00:00:00Z", "raw": "AP8=", "sets": ["Infinity"], "n": None}
+    answer = {
+        "model": "m",
+        "version": "1",
+        "feature_service": "s",
+        "feature_types": {
+            "charges": "DOUBLE",
+            "since": "UNIX_TIMESTAMP",
+            "raw": "BYTES",
+            "sets": "DOUBLE_SET",
+            "n": "INT64",
+        },
+        "t": FEATURES["t"],
+        "predictions": [row],
+    }
+    script.answers = [(200, answer, {})]
+    got = script.client().predict("m", {"id": ["C0"]})
+    charges, *others = got.predictions[0].values.values()
+    assert charges != charges
+    assert others == [datetime(2026, 1, 1, tzinfo=UTC), b"\x00\xff", {float("inf")}, None]
+    assert {n: str(t) for n, t in got.to_df().dtypes.items()} == {
+        "id": "object",
+        "charges": "float64",
+        "since": "datetime64[us, UTC]",
+        "raw": "object",
+        "sets": "object",
+        "n": "Int64",
+        "probability": "float64",
+    }
+
+
+def test_an_answer_without_types_is_left_as_it_is_and_a_value_of_another_type_is_told(script: Script) -> None:
+    values = {"charges": "NaN", "events": 1}
+    answer = {**FEATURES, "rows": [{**FEATURES["rows"][0], "values": values}]}  # type: ignore[index]
+    script.answers = [(200, answer, {})]
+    (row,) = script.client().get_online_features({"id": ["C0"]}, feature_service="s").rows
+    assert row.values == values
+    script.answers = [(200, {**answer, "feature_types": ["BYTES", "INT64"]}, {})]
+    with pytest.raises(PredictFlowError, match="not PredictFlow's"):
+        script.client().get_online_features({"id": ["C0"]}, feature_service="s")
+
+
 def test_a_naive_time_is_sent_as_utc(script: Script) -> None:
     script.client().get_online_features({"id": ["C0"]}, features=["v:f"], at=datetime(2026, 1, 1))
     assert script.asked[0][1]["at"] == "2026-01-01T00:00:00+00:00"
