@@ -20,7 +20,7 @@ from serving.historical import Historical
 from serving.jobs import Jobs
 from serving.limits import Gate, RequestLimits
 from serving.metrics import Metrics
-from serving.middleware import RequestScope
+from serving.middleware import RequestScope, route_of
 from serving.models import Models
 from serving.online import OnlineService
 from serving.openapi import DESCRIPTION, document_keys, faults
@@ -105,7 +105,7 @@ def create_app(deps: Dependencies) -> FastAPI:
     errors.install(app)
     _feature_routes(app, deps)
     _write_routes(app, deps)
-    historical_routes.add_routes(app, deps.historical, deps.jobs, deps.reads, deps.request_limits)
+    historical_routes.add_routes(app, deps.historical, deps.jobs, deps.reads, deps.request_limits, deps.metrics)
     feast_rest.add_routes(app, deps.online, deps.plans, deps.push)
     _operation_routes(app, deps)
     document_keys(app)
@@ -129,6 +129,7 @@ def _feature_routes(app: FastAPI, deps: Dependencies) -> None:
             body.at,
             body.full_feature_names,
             request.state.request_id,
+            route_of(request.scope),
         )
         return JSONBytes(answer)
 
@@ -141,7 +142,8 @@ def _feature_routes(app: FastAPI, deps: Dependencies) -> None:
     )
     async def predict(model: str, body: schemas.PredictRequest, request: Request) -> Response:
         """Uses the model version with alias `champion`; promotion swaps it without a dropped request."""
-        return JSONBytes(await deps.online.predict(model, body.entities, body.at, request.state.request_id))
+        id_, route = request.state.request_id, route_of(request.scope)
+        return JSONBytes(await deps.online.predict(model, body.entities, body.at, id_, route))
 
     @app.get(
         "/api/v1/features",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Iterator
 from concurrent.futures import Executor
 from functools import partial
@@ -26,7 +27,7 @@ from serving.limits import HISTORICAL_PATH, RequestLimits
 from serving.openapi import faults
 
 if TYPE_CHECKING:
-    pass
+    from serving.metrics import Metrics
 
 PARQUET = "application/vnd.apache.parquet"
 BODIES = 8
@@ -36,7 +37,9 @@ _CHUNK_BYTES = 256 * 1024
 _BINARY = {"schema": {"type": "string", "format": "binary"}}
 
 
-def add_routes(app: FastAPI, historical: Historical, jobs: Jobs, threads: Executor, limits: RequestLimits) -> None:
+def add_routes(
+    app: FastAPI, historical: Historical, jobs: Jobs, threads: Executor, limits: RequestLimits, metrics: Metrics
+) -> None:
     """`threads` is where requests are answered: so many at a time, the others wait."""
 
     held = asyncio.Semaphore(BODIES)
@@ -91,6 +94,7 @@ def add_routes(app: FastAPI, historical: Historical, jobs: Jobs, threads: Execut
         full_feature_names: bool,
     ) -> Response:
         body = await request.body()
+        started = time.perf_counter()
         if _media_type(request) == ARROW:
 
             def wanted() -> Wanted:
@@ -118,9 +122,10 @@ def add_routes(app: FastAPI, historical: Historical, jobs: Jobs, threads: Execut
             tables = partial(historical.tables, request_wanted, SLICE_ROWS)
             job = await run(jobs.submit, request_wanted.rows, tables, owner)
             return JSONBytes(_job(job), status_code=202, headers={"Location": f"/api/v1/jobs/{job.id}"})
-        if ARROW in request.headers.get("accept", ""):
-            return Response(await run(_arrow_answer, historical, request_wanted), media_type=ARROW)
-        return Response(await run(_json_answer, historical, request_wanted), media_type="application/json")
+        arrow = ARROW in request.headers.get("accept", "")
+        content = await run(_arrow_answer if arrow else _json_answer, historical, request_wanted)
+        metrics.observe_service(HISTORICAL_PATH, request_wanted.feature_service or "", time.perf_counter() - started)
+        return Response(content, media_type=ARROW if arrow else "application/json")
 
     @app.get(
         "/api/v1/jobs/{job}",

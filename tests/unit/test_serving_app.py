@@ -450,8 +450,8 @@ def test_functions_of_on_demand_views_do_not_run_on_the_event_loop() -> None:
     )
 
     async def run() -> None:
-        await online.features({"id": ["a"]}, "s", None, None, False, "r")
-        await online.cells({"id": ["a"]}, "s", None, False, "r")
+        await online.features({"id": ["a"]}, "s", None, None, False, "r", "here")
+        await online.cells({"id": ["a"]}, "s", None, False, "r", "here")
 
     asyncio.run(run())
     assert len(ran) == 2
