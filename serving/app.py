@@ -23,7 +23,7 @@ from serving.metrics import Metrics
 from serving.middleware import RequestScope, route_of
 from serving.models import Models
 from serving.online import OnlineService
-from serving.openapi import DESCRIPTION, document_keys, faults
+from serving.openapi import DESCRIPTION, complete, faults, probe_faults
 from serving.plans import Plans
 from serving.push import Pusher
 from serving.served_log import ServedLog
@@ -108,7 +108,7 @@ def create_app(deps: Dependencies) -> FastAPI:
     historical_routes.add_routes(app, deps.historical, deps.jobs, deps.reads, deps.request_limits, deps.metrics)
     feast_rest.add_routes(app, deps.online, deps.plans, deps.push)
     _operation_routes(app, deps)
-    document_keys(app)
+    complete(app)
     return app
 
 
@@ -181,14 +181,23 @@ def _write_routes(app: FastAPI, deps: Dependencies) -> None:
 
 
 def _operation_routes(app: FastAPI, deps: Dependencies) -> None:
-    @app.get("/healthz", response_model=schemas.Health, tags=["operation"], summary="The process is alive")
+    @app.get(
+        "/healthz",
+        response_model=schemas.Health,
+        responses=probe_faults(),
+        tags=["operation"],
+        summary="The process is alive",
+    )
     async def healthz() -> Response:
         return JSONBytes({"status": "ok"})
 
     @app.get(
         "/readyz",
         response_model=schemas.Readiness,
-        responses={503: {"model": schemas.Readiness, "description": "Not ready; the checks say why"}},
+        responses={
+            503: {"model": schemas.Readiness, "description": "Not ready; the checks say why"},
+            **probe_faults(),
+        },
         tags=["operation"],
         summary="Redis, registry and model can serve requests",
     )

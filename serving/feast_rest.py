@@ -17,7 +17,7 @@ from serving.encoding import JSONBytes
 from serving.feast_answer import feast_answer
 from serving.middleware import route_of
 from serving.online import OnlineService
-from serving.openapi import feast_faults
+from serving.openapi import feast_faults, probe_faults
 from serving.plans import Asked, Plans
 from serving.push import Pusher
 
@@ -133,6 +133,7 @@ def add_routes(app: FastAPI, online: OnlineService, plans: Plans, push: Pusher) 
         responses={
             200: {"description": "Features can be read"},
             503: {"description": "No feature service is compiled"},
+            **probe_faults(feast=True),
         },
         tags=[TAG],
         summary="Feast's health check: the registry was read",

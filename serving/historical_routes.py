@@ -24,7 +24,7 @@ from serving.errors import BodyTooLargeError
 from serving.historical import SLICE_ROWS, Historical, Wanted
 from serving.jobs import Job, Jobs
 from serving.limits import HISTORICAL_PATH, RequestLimits
-from serving.openapi import faults
+from serving.openapi import faults, returns
 
 if TYPE_CHECKING:
     from serving.metrics import Metrics
@@ -60,7 +60,11 @@ def add_routes(
                 "content": {ARROW: _BINARY},
                 "description": "The rows with their features; Arrow if `Accept` says so",
             },
-            202: {"model": schemas.JobInfo, "description": "Many rows: a job was started, see `Location`"},
+            202: {
+                "model": schemas.JobInfo,
+                "description": "Many rows: a job was started, see `Location`",
+                "headers": returns("Location"),
+            },
             **faults(400, 404, 413, 422, 429),
         },
         openapi_extra={
