@@ -6,7 +6,7 @@ import asyncio
 import gc
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
-from concurrent.futures import Executor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
@@ -50,7 +50,7 @@ class Dependencies:
     push: Pusher
     historical: Historical
     jobs: Jobs
-    reads: Executor
+    reads: ThreadPoolExecutor
     served_log: ServedLog
     metrics: Metrics
     ping: Callable[[], Awaitable[None]]

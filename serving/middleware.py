@@ -111,7 +111,7 @@ class RequestScope:
         if needed is None:  # probes must be answered however busy the server is
             await self._app(scope, self._limited(receive, self._limits.body_bytes), send)
             return
-        slots = self._downloads if _is_download(path) else self._gate
+        slots = scope["state"]["slots"] = self._downloads if _is_download(path) else self._gate
         refused = self._gate.judge(scope["state"]["caller"], headers, needed) or slots.acquire()
         if refused is not None:
             await refuse(refused)
