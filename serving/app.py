@@ -6,7 +6,7 @@ import asyncio
 import gc
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
-from concurrent.futures import Executor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
@@ -20,10 +20,10 @@ from serving.historical import Historical
 from serving.jobs import Jobs
 from serving.limits import Gate, RequestLimits
 from serving.metrics import Metrics
-from serving.middleware import RequestScope
+from serving.middleware import RequestScope, route_of
 from serving.models import Models
 from serving.online import OnlineService
-from serving.openapi import DESCRIPTION, document_keys, faults
+from serving.openapi import DESCRIPTION, complete, faults, probe_faults
 from serving.plans import Plans
 from serving.push import Pusher
 from serving.served_log import ServedLog
@@ -50,7 +50,7 @@ class Dependencies:
     push: Pusher
     historical: Historical
     jobs: Jobs
-    reads: Executor
+    reads: ThreadPoolExecutor
     served_log: ServedLog
     metrics: Metrics
     ping: Callable[[], Awaitable[None]]
@@ -105,10 +105,10 @@ def create_app(deps: Dependencies) -> FastAPI:
     errors.install(app)
     _feature_routes(app, deps)
     _write_routes(app, deps)
-    historical_routes.add_routes(app, deps.historical, deps.jobs, deps.reads, deps.request_limits)
+    historical_routes.add_routes(app, deps.historical, deps.jobs, deps.reads, deps.request_limits, deps.metrics)
     feast_rest.add_routes(app, deps.online, deps.plans, deps.push)
     _operation_routes(app, deps)
-    document_keys(app)
+    complete(app)
     return app
 
 
@@ -129,6 +129,7 @@ def _feature_routes(app: FastAPI, deps: Dependencies) -> None:
             body.at,
             body.full_feature_names,
             request.state.request_id,
+            route_of(request.scope),
         )
         return JSONBytes(answer)
 
@@ -141,7 +142,8 @@ def _feature_routes(app: FastAPI, deps: Dependencies) -> None:
     )
     async def predict(model: str, body: schemas.PredictRequest, request: Request) -> Response:
         """Uses the model version with alias `champion`; promotion swaps it without a dropped request."""
-        return JSONBytes(await deps.online.predict(model, body.entities, body.at, request.state.request_id))
+        id_, route = request.state.request_id, route_of(request.scope)
+        return JSONBytes(await deps.online.predict(model, body.entities, body.at, id_, route))
 
     @app.get(
         "/api/v1/features",
@@ -179,14 +181,23 @@ def _write_routes(app: FastAPI, deps: Dependencies) -> None:
 
 
 def _operation_routes(app: FastAPI, deps: Dependencies) -> None:
-    @app.get("/healthz", response_model=schemas.Health, tags=["operation"], summary="The process is alive")
+    @app.get(
+        "/healthz",
+        response_model=schemas.Health,
+        responses=probe_faults(),
+        tags=["operation"],
+        summary="The process is alive",
+    )
     async def healthz() -> Response:
         return JSONBytes({"status": "ok"})
 
     @app.get(
         "/readyz",
         response_model=schemas.Readiness,
-        responses={503: {"model": schemas.Readiness, "description": "Not ready; the checks say why"}},
+        responses={
+            503: {"model": schemas.Readiness, "description": "Not ready; the checks say why"},
+            **probe_faults(),
+        },
         tags=["operation"],
         summary="Redis, registry and model can serve requests",
     )

@@ -15,8 +15,9 @@ from feature_store.errors import UsageError
 from serving import schemas
 from serving.encoding import JSONBytes
 from serving.feast_answer import feast_answer
+from serving.middleware import route_of
 from serving.online import OnlineService
-from serving.openapi import feast_faults
+from serving.openapi import feast_faults, probe_faults
 from serving.plans import Asked, Plans
 from serving.push import Pusher
 
@@ -99,7 +100,7 @@ def add_routes(app: FastAPI, online: OnlineService, plans: Plans, push: Pusher) 
             plan = await asyncio.to_thread(plans.get, asked, names)
         # Before the read: what Feast ignores must not be refused by it. A missing join key is.
         entities = {k: v for k, v in body.entities.items() if k in plan.join_keys} or body.entities
-        read = await online.cells(entities, asked, None, names, request.state.request_id)
+        read = await online.cells(entities, asked, None, names, request.state.request_id, route_of(request.scope))
         compiled = read.plan.reader.plan
         columns = {key: [row[key] for row in read.entities] for key in compiled.join_keys}
         return JSONBytes(feast_answer(compiled, columns, read.rows, body.include_feature_view_version_metadata))
@@ -132,6 +133,7 @@ def add_routes(app: FastAPI, online: OnlineService, plans: Plans, push: Pusher) 
         responses={
             200: {"description": "Features can be read"},
             503: {"description": "No feature service is compiled"},
+            **probe_faults(feast=True),
         },
         tags=[TAG],
         summary="Feast's health check: the registry was read",

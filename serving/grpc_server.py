@@ -11,6 +11,7 @@ import logging
 from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -97,14 +98,21 @@ class GrpcServer:
             ],
         )
         method = self._calls.method
-        online = method(self._features, "read", "grpc:GetOnlineFeatures")
-        info = method(self._info, None, "grpc:GetFeastServingInfo")
-        push = method(self._push, "write", "grpc:Push")
-        write = method(self._write, "write", "grpc:WriteToOnlineStore")
+        info = method(self._info, None, "grpc:ServingService/GetFeastServingInfo")
+        push = method(self._push, "write", "grpc:GrpcFeatureServer/Push")
+        write = method(self._write, "write", "grpc:GrpcFeatureServer/WriteToOnlineStore")
+
+        def online(route: str) -> Any:
+            return method(partial(self._features, route), "read", route)
+
+        serving_read = online("grpc:ServingService/GetOnlineFeatures")
+        feature_read = online("grpc:GrpcFeatureServer/GetOnlineFeatures")
         server.add_generic_rpc_handlers(
             (
-                _handlers(SERVING, {"GetFeastServingInfo": info, "GetOnlineFeatures": online}),
-                _handlers(FEATURE_SERVER, {"Push": push, "WriteToOnlineStore": write, "GetOnlineFeatures": online}),
+                _handlers(SERVING, {"GetFeastServingInfo": info, "GetOnlineFeatures": serving_read}),
+                _handlers(
+                    FEATURE_SERVER, {"Push": push, "WriteToOnlineStore": write, "GetOnlineFeatures": feature_read}
+                ),
             )
         )
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
@@ -159,7 +167,7 @@ class GrpcServer:
         feast_serving.GetFeastServingInfoRequest.FromString(body)
         return feast_serving.GetFeastServingInfoResponse(version=version("feast")).SerializeToString()
 
-    async def _features(self, body: bytes, request_id: str) -> bytes:
+    async def _features(self, route: str, body: bytes, request_id: str) -> bytes:
         request = feast_serving.GetOnlineFeaturesRequest.FromString(body)
         kind = request.WhichOneof("kind")
         if kind is None:
@@ -169,9 +177,9 @@ class GrpcServer:
         asked = request.feature_service if kind == "feature_service" else tuple(request.features.val)
         entities = {name: [_scalar(v) for v in values.val] for name, values in request.entities.items()}
         names, versions = request.full_feature_names, request.include_feature_view_version_metadata
-        stored = await self._online.stored(entities, asked, names)
+        stored = await self._online.stored(entities, asked, names, route)
         if stored is None:
-            read = await self._online.cells(entities, asked, None, names, request_id)
+            read = await self._online.cells(entities, asked, None, names, request_id, route)
             return encode(read, self._heads, request.entities, versions)
         plan = stored.plan.reader.plan
         wire = self._wires.of(plan)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Iterator
-from concurrent.futures import Executor
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, BinaryIO
@@ -22,11 +23,11 @@ from serving.encoding import JSONBytes, dumps, plain
 from serving.errors import BodyTooLargeError
 from serving.historical import SLICE_ROWS, Historical, Wanted
 from serving.jobs import Job, Jobs
-from serving.limits import HISTORICAL_PATH, RequestLimits
-from serving.openapi import faults
+from serving.limits import HISTORICAL_PATH, RequestLimits, in_thread
+from serving.openapi import faults, returns
 
 if TYPE_CHECKING:
-    pass
+    from serving.metrics import Metrics
 
 PARQUET = "application/vnd.apache.parquet"
 BODIES = 8
@@ -36,13 +37,21 @@ _CHUNK_BYTES = 256 * 1024
 _BINARY = {"schema": {"type": "string", "format": "binary"}}
 
 
-def add_routes(app: FastAPI, historical: Historical, jobs: Jobs, threads: Executor, limits: RequestLimits) -> None:
-    """`threads` is where requests are answered: so many at a time, the others wait."""
+def add_routes(
+    app: FastAPI,
+    historical: Historical,
+    jobs: Jobs,
+    threads: ThreadPoolExecutor,
+    limits: RequestLimits,
+    metrics: Metrics,
+) -> None:
+    """`threads` is where requests are answered: so many at a time, the others wait. A read that goes on after its request
+    was given up keeps the request's slot."""
 
     held = asyncio.Semaphore(BODIES)
 
-    async def run(call: Any, *args: Any) -> Any:
-        return await asyncio.get_running_loop().run_in_executor(threads, partial(call, *args))
+    async def run(request: Request, call: Any, *args: Any) -> Any:
+        return await in_thread(request.state.slots, threads, call, *args)
 
     def owner_of(request: Request) -> tuple[str | None, bool]:
         """Whose jobs a request may see: its key's; all of them with the scope admin and where no keys are asked for."""
@@ -57,7 +66,11 @@ def add_routes(app: FastAPI, historical: Historical, jobs: Jobs, threads: Execut
                 "content": {ARROW: _BINARY},
                 "description": "The rows with their features; Arrow if `Accept` says so",
             },
-            202: {"model": schemas.JobInfo, "description": "Many rows: a job was started, see `Location`"},
+            202: {
+                "model": schemas.JobInfo,
+                "description": "Many rows: a job was started, see `Location`",
+                "headers": returns("Location"),
+            },
             **faults(400, 404, 413, 422, 429),
         },
         openapi_extra={
@@ -91,6 +104,7 @@ def add_routes(app: FastAPI, historical: Historical, jobs: Jobs, threads: Execut
         full_feature_names: bool,
     ) -> Response:
         body = await request.body()
+        started = time.perf_counter()
         if _media_type(request) == ARROW:
 
             def wanted() -> Wanted:
@@ -112,15 +126,16 @@ def add_routes(app: FastAPI, historical: Historical, jobs: Jobs, threads: Execut
                     asked.full_feature_names,
                 )
 
-        request_wanted: Wanted = await run(wanted)
+        request_wanted: Wanted = await run(request, wanted)
         if request_wanted.rows > historical.limits.inline_rows:
             owner, _ = owner_of(request)
             tables = partial(historical.tables, request_wanted, SLICE_ROWS)
-            job = await run(jobs.submit, request_wanted.rows, tables, owner)
+            job = await run(request, jobs.submit, request_wanted.rows, tables, owner)
             return JSONBytes(_job(job), status_code=202, headers={"Location": f"/api/v1/jobs/{job.id}"})
-        if ARROW in request.headers.get("accept", ""):
-            return Response(await run(_arrow_answer, historical, request_wanted), media_type=ARROW)
-        return Response(await run(_json_answer, historical, request_wanted), media_type="application/json")
+        arrow = ARROW in request.headers.get("accept", "")
+        content = await run(request, _arrow_answer if arrow else _json_answer, historical, request_wanted)
+        metrics.observe_service(HISTORICAL_PATH, request_wanted.feature_service or "", time.perf_counter() - started)
+        return Response(content, media_type=ARROW if arrow else "application/json")
 
     @app.get(
         "/api/v1/jobs/{job}",

@@ -258,9 +258,11 @@ class HotRoutes:
     def _start(self, hot: Hot, body: bytes, request_id: str, done: Done, begun: Begun) -> bool:
         if hot.model is not None:
             rows = predict_body(body, self._limits.rows)
-            return rows is not None and self._online.begin_predict(hot.model, rows, request_id, done, begun)
+            return rows is not None and self._online.begin_predict(
+                hot.model, rows, request_id, hot.template, done, begun
+            )
         asked = online_body(body, self._limits.rows)
-        return asked is not None and self._online.begin(*asked, request_id, done)
+        return asked is not None and self._online.begin(*asked, request_id, hot.template, done)
 
 
 _NONE: Headers = ()

@@ -45,8 +45,8 @@ class Metrics:
         )
         self.service_seconds = Histogram(
             "predictflow_service_seconds",
-            "Time from a request's input to its values, predictions included, by feature service",
-            ("service",),
+            "Time from a request's input to its values, predictions included, by route and feature service",
+            ("route", "service"),
             buckets=LATENCY_BUCKETS,
             registry=self.registry,
         )
@@ -84,7 +84,8 @@ class Metrics:
         )
 
         self._status: dict[tuple[str, str], Counter] = {}
-        self._reads: dict[str, tuple[Counter, Histogram]] = {}
+        self._rows: dict[str, Counter] = {}
+        self._service_seconds: dict[tuple[str, str], Histogram] = {}
         self._ages: dict[str, Histogram] = {}
         self._age_due: dict[str, float] = {}
         self._seconds: dict[tuple[str, str, int | str], Histogram] = {}
@@ -98,13 +99,20 @@ class Metrics:
             child = self._status[view, status] = self.statuses.labels(view, status)
         child.inc(n)
 
-    def add_read(self, service: str, n: int, seconds: float) -> None:
+    def add_read(self, route: str, service: str, n: int, seconds: float) -> None:
         """Counts n entity rows of one request; `service` is empty for a list of features."""
-        found = self._reads.get(service)
-        if found is None:
-            found = self._reads[service] = self.rows.labels(service), self.service_seconds.labels(service)
-        found[0].inc(n)
-        found[1].observe(seconds)
+        child = self._rows.get(service)
+        if child is None:
+            child = self._rows[service] = self.rows.labels(service)
+        child.inc(n)
+        self.observe_service(route, service, seconds)
+
+    def observe_service(self, route: str, service: str, seconds: float) -> None:
+        """One read of a service by a route, the one `observe` hears of; `service` as in `add_read`."""
+        child = self._service_seconds.get((route, service))
+        if child is None:
+            child = self._service_seconds[route, service] = self.service_seconds.labels(route, service)
+        child.observe(seconds)
 
     def wants_age(self, service: str) -> bool:
         """Whether `add_age` should hear of the request in hand; true ten times a second."""

@@ -35,6 +35,7 @@ ABORT = "predictflow.abort"
 JOBS_PATH = "/api/v1/jobs/"
 QUIET_ROUTES = ("/healthz", "/readyz", "/metrics", "/health")
 """Polled every few seconds: logged at DEBUG."""
+UNMATCHED = "unmatched"
 CLIENT_LEFT = 499
 """In metrics and access lines only, as nginx has it."""
 
@@ -110,7 +111,7 @@ class RequestScope:
         if needed is None:  # probes must be answered however busy the server is
             await self._app(scope, self._limited(receive, self._limits.body_bytes), send)
             return
-        slots = self._downloads if _is_download(path) else self._gate
+        slots = scope["state"]["slots"] = self._downloads if _is_download(path) else self._gate
         refused = self._gate.judge(scope["state"]["caller"], headers, needed) or slots.acquire()
         if refused is not None:
             await refuse(refused)
@@ -126,8 +127,8 @@ class RequestScope:
             slots.release()
 
     def _finish(self, scope: Scope, request_id: str, status: int, seconds: float) -> None:
-        route = getattr(scope.get("route"), "path", "unmatched")
-        method = scope["method"] if route != "unmatched" else "ANY"
+        route = route_of(scope)
+        method = scope["method"] if route != UNMATCHED else "ANY"
         self._metrics.request_seconds.labels(method, route, str(status)).observe(seconds)
         level = logging.DEBUG if route in QUIET_ROUTES else logging.INFO
         if access.isEnabledFor(level):
@@ -167,6 +168,11 @@ def _is_download(path: str) -> bool:
 
 def _too_large(most: int) -> str:
     return f"the body is larger than {most} bytes; split the request"
+
+
+def route_of(scope: Scope) -> str:
+    """What metrics call a request's route: its template, so that they hold no names that clients made up."""
+    return str(getattr(scope.get("route"), "path", UNMATCHED))
 
 
 def request_id_of(given: bytes | None) -> str:

@@ -33,7 +33,10 @@ FUNCTION_THREADS = 2
 
 
 class OnlineService:
-    """Features and predictions for entities. One per process; requests run concurrently on its event loop."""
+    """Features and predictions for entities. One per process; requests run concurrently on its event loop.
+
+    `route` is what metrics call the way that a request came.
+    """
 
     def __init__(
         self,
@@ -67,6 +70,7 @@ class OnlineService:
         at: datetime | None,
         full_names: bool,
         request_id: str,
+        route: str,
     ) -> dict[str, Any]:
         """The body of an OnlineResponse. UsageError, NotFoundError or UnavailableError as the reader and plans raise."""
         if (feature_service is None) == (features is None):
@@ -79,7 +83,7 @@ class OnlineService:
         rows = entity_rows(entities, self._limits.rows)
         plan = await self._plan(feature_service or tuple(features or ()), full_names)
         read = await self._read(plan, plan.keyed(rows), at)
-        self._count(plan, read, started)
+        self._count(plan, read, started, route)
         self._log.write(Served(request_id, self._wall(), self._plans.project), plan, read)
         return {
             "t": read.t,
@@ -96,6 +100,7 @@ class OnlineService:
         at: datetime | None,
         full_names: bool,
         request_id: str,
+        route: str,
     ) -> CellRead:
         """As `features`, undecoded, for answers in Feast's own formats: a row view's cells are `Value` proto bytes."""
         started = time.perf_counter()
@@ -107,15 +112,15 @@ class OnlineService:
         else:
             t_us, answers = compiled.at(replies, now_us, rows)
         if plan.json is not None:
-            self._served(plan, plan.json.of_cells(rows, t_us, answers), request_id, started)
+            self._served(plan, plan.json.of_cells(rows, t_us, answers), request_id, started, route)
         else:
             read = compiled.rows(rows, t_us, answers)
-            self._count(plan, read, started)
+            self._count(plan, read, started, route)
             self._log.write(Served(request_id, self._wall(), self._plans.project), plan, read)
         return CellRead(plan, rows, t_us, answers)
 
     async def stored(
-        self, entities: Mapping[str, Sequence[object]], asked: Asked, full_names: bool
+        self, entities: Mapping[str, Sequence[object]], asked: Asked, full_names: bool, route: str
     ) -> StoredRead | None:
         """As `cells` at the clock, as Redis replied; tell `served` what came of it. None for what must be computed with:
         `cells` does."""
@@ -124,7 +129,7 @@ class OnlineService:
         if plan.json is None:
             return None
         replies, t_us = await plan.reader.afetch(rows)
-        return StoredRead(started, plan, rows, t_us, replies)
+        return StoredRead(started, route, plan, rows, t_us, replies)
 
     def served(
         self,
@@ -136,7 +141,7 @@ class OnlineService:
         """Counts and logs an answer to `stored`. `counts`: (view, status, number of values); `windowed`: what its windowed
         views said, so that they need not say it again."""
         name = read.plan.name or ""
-        self._metrics.add_read(name, len(read.entities), time.perf_counter() - read.started)
+        self._metrics.add_read(read.route, name, len(read.entities), time.perf_counter() - read.started)
         for count in counts:
             self._metrics.add_status(*count)
         if read.plan.json is not None:
@@ -155,7 +160,13 @@ class OnlineService:
         return plan, plan.keyed(rows)
 
     def begin(
-        self, rows: Sequence[Mapping[str, object]], asked: Asked, full_names: bool, request_id: str, done: Done
+        self,
+        rows: Sequence[Mapping[str, object]],
+        asked: Asked,
+        full_names: bool,
+        request_id: str,
+        route: str,
+        done: Done,
     ) -> bool:
         """As `features` at the clock, without a task, for a request that was checked: `done` gets the body or the error.
 
@@ -180,7 +191,7 @@ class OnlineService:
                 done(None, e)
                 return
             done(body, None)
-            self._served(plan, read, request_id, started)
+            self._served(plan, read, request_id, started, route)
 
         try:
             return bool(reader.start(rows, replied))
@@ -188,7 +199,13 @@ class OnlineService:
             return False
 
     def begin_predict(
-        self, model_name: str, rows: Sequence[Mapping[str, object]], request_id: str, done: Done, begun: Begun
+        self,
+        model_name: str,
+        rows: Sequence[Mapping[str, object]],
+        request_id: str,
+        route: str,
+        done: Done,
+        begun: Begun,
     ) -> bool:
         """As `predict` at the clock, in the way of `begin`. False also for a model that is not loaded yet."""
         started = time.perf_counter()
@@ -224,7 +241,7 @@ class OnlineService:
                 done(None, e)
                 return
             done(body, None)
-            self._served(plan, read, request_id, started, model)
+            self._served(plan, read, request_id, started, route, model)
 
         try:
             return bool(reader.start(rows, replied))
@@ -232,10 +249,10 @@ class OnlineService:
             return False
 
     def _served(
-        self, plan: ServicePlan, read: Answered, request_id: str, started: float, model: Model | None = None
+        self, plan: ServicePlan, read: Answered, request_id: str, started: float, route: str, model: Model | None = None
     ) -> None:
         name = plan.name or ""
-        self._metrics.add_read(name, len(read), time.perf_counter() - started)
+        self._metrics.add_read(route, name, len(read), time.perf_counter() - started)
         read.plan.count(read, self._metrics.add_status)
         if self._metrics.wants_age(name):
             read.plan.ages(read, self._metrics.add_age)
@@ -243,7 +260,12 @@ class OnlineService:
         self._log.write_read(Served(request_id, self._wall(), self._plans.project, *named), read)
 
     async def predict(
-        self, model_name: str, entities: Mapping[str, Sequence[object]], at: datetime | None, request_id: str
+        self,
+        model_name: str,
+        entities: Mapping[str, Sequence[object]],
+        at: datetime | None,
+        request_id: str,
+        route: str,
     ) -> dict[str, Any]:
         """The body of a PredictResponse; errors as `features`, and NotFoundError for a model without a champion."""
         started = time.perf_counter()
@@ -254,7 +276,7 @@ class OnlineService:
         plan = await self._plan(model.feature_service, False)
         read = await self._read(plan, plan.keyed(rows), at)
         probabilities = await self._runs.run(model, plan.columns, _values(plan, read), self._gate)
-        self._count(plan, read, started)
+        self._count(plan, read, started, route)
         served = Served(request_id, self._wall(), self._plans.project, model.name, model.version)
         self._log.write(served, plan, read, probabilities)
         return {
@@ -278,9 +300,9 @@ class OnlineService:
         plan = self._plans.cached(asked, full_names)
         return plan if plan is not None else await asyncio.to_thread(self._plans.get, asked, full_names)
 
-    def _count(self, plan: ServicePlan, read: OnlineRows, started: float) -> None:
+    def _count(self, plan: ServicePlan, read: OnlineRows, started: float, route: str) -> None:
         name = plan.name or ""
-        self._metrics.add_read(name, len(read.rows), time.perf_counter() - started)
+        self._metrics.add_read(route, name, len(read.rows), time.perf_counter() - started)
         counts = Counter((c.view, row.statuses[c.name]) for row in read.rows for c in plan.columns)
         self._metrics.count_statuses(counts.items())
         if self._metrics.wants_age(name):

@@ -42,9 +42,11 @@ class CellRead:
 
 @dataclass(frozen=True)
 class StoredRead:
-    """What Redis replied, to be read at `t_us`; see `ReadPlan.at`. `started`: `time.perf_counter()` when it was asked for."""
+    """What Redis replied, to be read at `t_us`; see `ReadPlan.at`. `started`: `time.perf_counter()` when it was asked for,
+    by `route`."""
 
     started: float
+    route: str
     plan: ServicePlan
     entities: list[dict[str, object]]
     t_us: int

@@ -254,10 +254,23 @@ def test_metrics_tell_latency_and_age(repo: Repo) -> None:
         asked = request("C1", "C2", features=pb2.FeatureList(val=["visits:visits"]))
         GrpcFeatureServerStub(channel).GetOnlineFeatures(asked, timeout=10)
         told = server._online._metrics.expose().decode().splitlines()
-    assert 'predictflow_service_seconds_count{service=""} 1.0' in told
+    route = 'route="grpc:GrpcFeatureServer/GetOnlineFeatures"'
+    assert f'predictflow_service_seconds_count{{{route},service=""}} 1.0' in told
     assert 'predictflow_feature_age_seconds_count{view="visits"} 1.0' in told
     (age,) = [float(line.split()[1]) for line in told if line.startswith("predictflow_feature_age_seconds_sum")]
     assert abs(age - (datetime.now(UTC) - NOW).total_seconds()) < 120
+
+
+def test_metrics_tell_the_two_services_apart(repo: Repo) -> None:
+    with serving(repo) as (address, server), grpc.insecure_channel(address) as channel:
+        for _ in range(2):
+            ServingServiceStub(channel).GetOnlineFeatures(request("C1"), timeout=10)
+        GrpcFeatureServerStub(channel).GetOnlineFeatures(request("C1"), timeout=10)
+        told = server._online._metrics.expose().decode().splitlines()
+    for service, n in (("ServingService", 2.0), ("GrpcFeatureServer", 1.0)):
+        route = f'route="grpc:{service}/GetOnlineFeatures"'
+        assert f'predictflow_service_seconds_count{{{route},service="all"}} {n}' in told
+        assert f'predictflow_request_seconds_count{{method="GRPC",{route},status="OK"}} {n}' in told
 
 
 class KeyGate(Gate):

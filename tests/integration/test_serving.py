@@ -264,7 +264,7 @@ def test_metrics_count_statuses_by_view(url: str) -> None:
 def test_metrics_tell_latency_by_service_and_age_by_view(url: str, at: datetime | None) -> None:
     """The short way of a request, and the other."""
     names = {
-        "reads": f'predictflow_service_seconds_count{{service="{SERVICE}"}}',
+        "reads": f'predictflow_service_seconds_count{{route="/api/v1/features/online",service="{SERVICE}"}}',
         "rows": 'predictflow_feature_age_seconds_count{view="churn_features"}',
         "age": 'predictflow_feature_age_seconds_sum{view="churn_features"}',
         "windowed": 'predictflow_feature_age_seconds_sum{view="customer_behavior"}',
@@ -284,6 +284,27 @@ def test_metrics_tell_latency_by_service_and_age_by_view(url: str, at: datetime 
 
     day = 86_400.0
     assert {n: v - before[n] for n, v in told().items()} == {"reads": 1, "rows": 1, "age": 2 * day, "windowed": 3 * day}
+
+
+def test_metrics_tell_the_routes_of_a_service_apart(url: str) -> None:
+    entities, at = {"customer_id": ["C1"]}, NOW.isoformat()
+    predict, feast = "/api/v1/predict/{model}", "/get-online-features"
+    asked: list[tuple[str, dict[str, Any]]] = [
+        (predict, {"entities": entities}),
+        (predict, {"entities": entities, "at": at}),  # the other way than the first
+        (feast, {"feature_service": SERVICE, "entities": entities}),
+    ]
+
+    def told(route: str) -> float:
+        line = f'predictflow_service_seconds_count{{route="{route}",service="{SERVICE}"}} '
+        return sum(float(m.removeprefix(line)) for m in metrics(url).splitlines() if m.startswith(line))
+
+    before = {route: told(route) for route, _ in asked}
+    for route, body in asked:
+        path = route.format(model=MODEL)
+        assert requests.post(url + path, json=body, timeout=30).ok, path
+
+    assert {route: told(route) - n for route, n in before.items()} == {predict: 2, feast: 1}
 
 
 def test_a_redis_that_is_down_is_a_503_and_coming_back_needs_no_restart(url: str, platform: Platform) -> None:

@@ -77,6 +77,17 @@ def test_each_row_gets_what_was_known_at_its_own_time(url: str) -> None:
     assert hindsight["columns"]["churn_features__monthly_charges"] == [2.0, None, None]
 
 
+def test_latency_is_told_by_route_and_service(url: str) -> None:
+    def told() -> float:
+        line = 'predictflow_service_seconds_count{route="/api/v1/features/historical",service=""} '
+        text = requests.get(f"{url}/metrics", timeout=10).text
+        return sum(float(m.removeprefix(line)) for m in text.splitlines() if m.startswith(line))
+
+    before = told()
+    assert historical(url, {"customer_id": ["H1"], "event_timestamp": [NOW.isoformat()]}).ok
+    assert told() == before + 1
+
+
 def stream(table: pa.Table) -> bytes:
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, table.schema) as writer:

@@ -16,11 +16,12 @@ import pytest
 from redis.exceptions import ConnectionError as RedisConnectionError
 from starlette.testclient import TestClient
 
-from feature_store.errors import DataError, NotFoundError, PredictFlowError, UnavailableError
+from feature_store.errors import DataError, NotFoundError, PredictFlowError, UnavailableError, UsageError
 from feature_store.read_plan import OnlineRow, OnlineRows, ViewRead
 from serving import schemas
 from serving.access import Keys
 from serving.app import Dependencies, create_app
+from serving.historical import HistoricalLimits
 from serving.limits import HISTORICAL_PATH, Gate, RequestLimits
 from serving.metrics import Metrics
 from serving.middleware import RequestScope
@@ -158,26 +159,25 @@ class Server:
             lambda: SERVED_AT,
             limits,
         )
-        self.app = create_app(
-            Dependencies(
-                online=online,
-                plans=self.plans,  # type: ignore[arg-type]
-                models=self.models,
-                catalogue=None,  # type: ignore[arg-type]  # no test here asks for it
-                push=None,  # type: ignore[arg-type]  # nor for this
-                historical=None,  # type: ignore[arg-type]  # nor for this
-                jobs=self.jobs,  # type: ignore[arg-type]
-                reads=ThreadPoolExecutor(1),
-                served_log=self.log,
-                metrics=self.metrics,
-                ping=self.ping,
-                close=self.close,
-                check_settings=self.check_settings,
-                registry_seconds=0.02,
-                gate=self.gate,
-                request_limits=RequestLimits(**{"body_bytes": 2000, **request_limits}),
-            )
+        self.deps = Dependencies(
+            online=online,
+            plans=self.plans,  # type: ignore[arg-type]
+            models=self.models,
+            catalogue=None,  # type: ignore[arg-type]  # no test here asks for it
+            push=None,  # type: ignore[arg-type]  # nor for this
+            historical=None,  # type: ignore[arg-type]  # nor for this
+            jobs=self.jobs,  # type: ignore[arg-type]
+            reads=ThreadPoolExecutor(1),
+            served_log=self.log,
+            metrics=self.metrics,
+            ping=self.ping,
+            close=self.close,
+            check_settings=self.check_settings,
+            registry_seconds=0.02,
+            gate=self.gate,
+            request_limits=RequestLimits(**{"body_bytes": 2000, **request_limits}),
         )
+        self.app = create_app(self.deps)
 
     def check_settings(self) -> None:
         self.checked += 1
@@ -370,7 +370,8 @@ def test_stopping_flushes_the_log_and_closes_connections(server: Server) -> None
 def test_the_openapi_document_shows_every_status_that_a_route_answers(client: TestClient) -> None:
     document = client.get("/openapi.json").json()
     online = document["paths"]["/api/v1/features/online"]["post"]["responses"]
-    assert set(online) == {"200", "400", "401", "403", "404", "413", "422", "500", "503", "504"}
+    refused = {"400", "401", "403", "404", "405", "408", "413", "422", "431"}
+    assert set(online) == {"200", *refused, "500", "503", "504"}
     for status in set(online) - {"200"}:
         assert online[status]["content"]["application/json"]["schema"]["$ref"].endswith("/ErrorResponse")
     assert "HTTPValidationError" not in document["components"]["schemas"]
@@ -421,6 +422,37 @@ def test_downloads_leave_the_other_slots_to_the_rest() -> None:
     asyncio.run(run())
 
 
+def test_a_historical_read_that_was_given_up_keeps_its_slot_until_it_ends() -> None:
+    server = Server(concurrent=4, seconds=0.1)  # one slot is for historical reads
+    going, ended = threading.Event(), threading.Event()
+
+    class Slow:
+        limits = HistoricalLimits()
+
+        def wanted(self, *_: Any) -> Any:
+            going.wait(30)
+            ended.set()
+            raise UsageError("asked too late")
+
+    slow: Any = Slow()
+    deps = replace(server.deps, historical=slow)
+    body = {"feature_service": "s", "entities": {"id": ["a"], "event_timestamp": [T.isoformat()]}}
+    with TestClient(create_app(deps)) as client:
+
+        def ask() -> int:
+            return client.post(HISTORICAL_PATH, json=body).status_code
+
+        try:
+            assert [ask(), ask()] == [504, 503]
+        finally:
+            going.set()
+        assert ended.wait(30)
+        deadline = time.monotonic() + 20
+        while (status := ask()) == 503:
+            assert time.monotonic() < deadline
+        assert status == 400
+
+
 def test_functions_of_on_demand_views_do_not_run_on_the_event_loop() -> None:
     ran: list[int] = []
 
@@ -450,8 +482,8 @@ def test_functions_of_on_demand_views_do_not_run_on_the_event_loop() -> None:
     )
 
     async def run() -> None:
-        await online.features({"id": ["a"]}, "s", None, None, False, "r")
-        await online.cells({"id": ["a"]}, "s", None, False, "r")
+        await online.features({"id": ["a"]}, "s", None, None, False, "r", "here")
+        await online.cells({"id": ["a"]}, "s", None, False, "r", "here")
 
     asyncio.run(run())
     assert len(ran) == 2

@@ -28,6 +28,21 @@ def test_every_route_is_documented() -> None:
     )  # type: ignore[attr-defined]
 
 
+def test_the_openapi_document_tells_headers_and_what_every_route_can_answer() -> None:
+    nothing = cast(Any, None)
+    document = create_app(Dependencies(*[nothing] * 9, Metrics(), nothing, nothing)).openapi()
+    assert {h["required"] for h in document["components"]["headers"].values()} == {True}
+    for path, operations in document["paths"].items():
+        for operation in operations.values():
+            answers = operation["responses"]
+            assert {"405", "408", "431", "500", "504"} <= answers.keys(), path
+            for status, answer in answers.items():
+                probe = path in ("/readyz", "/health")  # what they say is their answer, and not to be sent again
+                more = {"202": "Location", "401": "WWW-Authenticate", "429": "Retry-After", "503": "Retry-After"}
+                names = {"X-Request-Id", *([] if probe or status not in more else [more[status]])}
+                assert answer["headers"] == {n: {"$ref": f"#/components/headers/{n}"} for n in names}, (path, status)
+
+
 def test_every_metric_is_documented_and_no_other() -> None:
     metrics = Metrics(CollectorRegistry())
     exposed = {f.name + ("_total" if f.type == "counter" else "") for f in metrics.registry.collect()}
