@@ -11,7 +11,6 @@ from stream_support import (
     DAY,
     T0,
     event,
-    make_project,
     message,
     produce,
     wait_until,
@@ -25,13 +24,6 @@ from feature_store.topic_record import read_record
 from feature_store.windows.declare import event_source, windowed_feature_view
 
 HOUR = timedelta(hours=1)
-
-
-@pytest.fixture
-def project(tmp_path, postgres_url, redis_url, kafka_bootstrap, topic_prefix, monkeypatch):
-    return make_project(
-        tmp_path, postgres_url, redis_url, kafka_bootstrap, f"{topic_prefix}customer-events", monkeypatch
-    )
 
 
 def add_counting_view(project) -> None:
