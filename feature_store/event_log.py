@@ -100,6 +100,8 @@ class EventLog:
                     offsets = part["_offset"].to_numpy()
                     ordered = part if (offsets[1:] > offsets[:-1]).all() else part.sort_by("_offset")
                     self._write(ordered, partition, kind, anew=anew)
+        if rows.num_rows:
+            self._sync_directory()
 
     def logged(self, partition: int, from_offset: int) -> Logged:
         """The events' rows from an offset on, as they became visible first: what a restart must repeat."""
@@ -181,7 +183,9 @@ class EventLog:
         if len(run) > 1:
             changed = [(f.path, f.path.stat().st_mtime_ns) for f in run]
             rows = _once(pa.concat_tables([self._read(f, None) for f in run], promote_options="default"))
-            merges.add(self._write(rows, partition, idle), changed)
+            merged = self._write(rows, partition, idle)
+            self._sync_directory()
+            merges.add(merged, changed)
 
     def rewind(self, known_by_us: int, topic_id: str = "") -> int:
         """Forgets the rows that `split` finds; the number of rows forgotten. Stop sync first."""
@@ -214,6 +218,7 @@ class EventLog:
         return self.directory / f"{self.topic}-{partition}-{kind}{ends['min']:019d}-{ends['max']:019d}.parquet"
 
     def _write(self, rows: pa.Table, partition: int, idle: bool, *, anew: bool = False) -> Path:
+        """One file, whose name is on disk after `_sync_directory`."""
         self.directory.mkdir(parents=True, exist_ok=True)
         path = self._path_of(rows, partition, idle)
         if not anew and path.exists():
@@ -230,7 +235,6 @@ class EventLog:
             with contextlib.suppress(OSError):
                 temporary.unlink(missing_ok=True)
             raise
-        self._sync_directory()
         return path
 
     def _sync_directory(self) -> None:

@@ -18,7 +18,7 @@ NEVER = -(2**63)
 HISTORY_PARTITION = -1
 """`_partition` of the rows that were backfilled: what was before the stream."""
 LEAST, GREATEST = -(2**63), 2**63 - 1
-_LONG_RUN = 16
+_LONG_RUN = 28
 """Rows of a run from which on copying it by itself is cheaper than numbering its rows."""
 
 
@@ -43,13 +43,28 @@ class Rows:
     def gathered(cls, entities: int, width: int, parts: Sequence[tuple[Rows, Array, Array]]) -> Rows:
         """Of each part the rows of some of its entities, which get these numbers here; each number once."""
         counts = np.zeros(entities, np.int64)
-        for rows, some, places in parts:
-            counts[places] = rows.counts[some]
+        some_counts = [rows.counts[some] for rows, some, _ in parts]
+        for (_, _, places), sizes in zip(parts, some_counts, strict=True):
+            counts[places] = sizes
         starts = np.zeros(entities + 1, np.int64)
         np.cumsum(counts, out=starts[1:])
         data = np.empty((int(starts[-1]), width), np.int64)
-        for rows, some, places in parts:
-            copy_runs(data, starts[places], rows.data, rows.starts[some], rows.counts[some])
+        if not len(data):
+            return cls(starts, data)
+        # The places of all parts' rows at once: of many small parts these are most of the work.
+        sizes = np.concatenate(some_counts)
+        at = np.concatenate([starts[places] for _, _, places in parts])
+        first = np.concatenate([rows.starts[some] for rows, some, _ in parts])
+        if sizes.sum() >= _LONG_RUN * len(sizes):
+            for rows, some, places in parts:
+                copy_runs(data, starts[places], rows.data, rows.starts[some], rows.counts[some])
+            return cls(starts, data)
+        to, begin = ranges(at, at + sizes)[0], 0
+        out_of = ranges(first, first + sizes)[0]
+        for (rows, _, _), n in zip(parts, some_counts, strict=True):
+            end = begin + int(n.sum())
+            data[to[begin:end]] = rows.data.take(out_of[begin:end], axis=0)
+            begin = end
         return cls(starts, data)
 
     def __len__(self) -> int:
@@ -208,7 +223,7 @@ class Groups:
 def copy_runs(to: Array, at: Array, data: Array, first: Array, sizes: Array) -> None:
     """Copies `sizes[i]` rows of `data` from `first[i]` on to the rows of `to` from `at[i]` on, for all i."""
     if sizes.sum() < _LONG_RUN * len(sizes):
-        to[ranges(at, at + sizes)[0]] = data[ranges(first, first + sizes)[0]]
+        to[ranges(at, at + sizes)[0]] = data.take(ranges(first, first + sizes)[0], axis=0)
         return
     for a, f, n in zip(at.tolist(), first.tolist(), sizes.tolist()):
         to[a : a + n] = data[f : f + n]
