@@ -66,7 +66,8 @@ class StreamConsumer:
                 "partition.assignment.strategy": "cooperative-sticky",
                 "session.timeout.ms": 6000,  # how long a killed consumer's partitions wait
                 "heartbeat.interval.ms": 2000,
-                "fetch.wait.max.ms": 50,
+                "fetch.min.bytes": 100_000,  # else a broker answers a fetch for each of a busy topic's messages
+                "fetch.wait.max.ms": 20,  # by which a quiet topic's event may come later for that
                 "queued.max.messages.kbytes": _QUEUE_KB,
                 "fetch.queue.backoff.ms": 10,  # a full queue is looked at again after this: the default is a second
                 "on_commit": self._on_commit,
