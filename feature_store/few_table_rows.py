@@ -68,7 +68,7 @@ def _cells(encoders: Sequence[ColumnEncoder], columns: Sequence[pa.ChunkedArray]
     block = together and len(columns) > 1 and len(columns[0]) >= _BLOCK_ROWS
     for encoder, column in zip(encoders, columns, strict=True):
         if block and FLOATS.get(encoder.kind) == column.type:
-            floats[encoder] = column.combine_chunks()
+            floats[encoder] = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
         else:
             out.append(encoder.few_of_column(column))
     if floats:
