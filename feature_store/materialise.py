@@ -1,14 +1,16 @@
 """The batch engine behind `feast materialize`: latest row per key, found in one pass and written online in chunks.
 
 feature_store.yaml: `batch_engine: {type: feature_store.materialise.PredictFlowEngine}`. Against Feast's local engine:
-memory is bounded by the keys and one chunk, progress moves per chunk, integers keep every digit (nothing passes through
-pandas), and an incremental run also takes rows that became known since the last one although they happened before it.
+memory is bounded by the keys and two chunks (one is read while the last is written), progress moves per chunk, integers
+keep every digit (nothing passes through pandas), and an incremental run also takes rows that became known since the last
+one although they happened before it.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Literal
@@ -118,12 +120,14 @@ class PredictFlowEngine(ComputeEngine):
         settings = getattr(self.repo_config.offline_store, "engine", EngineSettings())
         pull, features = _pull(self.repo_config, task)
         write = self._writer(pull, features, view)
-        with connect(settings) as con:
+        with connect(settings) as con, ThreadPoolExecutor(1, thread_name_prefix="read-ahead") as reader:
             self._refuse_future(con, pull, view)
             rows, chunks = latest_chunks(con, pull, self.chunk_rows, features)
             bar = task.tqdm_builder(rows) if task.tqdm_builder else None
             try:
-                for chunk in chunks:
+                coming = reader.submit(next, chunks, None)
+                while (chunk := coming.result()) is not None:
+                    coming = reader.submit(next, chunks, None)
                     if chunk.num_rows:
                         write(chunk, bar.update if bar is not None else None)
             finally:

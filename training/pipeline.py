@@ -9,7 +9,7 @@ import subprocess
 import sys
 import sysconfig
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +130,11 @@ def _group(command: list[str], directory: Path, env: Mapping[str, str]) -> Itera
             except subprocess.TimeoutExpired:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
+            # DVC may go before its stage: a command just forked can miss the interrupt that its shell has taken.
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            assert process.stdout is not None  # it is a pipe
+            process.stdout.read()  # its end: no process of the group holds it any more
 
 
 def _dependencies(dep: str, repo: Path) -> list[str]:
