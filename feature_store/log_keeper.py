@@ -7,6 +7,8 @@ from collections.abc import Collection, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import TYPE_CHECKING
 
+from feature_store.durable import StorageError
+
 if TYPE_CHECKING:
     from feature_store.stream_topic import AnyView
 
@@ -50,5 +52,5 @@ def _compact(views: Sequence[AnyView], partitions: Sequence[int], wall_us: int) 
         for partition in partitions:
             try:
                 view.compact(partition, wall_us)
-            except OSError as e:
+            except (OSError, StorageError) as e:
                 log.warning("event log of %s not compacted: %s", view.name, e)

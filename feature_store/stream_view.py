@@ -19,6 +19,7 @@ import pyarrow.compute as pc
 from feature_store.batch_columns import entities_of, int64_of, valid_of
 from feature_store.batch_result import BatchResult, PartitionResult
 from feature_store.clock import ClockMode
+from feature_store.durable import StorageError
 from feature_store.erased_rows import ErasedRows
 from feature_store.errors import UsageError
 from feature_store.event_decode import ARROW, UTC_MICROS, Decoder, RawBatch
@@ -81,7 +82,7 @@ class StreamView:
         self.online.forget()  # another process wrote the partition's entities
         try:
             self.log.compact(partition, wall_us)
-        except OSError as e:  # it can wait, for instance for room on the disk
+        except (OSError, StorageError) as e:  # it can wait, for instance for room on the disk
             log.warning("event log of %s not compacted: %s", self.name, e)
         logged = self.log.logged(partition, from_offset)
         record = read_record(self.log)
@@ -99,6 +100,7 @@ class StreamView:
         self._heard.pop(partition, None)
         self._starts.pop(partition, None)
         self._newest.pop(partition, None)
+        self.log.forget(partition)
 
     def _not_in_history(self, batch: RawBatch) -> RawBatch:
         """Without messages that another view of the topic still needed, but whose events this view's history holds."""
@@ -115,8 +117,8 @@ class StreamView:
         return self._watermarks.of(partition)
 
     def compact(self, partition: int, wall_us: int) -> None:
-        """Merges the partition's small log files. `wall_us`: the machine's clock."""
-        self.log.compact(partition, wall_us)
+        """Merges the partition's small log files, beside batches. `wall_us`: the machine's clock."""
+        self.log.compact(partition, wall_us, gently=True)
 
     def went_back(self) -> None:
         """Call when Redis lost what was written last."""

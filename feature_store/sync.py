@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _LONGEST_BACKOFF = 5.0
-_COMPACT_EVERY = 256  # batches
+_COMPACT_EVERY = 64  # batches: short rounds, which a batch beside them hardly feels
 _IDLE_SECONDS = 0.2
 _TELL_SECONDS = 1.0
 _TOPIC_SECONDS = 5.0

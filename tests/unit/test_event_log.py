@@ -258,3 +258,53 @@ def test_the_newest_row_before_an_offset(log):
     assert log.newest(0, 2, "at") == (NEVER, 99)
     assert log.newest(0, 9, "at") == (NEVER, 98)
     assert log.newest(1, 9, "at") is None
+
+
+def test_compaction_counts_what_is_appended_between_its_rounds(log):
+    for i in range(3):
+        log.append(rows([i]))
+    log.compact(0, later(0), at_least=2)
+    for i in range(3, 6):
+        log.append(rows([i]))
+    log.compact(0, later(0), at_least=2)
+    assert [(f.first, f.last) for f in log.files()] == [(0, 5)]
+    assert offsets(log) == [(0, i) for i in range(6)]
+    for minutes in (61, 122):
+        log.compact(0, later(minutes), at_least=2)
+    assert len(on_disk(log)) == 1
+    assert offsets(log) == [(0, i) for i in range(6)]
+
+
+def test_a_file_that_went_meanwhile_does_not_stop_compaction_for_good(log):
+    for i in range(3):
+        log.append(rows([i]))
+    log.compact(0, later(0), at_least=99)
+    log.files()[1].path.unlink()
+    with pytest.raises(FileNotFoundError):
+        log.compact(0, later(0), at_least=2)
+    log.compact(0, later(0), at_least=2)
+    assert offsets(log) == [(0, 0), (0, 2)]
+    assert len(log.files()) == 1
+
+
+def test_what_another_owner_wrote_is_compacted_once_the_partition_comes_back(log):
+    other = EventLog(log.directory, log.topic)
+    log.append(rows([0]))
+    log.compact(0, later(0), at_least=2)
+    other.append(rows([1]))
+    log.append(rows([2]))
+    log.forget(0)
+    log.compact(0, later(0), at_least=2)
+    assert [(f.first, f.last) for f in log.files()] == [(0, 2)]
+    assert offsets(log) == [(0, 0), (0, 1), (0, 2)]
+
+
+def test_merges_of_topics_with_like_names_are_forgotten_apart(log):
+    other = EventLog(log.directory, f"{log.topic}-1")
+    for one in (log, other):
+        for i in range(3):
+            one.append(rows([i]))
+        one.compact(0, later(0), at_least=2)
+    assert log.rewind(1) == 1
+    assert len(other.files()) == 1
+    assert offsets(log) == [(0, 0), (0, 1)]
