@@ -36,3 +36,48 @@ def test_gathered_rows_are_those_of_each_part(most):
 def test_of_no_entities_no_rows():
     found = Rows.gathered(0, WIDTH, [])
     assert (found.entities, found.data.shape) == (0, (0, WIDTH))
+
+
+def listed(rows: Rows) -> list[list[list[int]]]:
+    return [rows.data[a:b].tolist() for a, b in zip(rows.starts, rows.starts[1:], strict=False)]
+
+
+@pytest.mark.parametrize("keys", [3, 40, 10_000], ids=lambda n: f"{n} keys")
+def test_rows_are_inserted_where_they_belong_whatever_their_order(keys):
+    """Few keys: most rows have twins, old and new; many keys: none."""
+    rng = np.random.default_rng(keys)
+    for old in (0, 5, 400):
+        held: list[list[list[int]]] = [[] for _ in range(9)]
+        rows = Rows.empty(9, WIDTH)
+        for new in (old, 1, 30, 0, 7):
+            entity = rng.integers(0, 8, new)  # the last one has none
+            data = np.stack([rng.integers(0, keys, new), rng.integers(-3, 3, new), rng.integers(0, 2, new)], axis=1)
+            for e, row in zip(entity.tolist(), data.tolist(), strict=True):
+                held[e].append(row)
+            before, kept = listed(rows), rows
+            rows = rows.insert(entity, data)
+            assert listed(rows) == [sorted(of_one) for of_one in held]
+            assert listed(kept) == before
+
+
+@pytest.mark.parametrize("width", [1, WIDTH])
+def test_rows_are_kept_replaced_and_put_in(width):
+    rng = np.random.default_rng(width)
+    for count in (0, 1, 60):
+        entity, key = np.sort(rng.integers(0, 5, count)), np.arange(count) * 2
+        data = np.column_stack([key, *[rng.integers(0, 9, count) for _ in range(width - 1)]]).astype(np.int64)
+        rows = Rows.of(5, entity, data)
+        wanted = rng.random(count) < 0.5
+        kept = rows.keep(wanted)
+        assert listed(kept) == [data[wanted & (entity == e)].tolist() for e in range(5)]
+        some = np.flatnonzero(~wanted)
+        again = np.column_stack([key[some], *[np.full(len(some), 99)] * (width - 1)]).astype(np.int64)
+        places = kept.find(entity[some], again[:, 0])
+        put = kept.put(places, kept.holds(places, entity[some], again[:, 0]), entity[some], again)
+        assert put.data[:, 0].tolist() == key.tolist()
+        places = rows.find(entity[some], again[:, 0])
+        there = rows.holds(places, entity[some], again[:, 0])
+        assert there.all()
+        replaced = rows.put(places, there, entity[some], again)
+        assert replaced.data[some].tolist() == again.tolist()
+        assert replaced.data[wanted].tolist() == data[wanted].tolist()
