@@ -28,8 +28,8 @@ from feature_store.clock import ClockMode, to_micros
 from feature_store.erasure_list import ErasureList, not_erased
 from feature_store.errors import DataError
 from feature_store.event_log import EventLog, log_files
+from feature_store.log_rows import log_directory
 from feature_store.rewound import mark_rewound
-from feature_store.stream_view import log_directory
 from feature_store.topic import commit_group, committed_offsets
 from feature_store.topic_record import TopicRecord, read_record, write_record
 from feature_store.window_store import WindowStore

@@ -14,7 +14,7 @@ import pyarrow as pa
 from feature_store.clock import ClockMode, from_micros, to_micros
 from feature_store.errors import DataError, UnavailableError
 from feature_store.event_log import HISTORY, EventLog, log_files, split
-from feature_store.stream_view import log_directory
+from feature_store.log_rows import log_directory
 from feature_store.topic import client_config, group_members, offset_ranges, topic_id
 from feature_store.topic_record import refuse_other_topic
 from feature_store.window_store import windowed_views

@@ -16,9 +16,9 @@ from feature_store.clock import ClockMode, from_micros
 from feature_store.erasure_list import ErasureList
 from feature_store.errors import NotFoundError
 from feature_store.event_log import EventLog
+from feature_store.log_rows import log_directory
 from feature_store.stream_place import forget_notes
 from feature_store.stream_topic import views_of_topic
-from feature_store.stream_view import log_directory
 from feature_store.window_store import WindowStore, windowed_views
 from feature_store.windows.definition import definition_of
 from feature_store.windows.state import NEVER

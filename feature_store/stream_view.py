@@ -9,38 +9,34 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from feature_store.batch_columns import entities_of, int64_of, valid_of
 from feature_store.batch_result import BatchResult, PartitionResult
 from feature_store.clock import ClockMode
 from feature_store.durable import StorageError
 from feature_store.erased_rows import ErasedRows
-from feature_store.errors import UsageError
-from feature_store.event_decode import ARROW, UTC_MICROS, Decoder, RawBatch
-from feature_store.event_log import IDLE, LOG_FIELDS, STREAM, EventLog
+from feature_store.event_decode import UTC_MICROS, Decoder, RawBatch
+from feature_store.event_log import IDLE, EventLog
 from feature_store.event_numbers import EventNumbers
 from feature_store.events import CREATED, MessageSchema
 from feature_store.held_states import Key
+from feature_store.log_rows import log_directory, log_rows, log_schema
 from feature_store.logged import NEVER, Bools, Ints, Logged, LoggedTails
 from feature_store.stream_batch import Begun, GoodEvents, Placed, Prepared
 from feature_store.topic_record import read_record
 from feature_store.visibility import ahead, too_far_ahead, visible_times
 from feature_store.watermarks import Watermarks
 from feature_store.window_store import HELD_BYTES, WindowStore
-from feature_store.windows.definition import WindowedView
 from feature_store.windows.state import APPLIED, DUPLICATE, LATE, REPLAYED, Events, States
 
 if TYPE_CHECKING:
     from feast import FeatureStore, FeatureView
 
 log = logging.getLogger(__name__)
-_REASONS = {LATE: "late", DUPLICATE: "duplicate"}
 
 
 class StreamView:
@@ -172,18 +168,16 @@ class StreamView:
                 again[p] += 1
             placed = self._loaded(prepared, placed.events.where(~gone))
         result.refused.sort(key=lambda refused: refused[0][:2])
-        events, visible, before, after = placed.events, placed.visible, placed.before, placed.after
-        outcome = placed.outcome
-        self._append(events, visible, before, outcome, placed.logged)
+        self._append(placed)
         result.ids_forgotten = placed.states.ids_forgotten
-        self._watermarks.advance(after, _next_offsets(events))
-        self._count(events, before, outcome, after, result)
+        self._watermarks.advance(placed.after, _next_offsets(placed.events))
+        self._count(placed, result)
         for p, n in again.items():
             result.partitions[p].replayed += n
-        result.clock_us = int(np.max(visible, initial=0))
+        result.clock_us = int(np.max(placed.visible, initial=0))
         self._visible_us = max(self._visible_us, result.clock_us)
-        keys, states, marks = placed.keys, placed.states, self._known_watermarks(events, visible, after)
-        if (outcome == REPLAYED).all():
+        keys, states, marks = placed.keys, placed.states, self._known_watermarks(placed)
+        if (placed.outcome == REPLAYED).all():
             if not marks:
                 return Begun(result)
             keys, states = [], states.slice(0, 0)  # who wrote them may have been killed before it told the watermarks
@@ -348,39 +342,22 @@ class StreamView:
             reason = ahead(self.definition.source.timestamp, int(events.time[i]), "the clock", int(visible[i]))
             result.refused.append((batch[int(events.place[i])], reason))
 
-    def _append(
-        self, events: GoodEvents, visible: Ints, before: Ints, outcome: np.ndarray[Any, Any], logged: Bools
-    ) -> None:
+    def _append(self, placed: Placed) -> None:
         """Logs the rows that are not in the log yet."""
-        new = ~logged
+        events, new = placed.events, ~placed.logged
         if not new.any():
             return
-        rows, every = events.rows, bool(new.all())
-        if not every:
-            rows, visible, before, outcome = rows.filter(pa.array(new)), visible[new], before[new], outcome[new]
-        partition = events.partition if every else events.partition[new]
-        offset = events.offset if every else events.offset[new]
-        seen = pa.array(visible).cast(UTC_MICROS)
-        columns = {name: rows[name] for name in rows.column_names}
-        columns[CREATED] = pc.coalesce(rows[CREATED], seen)
-        columns["_topic_id"] = pa.repeat(pa.scalar(self._topic_id), len(visible))
-        columns["_partition"] = pa.array(partition.astype(np.int32))
-        columns["_offset"] = pa.array(offset)
-        columns["_visible_at"] = seen
-        columns["_watermark"] = pa.array(before, mask=before == NEVER).cast(UTC_MICROS)
-        columns["_dropped"] = _dropped(outcome)
-        self.log.append(pa.table(columns, schema=self._schema))
-        for p in np.unique(partition).tolist():
-            mine = partition == p
-            self._logged.add(p, Logged(offset[mine], visible[mine], before[mine]))
+        self.log.append(log_rows(self._schema, self._topic_id, placed))
+        for p in np.unique(events.partition[new]).tolist():
+            mine = new & (events.partition == p)
+            self._logged.add(p, Logged(events.offset[mine], placed.visible[mine], placed.before[mine]))
 
-    def _known_watermarks(
-        self, events: GoodEvents, visible: Ints, after: Mapping[int, int]
-    ) -> dict[int, tuple[int, int]]:
+    def _known_watermarks(self, placed: Placed) -> dict[int, tuple[int, int]]:
         """What readers of closed windows need: each partition's watermark, and from when on it is known."""
         if not self.definition.closes_windows:
             return {}
-        return {p: (w, int(visible[events.partition == p].max())) for p, w in after.items() if w != NEVER}
+        of = placed.events.partition
+        return {p: (w, int(placed.visible[of == p].max())) for p, w in placed.after.items() if w != NEVER}
 
     def _tell_damaged(self, result: BatchResult) -> None:
         """A damaged state stays as it is, so that reads of it are errors; its entity's events are in the log."""
@@ -404,17 +381,11 @@ class StreamView:
                 self.name, placed.keys[i], sorted(placed.states.offsets_of(i)), self.definition.topic,
             )  # fmt: skip
 
-    def _count(
-        self,
-        events: GoodEvents,
-        before: Ints,
-        outcome: np.ndarray[Any, Any],
-        after: Mapping[int, int],
-        result: BatchResult,
-    ) -> None:
+    def _count(self, placed: Placed, result: BatchResult) -> None:
+        events, before, outcome = placed.events, placed.before, placed.outcome
         lateness = self.definition.source.allowed_lateness_us
         late = (before != NEVER) & (events.time < before + lateness)
-        for p, watermark in after.items():
+        for p, watermark in placed.after.items():
             mine = events.partition == p
             of = outcome[mine]
             counts = np.bincount(of, minlength=4)
@@ -428,32 +399,3 @@ class StreamView:
 
 def _next_offsets(events: GoodEvents) -> dict[int, int]:
     return {p: int(events.offset[events.partition == p].max()) + 1 for p in np.unique(events.partition).tolist()}
-
-
-def _dropped(outcome: np.ndarray[Any, Any]) -> pa.Array:
-    counted = ~np.isin(outcome, list(_REASONS))
-    if counted.all():
-        return pa.nulls(len(outcome), pa.string())
-    return pa.array([_REASONS.get(o) for o in outcome.tolist()], pa.string())
-
-
-def log_schema(definition: WindowedView) -> pa.Schema:
-    """The columns of a view's event log."""
-    s = definition.source
-    fields = [] if s.event_id is None else [pa.field(s.event_id, pa.string())]
-    fields += [pa.field(k, ARROW[t]) for k, t in zip(definition.entity_key, definition.key_types, strict=True)]
-    fields += [pa.field(s.timestamp, UTC_MICROS), pa.field(CREATED, UTC_MICROS)]
-    fields += [pa.field(name, ARROW[kind]) for name, kind in s.columns.items()]
-    return pa.schema(fields + LOG_FIELDS)
-
-
-def log_directory(offline_path: str, view: FeatureView, part: str = STREAM) -> Path:
-    """Where the log of a view is: `stream/` or `history/` below its source's path."""
-    source = getattr(view.batch_source, "path", None) or view.name
-    if "://" in offline_path or "://" in source:
-        raise UsageError(
-            "the event log needs a local directory",
-            value=source if "://" in source else offline_path,
-            next_step="set PREDICTFLOW_OFFLINE to a directory that sync, training and check share",
-        )
-    return Path(offline_path) / source / part

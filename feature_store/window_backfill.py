@@ -21,11 +21,11 @@ from feature_store.durable import locked, write_whole
 from feature_store.erasure_list import ErasureList, not_erased
 from feature_store.errors import DataError, UsageError
 from feature_store.event_log import HISTORY, STREAM
+from feature_store.log_rows import log_directory
 from feature_store.point_in_time.engine import EngineSettings, connect, ident
 from feature_store.point_in_time.publish import publish
 from feature_store.point_in_time.source import ParquetSource, open_source, scanning
 from feature_store.point_in_time.windowed import EVENTS, make_events
-from feature_store.stream_view import log_directory
 from feature_store.windows.definition import WindowedView, definition_of
 from feature_store.windows.history import LAST_SEEN, history_sql
 

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from feature_store.clock import to_micros
 from feature_store.consistency.served_log import micros, not_served
+from feature_store.log_rows import log_directory
 from feature_store.rewound import rewound_at
-from feature_store.stream_view import log_directory
 from feature_store.windows.definition import definition_of
 
 if TYPE_CHECKING:

@@ -36,11 +36,11 @@ from sync_support import (
     values,
 )
 
-from feature_store import stream_view
 from feature_store.clock import to_micros
 from feature_store.dead_letters import read_dead_letters
 from feature_store.errors import DefinitionError, NotFoundError, PredictFlowError, UnavailableError
 from feature_store.event_log import EventLog
+from feature_store.log_rows import log_schema
 from feature_store.sync import Sync, SyncOptions
 from feature_store.topic import client_config, ensure_topic
 from feature_store.window_store import WindowStore
@@ -216,7 +216,7 @@ def test_the_log_row_of_an_event_is_complete(project):
         "_watermark": None,
         "_dropped": None,
     }
-    assert stream_view.log_schema(consumer.views[0].definition).names == log_of(project).read().schema.names
+    assert log_schema(consumer.views[0].definition).names == log_of(project).read().schema.names
 
 
 def test_the_commands_bootstrap_explain_and_check(project, tmp_path):

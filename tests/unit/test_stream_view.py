@@ -15,6 +15,7 @@ import pytest
 
 from feature_store import stream_view
 from feature_store.clock import from_micros
+from feature_store.errors import UnavailableError
 from feature_store.event_decode import Raw, RawBatch
 from feature_store.stream_view import StreamView
 from feature_store.window_store import WriteResult
@@ -38,6 +39,7 @@ class Online:
         self.damaged = {}
         self.forgotten = 0
         self.marks = {}
+        self.failing = False
 
     def forget(self):
         self.forgotten += 1
@@ -53,6 +55,8 @@ class Online:
         return None
 
     def begin_write(self, keys, states, watermarks=None):
+        if self.failing:
+            raise UnavailableError("no Redis")
         return SimpleNamespace(finish=lambda: self.write(keys, states, watermarks))
 
     def write(self, keys, states, watermarks=None):
@@ -124,6 +128,38 @@ def test_what_another_owner_logged_meanwhile_stays_as_it_was_logged(world):
     assert result.partitions[0].replayed == 2
     assert new.log.read().to_pylist() == logged
     assert world.values(T + 60 * SECOND) == (1, 1)
+
+
+def test_what_cannot_be_logged_is_not_written_and_changes_nothing(world, monkeypatch):
+    view = world.owner()
+    view.apply(batch(message(0, T)), T, T)
+    held = dict(world.online.held)
+    # The first of these two is behind the watermark that the second one makes.
+    both = batch(message(1, T - 5 * SECOND), message(2, T + 3600 * SECOND))
+    with monkeypatch.context() as full:
+        full.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        with pytest.raises(OSError, match="No space"):
+            view.apply(both, T + 3600 * SECOND, T + 3600 * SECOND)
+    assert (world.online.held, view.watermark(0)) == (held, T)
+    assert view.log.read()["_offset"].to_pylist() == [0]
+    result = view.apply(both, T + 3601 * SECOND, T + 3601 * SECOND)
+    assert (result.partitions[0].applied, result.partitions[0].dropped) == (2, 0)
+    assert world.values(T + 3700 * SECOND) == (3, 3)
+
+
+def test_what_is_logged_keeps_its_times_when_it_could_not_be_written(world):
+    view = world.owner()
+    both = batch(message(0, T), message(1, T - 5 * SECOND))
+    world.online.failing = True
+    with pytest.raises(UnavailableError):
+        view.apply(both, T, T)
+    assert world.online.held == {}
+    logged = view.log.read().to_pylist()
+    assert [row["_offset"] for row in logged] == [0, 1]
+    world.online.failing = False
+    assert view.apply(both, T + 60 * SECOND, T + 60 * SECOND).partitions[0].applied == 2
+    assert view.log.read().to_pylist() == logged
+    assert world.values(T + 100 * SECOND) == (2, 2)
 
 
 def test_a_pause_of_our_own_is_no_silence(tmp_path, monkeypatch):
