@@ -43,6 +43,8 @@ ENGINE, API, BULK = (8.0, 12.0), (0.8, 0.9), (8.0, 15.0)
 ENGINE_WIDE = (5.0, 9.0)
 """For 50 features: Redis sets every field, for both sides, and that is most of our time."""
 ENGINE_ONE_ROW = (1.0, 1.0)
+BULK_CPU = (5.0, 8.0)
+"""By CPU: of 2.5 seconds of ours Redis takes 1.5 for its hashes, as it does for stock."""
 API_LOCAL = (0.5, 0.9)
 """With Feast's own provider: what Redis takes cannot be hidden beside so little else."""
 SMOKE = 0.5
@@ -250,7 +252,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         case = f"materialise {BULK_ROWS[options.size]:,} x 10"
         if options.only in case:
             got = _measure(home, urls, [MATERIALISE, STOCK_MATERIALISE], BULK_ROWS[options.size], 10, 1, 1)
-            found += _rows(case, got, MATERIALISE, STOCK_MATERIALISE, 1, BULK, smoke)
+            found += _rows(case, got, MATERIALISE, STOCK_MATERIALISE, 1, BULK, smoke, BULK_CPU)
     return report("online-write", found)
 
 
@@ -291,10 +293,11 @@ def _rows(
     calls: int,
     targets: tuple[float, float],
     smoke: float,
+    cpu: tuple[float, float] | None = None,
 ) -> list[Row]:
-    floor, goal = targets
+    """One row by time, one by CPU, which has the same targets unless `cpu` says others."""
     rows = []
-    for i, label in enumerate(("", " CPU")):
+    for i, (label, (floor, goal)) in enumerate((("", targets), (" CPU", cpu or targets))):
         mine, theirs = ([s[i] * 1000 / calls for s in got[n]] for n in (ours, peer))
         rows.append(Row.less_is_better(metric + label, "ms", mine, theirs, peer, (round(floor * smoke, 3), goal)))
     return rows

@@ -10,23 +10,26 @@ to and including `_offset` have been read, is at least its `_watermark`. Such ro
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from feature_store.durable import BusyError, locked
 from feature_store.errors import DataError
 from feature_store.log_merges import LogMerges, forget_merges, merged_files
 from feature_store.logged import NEVER, Ints, Logged
+from feature_store.published import table_lock
 
 UTC_MICROS = pa.timestamp("us", tz="UTC")
 LOG_FIELDS = [
@@ -47,10 +50,17 @@ STREAM, HISTORY = "stream", "history"
 
 _NAME = re.compile(r"(?P<topic>.+)-(?P<partition>\d+)-(?P<idle>idle-)?(?P<first>\d{19})-(?P<last>\d{19})\.parquet")
 _SMALL_BYTES = 1_000_000
-_REST = 2.0
-"""Seconds of rest per second of reading, where a stream works beside: it feels a round as a third of a processor at most."""
+_REST, _LONGEST_REST = 2.0, 0.05
+"""Seconds of rest per second of reading: a stream beside feels that as a third of a processor. A slow disk is no work."""
+_BEHIND = 8
+"""Times as many small files as there need be, from which on there is no rest."""
+_AT_ONCE = 512
+"""Files whose rows are in memory together."""
 _ROWS_OF_THREADS = 100_000
 """Rows of a file from which on reading it with several threads costs less time than it costs processors."""
+
+
+Rest: TypeAlias = Callable[[float], object]
 
 
 @dataclass(frozen=True, order=True)
@@ -82,12 +92,17 @@ class EventLog:
         """Of events and idle rows, also those that were merged into others."""
         found = []
         for path in self.directory.glob("*.parquet"):
-            name = _NAME.fullmatch(path.name)
-            if name and name["topic"] == self.topic and partition in (None, int(name["partition"])):
-                found.append(
-                    LogFile(int(name["partition"]), int(name["first"]), int(name["last"]), path, bool(name["idle"]))
-                )
+            file = self._named(path)
+            if file is not None and partition in (None, file.partition):
+                found.append(file)
         return sorted(found)
+
+    def _named(self, path: Path) -> LogFile | None:
+        """The file of this name; None: none of the topic."""
+        name = _NAME.fullmatch(path.name)
+        if name is None or name["topic"] != self.topic:
+            return None
+        return LogFile(int(name["partition"]), int(name["first"]), int(name["last"]), path, bool(name["idle"]))
 
     def append(self, rows: pa.Table, *, anew: bool = False) -> None:
         """Writes rows (the event's columns and LOG_FIELDS), one file per partition and kind. Safe to repeat.
@@ -168,49 +183,63 @@ class EventLog:
         rows = _once(pa.concat_tables(tables, promote_options="default"))
         return rows if columns is None else rows.select(columns)
 
-    def compact(self, partition: int, now_us: int, at_least: int = 64, *, gently: bool = False) -> None:
+    def compact(self, partition: int, now_us: int, at_least: int = 64, *, rest: Rest | None = None) -> None:
         """Merges adjacent small files; what they replace stays for an hour, for readers that listed it before.
 
-        Does nothing under `at_least` small files. `now_us`: the machine's clock. Safe to kill and repeat, and to call beside
-        `append` from another thread: `gently`, so that it hardly holds that up. The directory is listed once, until
-        `forget`: an hour of a busy topic is 100,000 files.
+        Does nothing under `at_least` small files, or while an erasure rewrites files. `now_us`: the machine's clock. `rest`
+        sleeps for seconds between reads, where a stream works beside. Safe to kill and repeat, and to call beside `append`
+        from another thread. The directory is listed once, until `forget`: an hour of a busy topic is 100,000 files.
+        OSError, StorageError: the disk is full or not writable.
         """
+        with suppress(BusyError), locked(table_lock(self.directory.parent), seconds=0.0):
+            try:
+                self._compact(partition, now_us, at_least, rest)
+            except BaseException:
+                self.forget(partition)
+                raise
+
+    def _compact(self, partition: int, now_us: int, at_least: int, rest: Rest | None) -> None:
         merges = LogMerges(self.directory, self.topic, partition)
-        merges.clean(now_us)
-        try:
-            if partition not in self._live:
-                self._live[partition] = set()  # first: what is appended while we list must not be missed
-                self._live[partition].update(self.files(partition), self.files(partition, idle=True))
-            for idle in (False, True):
-                files = sorted(f for f in list(self._live[partition]) if f.idle == idle)
-                small = {f for f in files if f.path.stat().st_size < _SMALL_BYTES}
-                if len(small) < at_least:
-                    continue
-                # Never across a large file: the merged file's name would claim offsets that it does not hold.
-                for is_small, run in groupby(files, key=small.__contains__):
-                    if is_small:
-                        self._merge(merges, list(run), partition, idle, gently)
-        except OSError:
-            self.forget(partition)
-            raise
+        if partition not in self._live:
+            self._live[partition] = set()  # first: what is appended while we list must not be missed
+            self._live[partition].update(self.files(partition), self.files(partition, idle=True))
+        live = self._live[partition]
+        live.update(f for path in merges.clean(now_us) if (f := self._named(path)) is not None)
+        for idle in (False, True):
+            files = sorted(f for f in list(live) if f.idle == idle)
+            small = {f for f in files if f.path.stat().st_size < _SMALL_BYTES}
+            if len(small) < at_least:
+                continue
+            if len(small) > _BEHIND * at_least:
+                rest = None
+            # Never across a large file: the merged file's name would claim offsets that it does not hold.
+            for is_small, run in groupby(files, key=small.__contains__):
+                if is_small:
+                    whole = list(run)
+                    for i in range(0, len(whole), _AT_ONCE):
+                        live -= self._merged(merges, whole[i : i + _AT_ONCE], partition, idle, rest)
+
+    def _merged(
+        self, merges: LogMerges, run: Sequence[LogFile], partition: int, idle: bool, rest: Rest | None
+    ) -> set[LogFile]:
+        """Those of the files that count no more, since one file holds their rows."""
+        if len(run) < 2:
+            return set()
+        changed, parts = [(f.path, f.path.stat().st_mtime_ns) for f in run], []
+        for file in run:
+            began = time.perf_counter()
+            parts.append(self._read(file, None))
+            if rest is not None:
+                rest(min(_LONGEST_REST, _REST * (time.perf_counter() - began)))
+        rows = _once(pa.concat_tables(parts, promote_options="default"))
+        merged = self._write(rows, partition, idle)
+        self._sync_directory()
+        gone = set(merges.add(merged, changed))
+        return {f for f in run if f.path in gone}
 
     def forget(self, partition: int) -> None:
         """Call when another process may have written the partition."""
         self._live.pop(partition, None)
-
-    def _merge(self, merges: LogMerges, run: Sequence[LogFile], partition: int, idle: bool, gently: bool) -> None:
-        if len(run) > 1:
-            changed, parts = [(f.path, f.path.stat().st_mtime_ns) for f in run], []
-            for file in run:
-                began = time.perf_counter()
-                parts.append(self._read(file, None))
-                if gently:
-                    time.sleep(_REST * (time.perf_counter() - began))
-            rows = _once(pa.concat_tables(parts, promote_options="default"))
-            merged = self._write(rows, partition, idle)
-            self._sync_directory()
-            gone = set(merges.add(merged, changed))
-            self._live[partition] -= {f for f in run if f.path in gone}
 
     def rewind(self, known_by_us: int, topic_id: str = "") -> int:
         """Forgets the rows that `split` finds; the number of rows forgotten. Stop sync first."""
@@ -259,11 +288,11 @@ class EventLog:
                 os.fsync(f.fileno())
             temporary.replace(path)
         except BaseException:
-            with contextlib.suppress(OSError):
+            with suppress(OSError):
                 temporary.unlink(missing_ok=True)
             raise
-        if partition in self._live:
-            self._live[partition].add(file)
+        if (live := self._live.get(partition)) is not None:
+            live.add(file)
         return path
 
     def _sync_directory(self) -> None:

@@ -37,17 +37,25 @@ class LogMerges:
         write_whole(record, json.dumps(_read(record) | names).encode())
         return [self._directory / name for name, at in names.items() if changed_at(self._directory / name) == at]
 
-    def clean(self, now_us: int) -> None:
-        """Removes what was merged more than an hour before this time (the machine's clock). Safe to kill and repeat."""
+    def clean(self, now_us: int) -> list[Path]:
+        """Removes what was merged more than an hour before this time (the machine's clock). Safe to kill and repeat.
+
+        Files that were written again since they were merged, which count again.
+        """
+        again = []
         records = list(self._records.glob("*.json"))
         standing = [(changed_at(self._directory / record.stem) or 0, record) for record in records]
         for changed, record in sorted(standing):  # a successor that was merged itself goes after what it replaced
             if changed and now_us - changed // 1000 <= KEPT_US:
                 continue
             for name, at in _read(record).items() if changed else ():
-                if changed_at(self._directory / name) == at:
-                    (self._directory / name).unlink(missing_ok=True)
+                path = self._directory / name
+                if (now := changed_at(path)) == at:
+                    path.unlink(missing_ok=True)
+                elif now is not None:
+                    again.append(path)
             record.unlink(missing_ok=True)
+        return again
 
 
 def merged_files(directory: Path) -> set[Path]:

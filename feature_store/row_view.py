@@ -86,7 +86,7 @@ class RowView:
     def close(self) -> None:
         """Nothing to do."""
 
-    def compact(self, partition: int, wall_us: int) -> None:
+    def compact(self, partition: int, wall_us: int, rest: object) -> None:
         """Nothing to do: there is no log."""
 
     def prepare(self, batch: RawBatch, now_us: int, wall_us: int) -> Prepared:

@@ -20,7 +20,7 @@ from feature_store.clock import ClockMode
 from feature_store.durable import StorageError
 from feature_store.erased_rows import ErasedRows
 from feature_store.event_decode import UTC_MICROS, Decoder, RawBatch
-from feature_store.event_log import IDLE, EventLog
+from feature_store.event_log import IDLE, EventLog, Rest
 from feature_store.event_numbers import EventNumbers
 from feature_store.events import CREATED, MessageSchema
 from feature_store.held_states import Key
@@ -112,9 +112,9 @@ class StreamView:
         """After all that was read of a partition; NEVER: none."""
         return self._watermarks.of(partition)
 
-    def compact(self, partition: int, wall_us: int) -> None:
-        """Merges the partition's small log files, beside batches. `wall_us`: the machine's clock."""
-        self.log.compact(partition, wall_us, gently=True)
+    def compact(self, partition: int, wall_us: int, rest: Rest) -> None:
+        """Merges the partition's small log files, beside batches: `rest` sleeps for seconds. `wall_us`: the machine's clock."""
+        self.log.compact(partition, wall_us, rest=rest)
 
     def went_back(self) -> None:
         """Call when Redis lost what was written last."""

@@ -8,10 +8,13 @@ import signal
 import subprocess
 import sys
 import sysconfig
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from feature_store.errors import NotFoundError, PredictFlowError
 
@@ -122,19 +125,29 @@ def _group(command: list[str], directory: Path, env: Mapping[str, str]) -> Itera
     )
     try:
         yield process
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGINT)
-            try:
-                process.wait(STOP_SECONDS)
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-            # DVC may go before its stage: a command just forked can miss the interrupt that its shell has taken.
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            assert process.stdout is not None  # it is a pipe
-            process.stdout.read()  # its end: no process of the group holds it any more
+    except BaseException:
+        _end(process)
+        raise
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    """Ends what is left of a group, also where its first process is gone: a stage can outlive DVC, since a command that was
+    just forked misses the interrupt which its shell has taken."""
+    for stop in (signal.SIGINT, signal.SIGKILL):
+        with suppress(ProcessLookupError, PermissionError):  # the latter from some systems where only zombies are left
+            os.killpg(process.pid, stop)
+        until = time.monotonic() + STOP_SECONDS
+        while _lives(process.pid) and time.monotonic() < until:
+            time.sleep(0.02)
+    process.poll()
+
+
+def _lives(group: int) -> bool:
+    for process in psutil.process_iter():
+        with suppress(psutil.NoSuchProcess, ProcessLookupError, PermissionError):
+            if os.getpgid(process.pid) == group and process.status() != psutil.STATUS_ZOMBIE:
+                return True
+    return False
 
 
 def _dependencies(dep: str, repo: Path) -> list[str]:

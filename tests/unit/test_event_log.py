@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
 
 import pyarrow as pa
@@ -10,9 +11,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from feature_store import event_log
+from feature_store.durable import locked
 from feature_store.errors import DataError
 from feature_store.event_log import LOG_FIELDS, UTC_MICROS, EventLog, log_files
 from feature_store.logged import NEVER
+from feature_store.published import table_lock
 
 SCHEMA = pa.schema([pa.field("customer_id", pa.string()), *LOG_FIELDS])
 
@@ -308,3 +311,69 @@ def test_merges_of_topics_with_like_names_are_forgotten_apart(log):
     assert log.rewind(1) == 1
     assert len(other.files()) == 1
     assert offsets(log) == [(0, 0), (0, 1)]
+
+
+def test_nothing_is_merged_while_an_erasure_rewrites_files(log):
+    """Else the merged file would bring back the rows that it was made of."""
+    for i in range(3):
+        log.append(rows([i]))
+    with locked(table_lock(log.directory.parent)):
+        log.compact(0, later(0), at_least=2)
+    assert len(on_disk(log)) == 3
+    log.compact(0, later(0), at_least=2)
+    assert len(log.files()) == 1
+
+
+def test_merged_files_that_were_written_again_are_merged_again(log):
+    for i in range(4):
+        log.append(rows([i]))
+    log.compact(0, later(0), at_least=2)
+    for name in on_disk(log)[:2]:  # as an erasure does
+        pq.write_table(pq.read_table(log.directory / name), log.directory / name)
+    assert len(log.files()) >= 2
+    for minutes in (61, 61, 122):
+        log.compact(0, later(minutes), at_least=2)
+    assert (len(on_disk(log)), offsets(log)) == (1, [(0, i) for i in range(4)])
+
+
+def test_batches_are_logged_while_files_are_merged(log):
+    """With a rest after each file that is read, in which the next batch comes; nothing is lost, or there twice."""
+    batches = iter(range(5, 60))
+    going = threading.Event()
+
+    def rest(seconds: float) -> None:
+        assert 0 <= seconds <= 0.05
+        if (i := next(batches, None)) is not None:
+            log.append(rows([i]))
+        else:
+            going.set()
+
+    for i in range(5):
+        log.append(rows([i]))
+    log.compact(0, later(0), at_least=99)
+    merging = threading.Thread(target=lambda: [log.compact(0, later(0), at_least=2, rest=rest) for _ in range(20)])
+    merging.start()
+    i = 100
+    while merging.is_alive():
+        log.append(rows([i]))
+        i += 1
+    merging.join()
+    log.compact(0, later(0), at_least=2)
+    assert going.is_set()
+    assert offsets(log) == [*((0, n) for n in range(60)), *((0, n) for n in range(100, i))]
+    assert len(log.files()) == 1
+    log.compact(0, later(61), at_least=2)
+    assert len(on_disk(log)) == 1
+
+
+def test_far_behind_there_is_no_rest_and_a_bound_on_what_is_in_memory(log, monkeypatch):
+    monkeypatch.setattr(event_log, "_AT_ONCE", 10)
+    for i in range(25):
+        log.append(rows([i]))
+    rests = []
+    log.compact(0, later(0), at_least=2, rest=rests.append)
+    assert rests == []
+    assert [(f.first, f.last) for f in log.files()] == [(0, 9), (10, 19), (20, 24)]
+    log.compact(0, later(0), at_least=2, rest=rests.append)
+    assert len(rests) == 3
+    assert offsets(log) == [(0, i) for i in range(25)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 
 import pytest
 
@@ -15,11 +16,14 @@ class View:
 
     def __init__(self, error: Exception | None = None) -> None:
         self.rounds: list[int] = []
-        self.go = threading.Event()
+        self.began, self.go = threading.Event(), threading.Event()
+        self.rest_seconds = 0.0
         self.go.set()
         self._error = error
 
-    def compact(self, partition: int, wall_us: int) -> None:
+    def compact(self, partition: int, wall_us: int, rest: Callable[[float], object]) -> None:
+        self.began.set()
+        rest(self.rest_seconds)
         assert self.go.wait(10)
         assert threading.current_thread() is not threading.main_thread()
         self.rounds.append(partition)
@@ -70,3 +74,15 @@ def test_what_the_last_round_met_is_told_at_the_end(caplog):
     keeper.start([View(DataError("event log file cannot be read"))], [0], 5)
     keeper.close()
     assert "event log not compacted: event log file cannot be read" in caplog.text
+
+
+@pytest.mark.parametrize("end", [LogKeeper.wait, LogKeeper.close])
+def test_who_waits_for_a_round_need_not_wait_for_its_rests(end):
+    keeper, view = LogKeeper(), View()
+    view.rest_seconds = 1e6
+    keeper.start([view], [0, 1, 2], 5)
+    assert view.began.wait(10)
+    assert view.rounds == []
+    end(keeper)
+    assert view.rounds == [0, 1, 2]
+    keeper.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import yaml
 
 from feature_store.errors import NotFoundError
+from training import pipeline
 from training.data_version import data_version
 from training.pipeline import PipelineError, default_params, prepare_workspace, run_pipeline
 
@@ -114,16 +116,41 @@ def test_an_interrupted_run_ends_with_its_stage_and_the_next_one_continues(tmp_p
     assert run(workspace) == ["train"]
 
 
+def test_a_stage_that_outlives_dvc_is_ended_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And so is one that does not care for an interrupt; what has left the group is not waited for."""
+    stage = "trap '' INT; echo started; sleep 654"
+    command = ["sh", "-c", f'setsid sleep 655 & echo $!; (sh -c "{stage}") & exit 1']
+    monkeypatch.setattr(pipeline, "STOP_SECONDS", 0.5)
+    lines: list[str] = []
+
+    def interrupted() -> None:
+        with pipeline._group(command, tmp_path, os.environ) as process:
+            assert process.stdout is not None
+            lines.extend([process.stdout.readline(), process.stdout.readline()])
+            process.wait()
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    apart = int(next(line for line in lines if line.strip().isdecimal()))
+    try:
+        running = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
+        assert "sleep 654" not in running
+        assert "sleep 655" in running
+    finally:
+        os.kill(apart, signal.SIGKILL)
+
+
 def test_the_checkouts_own_pipeline_is_complete() -> None:
     """Every dependency outside of work/ exists, and each stage's command is one of ours with known options."""
     from click.testing import CliRunner
 
     from predictflow.cli import cli
 
-    pipeline = yaml.safe_load((ROOT / "dvc.yaml").read_text())
-    assert list(pipeline["stages"]) == ["data", "backfill", "dataset", "train"]
+    stages = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
+    assert list(stages) == ["data", "backfill", "dataset", "train"]
     made: set[str] = set()
-    for name, stage in pipeline["stages"].items():
+    for name, stage in stages.items():
         for dep in stage["deps"]:
             assert dep in made if dep.startswith("work/") else (ROOT / dep).exists(), dep
         made |= set(stage.get("outs", []))
