@@ -85,10 +85,12 @@ def lost_events(offline: Path, found: Findings) -> int:
     sent = Counter((*(e[c] for c in columns), to_micros(e["event_timestamp"])) for e in found.sent)
     with duckdb.connect() as con:
         con.execute("SET enable_progress_bar = false")  # it would be drawn on stdout
-        # `_dropped` holds why an event does not count: none of these is a duplicate.
+        # `_dropped` holds why an event does not count: none of these is a duplicate. Files that were merged into others
+        # are still there for a while: a row of the log is known by its partition and offset.
         logged: Counter[tuple[Any, ...]] = Counter(
             con.execute(
-                f"SELECT {', '.join(columns)}, epoch_us(event_timestamp) FROM read_parquet(?) WHERE _dropped IS NULL",
+                f"SELECT {', '.join(columns)}, t FROM (SELECT DISTINCT _partition, _offset, {', '.join(columns)}, "
+                "epoch_us(event_timestamp) AS t FROM read_parquet(?) WHERE _dropped IS NULL)",
                 [str(offline / "customer_events" / "stream" / "**" / "*.parquet")],
             ).fetchall()
         )
