@@ -138,7 +138,7 @@ def _end(process: subprocess.Popen[str]) -> None:
             os.killpg(process.pid, stop)
         until = time.monotonic() + STOP_SECONDS
         while _lives(process.pid) and time.monotonic() < until:
-            time.sleep(0.02)
+            time.sleep(0.02)  # the system tells nobody of the end of a process that is not its child
     process.poll()
 
 
